@@ -1,0 +1,93 @@
+"""The errors a user can meet, and the list that gathers problems so that all are told at once.
+
+    MoemergeError        something a person can act on; anything else that escapes is our bug
+    ├── InputError       the config, a source or the output directory is wrong (exit code 2)
+    └── RunError         a failure on the way (exit code 1)
+        ├── ReadError    a source cannot be read to its end, or holds what no model should
+        ├── WriteError   the output cannot be written (disk full, permissions)
+        └── VerifyError  what was written is not what was planned
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class MoemergeError(Exception):
+    """Base of every error that is meant for a person; `exit_code` is what the command returns."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with the input: where it stands, what it is, and what would work."""
+
+    where: str
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.fix}"
+
+
+class InputError(MoemergeError):
+    """The input is wrong; no weight was read and no byte written."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class RunError(MoemergeError):
+    """Something failed on the way: disk, network, a source, verification."""
+
+
+class ReadError(RunError):
+    """A source cannot be read to its end, changed meanwhile, or holds NaN or Inf."""
+
+
+class WriteError(RunError):
+    """The output directory cannot be written."""
+
+
+class VerifyError(RunError):
+    """What stands on disk is not what the plan says."""
+
+
+class Findings:
+    """Problems and notes, gathered over all checks and told together.
+
+    A problem stops the merge; a note is something a person should know and may accept.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+
+    def problem(self, where: str, what: str, fix: str) -> None:
+        """Record one problem, once."""
+        found = Problem(where, what, fix)
+        if found not in self.problems:
+            self.problems.append(found)
+
+    def note(self, line: str) -> None:
+        """Record one line to be said, once."""
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def refuse(self) -> None:
+        """Raise `InputError` with every problem so far; do nothing if there is none."""
+        if self.problems:
+            raise InputError(self.problems)
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """Say which of `valid` a misspelled `word` was probably meant to be."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(names)}"

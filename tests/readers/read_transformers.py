@@ -1,0 +1,64 @@
+"""transformers, 4.57 or 5, as a reader: what a user of that version gets from a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from reader import Request, Response, generate, main
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def read(model_dir: Path, request: Request, work: Path) -> Response:
+    warnings = _Warnings()
+    logging.getLogger("transformers").addHandler(warnings)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, output_loading_info=True
+    )
+    model.eval()
+    response = Response(
+        f"transformers {transformers.__version__}",
+        # A weight that is made up must never pass unseen, wherever it is said.
+        missing=sorted(info["missing_keys"]) or warnings.of_new_weights,
+        unexpected=sorted(info["unexpected_keys"]),
+        mismatched=sorted(str(mismatch) for mismatch in info["mismatched_keys"]),
+    )
+
+    def start() -> Callable[[list[int]], np.ndarray]:
+        cache = None
+
+        def step(ids: list[int]) -> np.ndarray:
+            nonlocal cache
+            with torch.inference_mode():
+                out = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            return out.logits[0].numpy()
+
+        return step
+
+    def encode(text: str) -> list[int]:
+        return AutoTokenizer.from_pretrained(model_dir)(text)["input_ids"]
+
+    generate(response, request, encode, start)
+    return response
+
+
+class _Warnings(logging.Handler):
+    """Keeps the warnings that speak of weights not found in the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.of_new_weights: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "newly init" in message.lower() or "missing" in message.lower():
+            self.of_new_weights.append(message)
+
+
+if __name__ == "__main__":
+    main(read)
