@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import typing
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,7 @@ def parse_config(text: str, file: str = "config") -> MergeConfig:
     findings.refuse()
     config: MergeConfig = reader.mapping(root, MergeConfig, "")
     findings.refuse()
-    for name in ("text", "file", "lines"):
-        object.__setattr__(config, name, {"text": text, "file": file, "lines": reader.lines}[name])
+    config = replace(config, text=text, file=file, lines=reader.lines)
     _check_values(config, findings)
     findings.refuse()
     return config

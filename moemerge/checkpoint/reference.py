@@ -1,0 +1,67 @@
+"""What a source's text means: a directory or a Hub id, a revision, an adapter on top."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One model or adapter: `directory` where it is local, else the Hub's `repo` at `revision`."""
+
+    text: str
+    directory: Path | None = None
+    repo: str = ""
+    revision: str | None = None
+
+    @property
+    def short(self) -> str:
+        """The last part of the path, which names an expert that has no name of its own."""
+        return self.directory.resolve().name if self.directory else self.repo.rpartition("/")[2]
+
+
+def parse_source(text: str, beside: Path | None = None) -> tuple[Reference, Reference | None]:
+    """Split `model[@revision][+adapter[@revision]]` into the model and the adapter, if any.
+
+    A directory that exists under the whole text or a part of it is that directory, relative to
+    the working directory or else to `beside` (the config file's folder).
+
+    Raises:
+        ValueError: a part is neither a directory nor a Hub id; the message says which and why.
+    """
+    text = text.strip()
+    if _directory(text, beside):
+        return _reference(text, beside), None
+    model, plus, adapter = text.partition("+")
+    for at in [found.start() for found in re.finditer(r"\+", text)]:
+        if _directory(text[:at], beside):
+            model, plus, adapter = text[:at], "+", text[at + 1 :]
+    return _reference(model, beside), _reference(adapter, beside) if plus else None
+
+
+def _reference(text: str, beside: Path | None) -> Reference:
+    text = text.strip()
+    if directory := _directory(text, beside):
+        return Reference(text, directory=directory)
+    repo, at, revision = text.partition("@")
+    if directory := _directory(repo, beside):
+        raise ValueError(f"{directory} is a directory, which has no revision {revision!r}")
+    if text[:1] in ("", ".", "/", "~") or Path(repo).is_absolute() or repo.count("/") > 1:
+        raise ValueError(f"there is no directory {text!r}")
+    if not _HUB_ID.fullmatch(repo) or ".." in repo or (at and not revision):
+        raise ValueError(f"{text!r} is neither a directory nor a Hub id `user/name[@revision]`")
+    return Reference(text, repo=repo, revision=revision or None)
+
+
+def _directory(text: str, beside: Path | None) -> Path | None:
+    if not text.strip() or "\0" in text:
+        return None
+    path = Path(text.strip()).expanduser()
+    for candidate in (path, beside / path if beside else path):
+        if candidate.is_dir():
+            return candidate.absolute()
+    return None

@@ -1,0 +1,83 @@
+"""Where a tensor's bytes lie, and how to read some of them."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moemerge.errors import ReadError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ITEMSIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
+    "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+"""Bytes a value, by the dtype names of the safetensors format."""
+
+FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""The dtypes a merge can write, by the names that configs and torch give them."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """A tensor's bytes: `nbytes` at `offset` of `file`, row-major, little-endian."""
+
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The tensor's size in bytes."""
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+def read_bytes(location: Location, start: int = 0, nbytes: int | None = None) -> bytearray:
+    """Read `nbytes` (default: to the tensor's end) from byte `start` of the tensor.
+
+    Raises:
+        ReadError: the file is gone or shorter than its header says.
+    """
+    wanted = location.nbytes - start if nbytes is None else nbytes
+    buffer = bytearray(wanted)
+    view, at = memoryview(buffer), location.offset + start
+    try:
+        with location.file.open("rb", buffering=0) as file:
+            file.seek(at)
+            while view:
+                got = file.readinto(view)
+                if not got:
+                    size = os.fstat(file.fileno()).st_size
+                    raise ReadError(
+                        f"{location.file}: ends at byte {size}, its header promises more; "
+                        "it is truncated: copy or download it again"
+                    )
+                view = view[got:]
+    except OSError as error:
+        raise ReadError(f"{location.file}: cannot be read ({error.strerror})") from error
+    return buffer
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of a safetensors float dtype name (bfloat16 comes from ml_dtypes)."""
+    import ml_dtypes
+    import numpy as np
+
+    types = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+    return np.dtype(types[name])
+
+
+def read_rows(location: Location, rows: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Read some rows of a matrix: (len(rows), columns), as float32."""
+    import numpy as np
+
+    dtype = numpy_dtype(location.dtype)
+    width = location.nbytes // location.shape[0]
+    parts = [np.frombuffer(read_bytes(location, row * width, width), dtype) for row in rows]
+    return np.stack(parts).astype(np.float32)
