@@ -1,11 +1,11 @@
 """The errors a user can meet, and the list that gathers problems so that all are told at once.
 
-    MoemergeError        something a person can act on; anything else that escapes is our bug
-    ├── InputError       the config, a source or the output directory is wrong (exit code 2)
-    └── RunError         a failure on the way (exit code 1)
-        ├── ReadError    a source cannot be read to its end, or holds what no model should
-        ├── WriteError   the output cannot be written (disk full, permissions)
-        └── VerifyError  what was written is not what was planned
+MoemergeError        something a person can act on; anything else that escapes is our bug
+├── InputError       the config, a source or the output directory is wrong (exit code 2)
+└── RunError         a failure on the way (exit code 1)
+    ├── ReadError    a source cannot be read to its end, or holds what no model should
+    ├── WriteError   the output cannot be written (disk full, permissions)
+    └── VerifyError  what was written is not what was planned
 """
 
 from __future__ import annotations

@@ -62,6 +62,9 @@ def _directory(text: str, beside: Path | None) -> Path | None:
         return None
     path = Path(text.strip()).expanduser()
     for candidate in (path, beside / path if beside else path):
-        if candidate.is_dir():
-            return candidate.absolute()
+        try:
+            if candidate.is_dir():
+                return candidate.absolute()
+        except OSError:  # a name too long for the file system is no directory
+            return None
     return None

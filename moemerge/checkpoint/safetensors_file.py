@@ -73,7 +73,9 @@ def check_header(
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError(f"tensor {name!r} has a shape or offset that is not a natural number")
         if end - begin != math.prod(shape) * ITEMSIZE[dtype]:
-            raise ValueError(f"tensor {name!r}: shape {shape} of {dtype} is not {end - begin} bytes")
+            raise ValueError(
+                f"tensor {name!r}: shape {shape} of {dtype} is not {end - begin} bytes"
+            )
         if data_start + end > file_bytes:
             raise ValueError(
                 f"it is truncated: tensor {name!r} ends at byte {data_start + end}, "

@@ -1,0 +1,30 @@
+"""The read side: sources opened by their headers, tensors read when they are asked for."""
+
+from moemerge.checkpoint.donor import Donor, Opener
+from moemerge.checkpoint.lora import Adapter, Delta
+from moemerge.checkpoint.model import Checkpoint, fetch
+from moemerge.checkpoint.model_config import normalise
+from moemerge.checkpoint.tensors import (
+    FLOATS,
+    ITEMSIZE,
+    Location,
+    numpy_dtype,
+    read_bytes,
+    read_rows,
+)
+
+__all__ = [
+    "FLOATS",
+    "ITEMSIZE",
+    "Adapter",
+    "Checkpoint",
+    "Delta",
+    "Donor",
+    "Location",
+    "Opener",
+    "fetch",
+    "normalise",
+    "numpy_dtype",
+    "read_bytes",
+    "read_rows",
+]

@@ -1,0 +1,64 @@
+"""A donor: the model behind `base_model` or `experts[i]`, with the adapter on top, if any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moemerge.checkpoint.lora import Adapter, open_adapter
+from moemerge.checkpoint.model import Checkpoint, SourceProblem, open_checkpoint
+from moemerge.checkpoint.reference import Reference, parse_source
+from moemerge.errors import Findings
+
+
+@dataclass(frozen=True)
+class Donor:
+    """A dense model of the config, opened. `where` is its place there, for errors."""
+
+    where: str
+    name: str
+    model: Checkpoint
+    adapter: Adapter | None = None
+
+    @property
+    def identity(self) -> tuple[Path | str, ...]:
+        """Equal for two donors exactly when they are the same weights."""
+        adapter = (str(self.adapter.checkpoint.directory.resolve()),) if self.adapter else ()
+        return (str(self.model.directory.resolve()), *adapter)
+
+
+@dataclass
+class Opener:
+    """Opens each source once, however often a config names it."""
+
+    findings: Findings
+    beside: Path | None = None
+    cache_dir: str | None = None
+    opened: dict[Reference, Checkpoint] = field(default_factory=dict)
+
+    def donor(self, text: str, where: str, name: str = "") -> Donor | None:
+        """Open the source `text`; on a problem, record it and return None."""
+        try:
+            reference, on_top = parse_source(text, self.beside)
+        except ValueError as error:
+            self.findings.problem(where, str(error), "check the path, or write user/name")
+            return None
+        try:
+            model = self._open(reference)
+            if model.is_adapter:
+                raise SourceProblem("is a LoRA adapter", "write `base+adapter`")
+            adapter = None
+            if on_top:
+                found = self._open(on_top)
+                if not found.is_adapter:
+                    raise SourceProblem(f"{on_top.text} is no adapter", "write `base+adapter`")
+                adapter = open_adapter(found, model)
+        except SourceProblem as error:
+            self.findings.problem(where, f"{text}: {error.what}", error.fix)
+            return None
+        return Donor(where, name or (on_top or reference).short, model, adapter)
+
+    def _open(self, reference: Reference) -> Checkpoint:
+        if reference not in self.opened:
+            self.opened[reference] = open_checkpoint(reference, self.cache_dir)
+        return self.opened[reference]

@@ -1,0 +1,211 @@
+"""A model or an adapter, opened: its config and where each tensor lies; no weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from moemerge.checkpoint import hub, safetensors_file, torch_file
+from moemerge.checkpoint.model_config import normalise
+from moemerge.checkpoint.reference import Reference
+from moemerge.checkpoint.tensors import Location
+from moemerge.errors import ReadError
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_QUANTISED = "merge from the original weights: a merge cannot read quantised ones"
+
+
+class SourceProblem(Exception):
+    """A source that cannot be opened: `what` is wrong with it and how to `fix` it."""
+
+    def __init__(self, what: str, fix: str):
+        super().__init__(what)
+        self.what, self.fix = what, fix
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One source, opened. `absent` are weight files that are still on the Hub alone.
+
+    `fingerprint` tells this source's content from another's: the Hub's commit, or a digest of
+    sizes, times and headers.
+    """
+
+    reference: Reference
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, Location]
+    fingerprint: str
+    commit: str | None = None
+    absent: tuple[str, ...] = ()
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether this is a PEFT adapter and not a whole model."""
+        return "peft_type" in self.config
+
+
+def open_checkpoint(reference: Reference, cache_dir: str | None = None) -> Checkpoint:
+    """Open a model or adapter: read its config and headers.
+
+    Raises:
+        SourceProblem: it is missing, damaged, quantised, or not a model at all.
+    """
+    try:
+        if reference.directory:
+            return _open(reference, reference.directory, None)
+        snapshot = hub.open_snapshot(reference, cache_dir)
+        return _open(reference, snapshot.directory, snapshot)
+    except hub.HubError as error:
+        raise SourceProblem(error.what, error.fix) from error
+    except OSError as error:
+        what = f"{error.filename or reference.text} cannot be read ({error.strerror})"
+        raise SourceProblem(what, "check the path and its permissions") from error
+
+
+def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -> Checkpoint:
+    """Download the files that hold the tensors `names`, if they are absent; open them again.
+
+    Raises:
+        ReadError: the download failed, or what came is not what the plan was made from.
+    """
+    files = {checkpoint.tensors[name].file.name for name in names} & set(checkpoint.absent)
+    if not files:
+        return checkpoint
+    reference, commit = checkpoint.reference, str(checkpoint.commit)
+    hub.fetch(reference.repo, commit, files, cache_dir)
+    tensors = dict(checkpoint.tensors)
+    for file in files:
+        path = checkpoint.directory / file
+        try:
+            found = safetensors_file.read_header(path)
+        except ValueError as error:
+            raise ReadError(f"{path}: {error}") from error
+        for name, location in found.items():
+            if name in tensors and tensors[name].file == path:
+                if (location.dtype, location.shape) != (tensors[name].dtype, tensors[name].shape):
+                    raise ReadError(f"{path}: {name} is not what the Hub said; run again")
+                tensors[name] = location
+    absent = tuple(file for file in checkpoint.absent if file not in files)
+    return dataclasses.replace(checkpoint, tensors=tensors, absent=absent)
+
+
+def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) -> Checkpoint:
+    listed = set(snapshot.files) if snapshot else set()
+    names = listed | {path.name for path in directory.iterdir()}
+    adapter = "adapter_config.json" in names and "config.json" not in names
+    config_name = "adapter_config.json" if adapter else "config.json"
+    weights = _ADAPTER_WEIGHTS if adapter else _WEIGHTS
+    if config_name not in names:
+        raise _no_model(directory, names)
+    config = _read_json(directory / config_name)
+    if not adapter:
+        try:
+            config = normalise(config)
+        except ValueError as error:
+            raise SourceProblem(f"config.json: {error}", "repair it") from error
+        if config.get("quantization_config") or config.get("compression_config"):
+            method = (config.get("quantization_config") or {}).get("quant_method", "some")
+            raise SourceProblem(f"is quantised ({method})", _QUANTISED)
+    files, index = _weight_files(directory, names, weights)
+    absent = tuple(file for file in files if not (directory / file).exists())
+    tensors: dict[str, Location] = {}
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        found = _read_header(directory / file, reference, snapshot)
+        for name, location in found.items():
+            if index is None or index.get(name) == file:
+                tensors[name] = location
+        stat = (directory / file).stat() if file not in absent else None
+        digest.update(repr((file, stat and (stat.st_size, stat.st_mtime_ns))).encode())
+        digest.update(repr([(n, t.dtype, t.shape, t.offset) for n, t in found.items()]).encode())
+    if index is not None and (missing := sorted(index.keys() - tensors.keys())):
+        raise SourceProblem(
+            f"its index names {missing[0]!r} in {index[missing[0]]}, which is not there"
+            + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""),
+            "download or save the model again",
+        )
+    commit = snapshot.commit if snapshot else None
+    fingerprint = commit or digest.hexdigest()
+    return Checkpoint(reference, directory, config, tensors, fingerprint, commit, absent)
+
+
+def _no_model(directory: Path, names: set[str]) -> SourceProblem:
+    if any(name.endswith(".gguf") for name in names):
+        return SourceProblem("holds GGUF files", _QUANTISED)
+    return SourceProblem(
+        f"holds no config.json ({directory})", "name a model directory in transformers' format"
+    )
+
+
+def _weight_files(
+    directory: Path, names: set[str], weights: tuple[str, ...]
+) -> tuple[list[str], dict[str, str] | None]:
+    """The weight files, and which holds which tensor where an index says so."""
+    for weight in weights:
+        index_name = f"{weight}.index.json"
+        if index_name in names:
+            index = _read_json(directory / index_name).get("weight_map")
+            if not isinstance(index, dict) or not index:
+                raise SourceProblem(f"{index_name} has no weight_map", "save the model again")
+            for file in index.values():
+                if not _is_plain_name(file):
+                    raise SourceProblem(
+                        f"{index_name} names {file!r}, which leaves its directory",
+                        "do not use this model: its index is hostile or broken",
+                    )
+            files = sorted(set(index.values()))
+            for file in files:
+                if file not in names:
+                    raise SourceProblem(
+                        f"{index_name} names {file}, which is not there", "download it again"
+                    )
+            return files, index
+        if weight in names:
+            return [weight], None
+    if any(name.endswith(".gguf") for name in names):
+        raise SourceProblem("holds its weights as GGUF only", _QUANTISED)
+    raise SourceProblem(f"holds none of {', '.join(weights)}", "download the model's weights")
+
+
+def _is_plain_name(file: object) -> bool:
+    return (
+        isinstance(file, str)
+        and file not in ("", ".", "..")
+        and "\0" not in file
+        and PurePosixPath(file).name == file == PureWindowsPath(file).name
+    )
+
+
+def _read_header(
+    path: Path, reference: Reference, snapshot: hub.Snapshot | None
+) -> dict[str, Location]:
+    try:
+        if path.suffix == ".safetensors":
+            if snapshot is None or path.exists():
+                return safetensors_file.read_header(path)
+            header = hub.read_remote_header(snapshot, reference, path.name)
+            return safetensors_file.check_header(header, path, 2**63, 0)
+        if snapshot is not None and not path.exists():
+            hub.fetch(reference.repo, snapshot.commit, [path.name], str(path.parents[3]))
+        return torch_file.read_header(path)
+    except ValueError as error:
+        raise SourceProblem(f"{path.name}: {error}", "download or save the model again") from error
+    except ReadError as error:
+        raise SourceProblem(str(error), "try again later") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise SourceProblem(f"{path.name} is not JSON ({error})", "download it again") from error
+    if not isinstance(value, dict):
+        raise SourceProblem(f"{path.name} is not a JSON object", "download it again")
+    return value
