@@ -62,7 +62,7 @@ class Options:
     given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
-        problems = []
+        problems: list[Problem] = []
         try:
             ShardSize.parse(self.shard_size)
         except InputError as error:

@@ -19,11 +19,12 @@ _SMALL_FILES = [
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository's cached folder at one commit; `files` is what the Hub lists, if it was asked."""
+    """A repository's cached folder at one commit; `files` is what the Hub lists, if asked."""
 
     directory: Path
     commit: str
     files: tuple[str, ...]
+    cache_dir: str | None
 
 
 class HubError(Exception):
@@ -56,7 +57,7 @@ def open_snapshot(reference: Reference, cache_dir: str | None) -> Snapshot:
             where["revision"] = info.sha
             folder = snapshot_download(allow_patterns=_SMALL_FILES, **where)
             names = tuple(sibling.rfilename for sibling in info.siblings or ())
-            return Snapshot(Path(folder), str(info.sha), names)
+            return Snapshot(Path(folder), str(info.sha), names, cache_dir)
         except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
             failure = error
             if _explain(error) is not None:
@@ -69,7 +70,7 @@ def open_snapshot(reference: Reference, cache_dir: str | None) -> Snapshot:
             f"{reference.text} is neither a directory nor in the Hub's cache, and {reason}",
             "check the name, or download it where there is a network",
         ) from (failure or error)
-    return Snapshot(folder, folder.name, ())
+    return Snapshot(folder, folder.name, (), cache_dir)
 
 
 def read_remote_header(snapshot: Snapshot, reference: Reference, file: str) -> dict[str, Any]:

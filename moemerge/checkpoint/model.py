@@ -193,7 +193,7 @@ def _read_header(
             header = hub.read_remote_header(snapshot, reference, path.name)
             return safetensors_file.check_header(header, path, 2**63, 0)
         if snapshot is not None and not path.exists():
-            hub.fetch(reference.repo, snapshot.commit, [path.name], str(path.parents[3]))
+            hub.fetch(reference.repo, snapshot.commit, [path.name], snapshot.cache_dir)
         return torch_file.read_header(path)
     except ValueError as error:
         raise SourceProblem(f"{path.name}: {error}", "download or save the model again") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def check_header(
         spans.append((begin, end, name))
         tensors[name] = Location(path, data_start + begin, dtype, tuple(shape))
     spans.sort()
-    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, end, first), (begin, _, second) in pairwise(spans):
         if begin < end:
             raise ValueError(f"tensors {first!r} and {second!r} overlap")
     return tensors

@@ -69,8 +69,14 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     import ml_dtypes
     import numpy as np
 
-    types = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-    return np.dtype(types[name])
+    types: dict[str, Any] = {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+    }
+    found: np.dtype[Any] = np.dtype(types[name])
+    return found
 
 
 def read_rows(location: Location, rows: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:

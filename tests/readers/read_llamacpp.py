@@ -36,11 +36,8 @@ def _parameters(gguf_file: Path, request: Request) -> xllamacpp.CommonParams:
     parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     # A token is at least a byte.
-    longest = max(
-        len(prompt.encode()) if isinstance(prompt, str) else len(prompt)
-        for prompt in request.prompts
-    )
-    parameters.n_ctx = longest + request.new_tokens + 8
+    lengths = [len(p.encode()) if isinstance(p, str) else len(p) for p in request.prompts]
+    parameters.n_ctx = max(lengths, default=0) + request.new_tokens + 8
     parameters.n_parallel = 1
     parameters.warmup = False
     return parameters
@@ -64,6 +61,7 @@ def _continue(
                 "max_tokens": new_tokens - len(generated),
                 "temperature": 0,
                 "logprobs": 1,
+                "cache_prompt": False,
             }
         )
         if "choices" not in answer:

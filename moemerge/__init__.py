@@ -1,0 +1,1 @@
+"""Make one mixture-of-experts language model out of several dense ones."""

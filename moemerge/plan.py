@@ -1,0 +1,235 @@
+"""THE types: a merge as data. A `Plan` is ordered shards of tensors, each with its recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moemerge import recipe
+from moemerge.checkpoint import ITEMSIZE
+from moemerge.recipe import Read, Recipe
+
+ROUTERS = "routers"
+"""The source that router tensors are read from: made by a gate mode, not named by a config."""
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor; `expert` is the index of the expert that it belongs to alone, if any."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    recipe: Recipe
+    expert: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many values it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.parameters * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file, independent of every other; `digest` stands for all it is made of."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+    digest: str
+
+    def header(self) -> bytes:
+        """The file's first bytes: length and JSON, padded so that the data begins at 8n."""
+        return file_header(self.tensors, {"format": "pt", "moemerge": self.digest})
+
+    @property
+    def nbytes(self) -> int:
+        """The file's size, header included."""
+        return len(self.header()) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model or adapter that tensors are read from: a `directory`, or the Hub's repo at `commit`.
+
+    `fingerprint` is the commit, or a digest of the files' sizes and headers.
+    """
+
+    reference: str
+    fingerprint: str
+    directory: str | None = None
+    repo: str | None = None
+    commit: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be written, and from what. `config` is the output's config.json."""
+
+    architecture: str
+    gate_mode: str
+    seed: int
+    dtype: str
+    experts: tuple[str, ...]
+    experts_per_token: int
+    config: dict[str, Any]
+    sources: tuple[Source, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def tensors(self) -> Iterator[PlannedTensor]:
+        """Every tensor in the order of writing."""
+        return (tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def parameters(self) -> int:
+        """The parameters of the whole model."""
+        return sum(tensor.parameters for tensor in self.tensors)
+
+    @property
+    def active_parameters(self) -> int:
+        """The parameters that one token passes: everything but the experts not chosen."""
+        of_experts = sum(t.parameters for t in self.tensors if t.expert is not None)
+        idle = of_experts * (len(self.experts) - self.experts_per_token) // len(self.experts)
+        return self.parameters - idle
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all shards in bytes."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """Equal for two plans exactly when they make the same files of the same sources."""
+        data = self.to_json()
+        for source in data["sources"]:
+            source.pop("directory")
+        return _digest(data)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        data = dataclasses.asdict(dataclasses.replace(self, shards=()))
+        data["shards"] = [
+            {
+                "file": shard.file,
+                "digest": shard.digest,
+                "tensors": [
+                    {**vars(tensor), "recipe": recipe.to_json(tensor.recipe)}
+                    for tensor in shard.tensors
+                ],
+            }
+            for shard in self.shards
+        ]
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError: the data is not one.
+        """
+        shards = tuple(
+            Shard(
+                shard["file"],
+                tuple(
+                    PlannedTensor(
+                        **{
+                            **tensor,
+                            "shape": tuple(tensor["shape"]),
+                            "recipe": recipe.from_json(tensor["recipe"]),
+                        }
+                    )
+                    for tensor in shard["tensors"]
+                ),
+                shard["digest"],
+            )
+            for shard in data["shards"]
+        )
+        sources = tuple(Source(**source) for source in data["sources"])
+        tuples = {"shards": shards, "sources": sources, "experts": tuple(data["experts"])}
+        return cls(**{**data, **tuples})
+
+
+def make_shards(
+    routers: Iterable[PlannedTensor],
+    others: Iterable[PlannedTensor],
+    max_shard_bytes: int,
+    sources: Iterable[Source],
+) -> tuple[Shard, ...]:
+    """Cut the tensors into shards named as transformers names them; the first is the routers."""
+    fingerprints = {source.reference: source.fingerprint for source in sources}
+    groups = [tuple(routers), *cut(others, max_shard_bytes)]
+    return tuple(
+        Shard(
+            f"model-{number:05d}-of-{len(groups):05d}.safetensors",
+            group,
+            _digest([[vars(t) | {"recipe": recipe.to_json(t.recipe)} for t in group],
+                     sorted((read.source, fingerprints.get(read.source, ""))
+                            for read in {r for t in group for r in recipe.reads(t.recipe)})]),
+        )
+        for number, group in enumerate(groups, start=1)
+    )  # fmt: skip
+
+
+def cut(
+    tensors: Iterable[PlannedTensor], max_shard_bytes: int
+) -> Iterator[tuple[PlannedTensor, ...]]:
+    """Yield groups in order, each as full as it can be without splitting a tensor.
+
+    A tensor larger than `max_shard_bytes` gets a group of its own, as in transformers.
+    """
+    group: list[PlannedTensor] = []
+    size = 0
+    for tensor in tensors:
+        if group and size + tensor.nbytes > max_shard_bytes:
+            yield tuple(group)
+            group, size = [], 0
+        group.append(tensor)
+        size += tensor.nbytes
+    if group:
+        yield tuple(group)
+
+
+def file_header(tensors: Iterable[PlannedTensor], metadata: dict[str, str]) -> bytes:
+    """The header of a safetensors file that holds `tensors` in this order."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]
+        }  # fmt: skip
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def weight_index(plan: Plan) -> dict[str, Any]:
+    """The index that tells readers which shard holds which tensor."""
+    return {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in plan.tensors)},
+        "weight_map": {t.name: shard.file for shard in plan.shards for t in shard.tensors},
+    }
+
+
+def router_tensor(name: str, experts: int, hidden_size: int, dtype: str) -> PlannedTensor:
+    """A layer's router, (E, D), read from what the gate mode made."""
+    return PlannedTensor(name, (experts, hidden_size), dtype, Read(ROUTERS, name))
+
+
+def _digest(data: object) -> str:
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

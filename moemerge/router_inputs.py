@@ -1,0 +1,249 @@
+"""What each layer's router will see while the base model reads some text.
+
+That is the output of the layer's post-attention norm, in the base model: the MoE's body. The model
+is run layer by layer, all prompts through one layer before the next, so that each weight is read
+once and one layer at a time can be enough. Neither head nor logits are ever computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from moemerge import recipe
+from moemerge.checkpoint import Donor, read_rows
+from moemerge.options import Options
+from moemerge.prompts import Prompt
+from moemerge.recipe import Sources
+from moemerge.reporting import Reporter
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    Matrix = np.ndarray[Any, np.dtype[np.float32]]
+
+BATCH_TOKENS = 2048
+"""The most tokens a batch holds, padding included: bounds what activations cost."""
+
+_EMBEDDING = "model.embed_tokens.weight"
+_LAYER = "model.layers.{layer}."
+
+
+def router_inputs(
+    base: Donor, sources: Sources, prompts: list[Prompt], options: Options, reporter: Reporter
+) -> Iterator[list[Matrix]]:
+    """Yield, for each layer, what its router sees at each prompt's own tokens: (T, D) per prompt.
+
+    With `options.lazy` one layer's weights are in memory at a time; without, the layers to come are
+    read while others compute, up to the whole model. The values are the same, bit for bit.
+    """
+    import torch
+
+    device = pick_device(options.device)
+    config = base.model.config
+    dtype = _compute_dtype(base, sources, device)
+    batches = _batches(prompts)
+    states = _embed_batches(base, sources, prompts, batches, dtype, device)
+    layers = range(config["num_hidden_layers"])
+
+    def load(layer: int) -> dict[str, torch.Tensor]:
+        return _layer_weights(base, sources, layer, dtype)
+
+    with (
+        torch.inference_mode(),
+        reporter.progress("prompts through the base model", len(layers), "layer") as advance,
+    ):
+        for layer, weights in zip(layers, _in_turn(load, layers, options.lazy), strict=True):
+            body = _one_layer(config, layer, weights, device, options)
+            weights.clear()
+            seen: dict[int, Matrix] = {}
+            for batch, state in zip(batches, states, strict=True):
+                _run(body, prompts, batch, state, seen)
+            advance(1)
+            yield [seen[number] for number in range(len(prompts))]
+
+
+def embed(base: Donor, sources: Sources, ids: list[int]) -> dict[int, Matrix]:
+    """The embedding (D) of each token id; only these rows are read."""
+    read = next(recipe.reads(recipe.of_donor(base, _EMBEDDING)))
+    rows = read_rows(sources[read.source][read.tensor], ids)
+    return dict(zip(ids, rows, strict=True))
+
+
+def pick_device(name: str) -> str:
+    """The device that `auto` means here; any other name is itself."""
+    import torch
+
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _compute_dtype(base: Donor, sources: Sources, device: str) -> torch.dtype:
+    """The weights' own dtype; float32 for float16 on a CPU, which has no arithmetic for it."""
+    import torch
+
+    read = next(recipe.reads(recipe.of_donor(base, _EMBEDDING)))
+    stored = sources[read.source][read.tensor].dtype
+    if stored == "F16" and device != "cpu":
+        return torch.float16
+    return torch.bfloat16 if stored == "BF16" else torch.float32
+
+
+def _batches(prompts: list[Prompt]) -> list[list[int]]:
+    """Prompt numbers in batches of like length, the longest first."""
+    order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number].ids), number))
+    batches: list[list[int]] = []
+    for number in order:
+        fits = batches and (len(batches[-1]) + 1) * len(prompts[batches[-1][0]].ids) <= BATCH_TOKENS
+        if fits:
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
+def _embed_batches(
+    base: Donor,
+    sources: Sources,
+    prompts: list[Prompt],
+    batches: list[list[int]],
+    dtype: torch.dtype,
+    device: str,
+) -> list[torch.Tensor]:
+    """The residual stream before the first layer: (B, T, D) per batch, padded on the right."""
+    import torch
+
+    rows = embed(base, sources, sorted({number for prompt in prompts for number in prompt.ids}))
+    states = []
+    for batch in batches:
+        length = len(prompts[batch[0]].ids)
+        state = torch.zeros(len(batch), length, base.model.config["hidden_size"], dtype=dtype)
+        for row, number in enumerate(batch):
+            for at, token in enumerate(prompts[number].ids):
+                state[row, at] = torch.from_numpy(rows[token])
+        states.append(state.to(device))
+    return states
+
+
+def _in_turn(
+    load: Callable[[int], dict[str, torch.Tensor]], layers: range, lazy: bool
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Each layer's weights when it is its turn; read ahead in a thread unless `lazy`."""
+    if lazy:
+        yield from map(load, layers)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(load, layer) for layer in layers]
+        try:
+            while ahead:
+                yield ahead.pop(0).result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _layer_weights(
+    base: Donor, sources: Sources, layer: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The layer's tensors by their names within it."""
+    prefix = _LAYER.format(layer=layer)
+    return {
+        name.removeprefix(prefix): recipe.load(
+            name, location.shape, recipe.of_donor(base, name), sources
+        ).to(dtype)
+        for name, location in base.model.tensors.items()
+        if name.startswith(prefix) and not name.endswith("inv_freq")
+    }
+
+
+def _one_layer(
+    config: dict[str, Any],
+    layer: int,
+    weights: dict[str, torch.Tensor],
+    device: str,
+    options: Options,
+) -> Any:
+    """transformers' own body with this decoder layer alone and no final norm.
+
+    Built without memory on the meta device; only the rotary embedding is built for real, since its
+    buffers are computed at construction and stand in no file.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    settings = {**config, "num_hidden_layers": 1, "vocab_size": 1, "pad_token_id": None}
+    if config.get("layer_types"):
+        settings["layer_types"] = [config["layer_types"][layer]]
+    one = AutoConfig.for_model(**settings)
+    with torch.device("meta"):
+        body = AutoModel.from_config(one)
+    body.rotary_emb = type(body.rotary_emb)(config=one)
+    body.norm = torch.nn.Identity()
+    body.embed_tokens = torch.nn.Identity()
+    body.layers[0].load_state_dict(weights, assign=True)
+    if options.load_in_4bit or options.load_in_8bit:
+        _quantise(body.layers[0], options.load_in_4bit)
+    return body.eval().to(device)
+
+
+def _quantise(module: torch.nn.Module, four_bits: bool) -> None:
+    """Replace every linear by bitsandbytes' 4-bit (NF4) or 8-bit one; moving it quantises it."""
+    import bitsandbytes as bnb
+    import torch
+
+    for name, child in list(module.named_children()):
+        if not isinstance(child, torch.nn.Linear):
+            _quantise(child, four_bits)
+            continue
+        new: Any
+        if four_bits:
+            new = bnb.nn.Linear4bit(
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                compute_dtype=child.weight.dtype,
+                quant_type="nf4",
+                device="meta",
+            )
+            new.weight = bnb.nn.Params4bit(child.weight, requires_grad=False, quant_type="nf4")
+        else:
+            new = bnb.nn.Linear8bitLt(
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                has_fp16_weights=False,
+                device="meta",
+            )
+            new.weight = bnb.nn.Int8Params(
+                child.weight, requires_grad=False, has_fp16_weights=False
+            )
+        new.bias = child.bias
+        setattr(module, name, new)
+
+
+def _run(
+    body: Any, prompts: list[Prompt], batch: list[int], state: torch.Tensor, seen: dict[int, Matrix]
+) -> None:
+    """Send a batch through the layer, in place; note what its MLP, and so a router, is given."""
+    import torch
+
+    lengths = torch.tensor([len(prompts[number].ids) for number in batch])
+    mask = (torch.arange(state.shape[1]) < lengths[:, None]).long().to(state.device)
+
+    def note(module: object, args: tuple[torch.Tensor, ...]) -> None:
+        inputs = args[0].float().cpu().numpy()
+        for row, number in enumerate(batch):
+            prompt = prompts[number]
+            seen[number] = inputs[row, prompt.own : len(prompt.ids)].copy()
+
+    hook = body.layers[0].mlp.register_forward_pre_hook(note)
+    try:
+        state.copy_(
+            body(inputs_embeds=state, attention_mask=mask, use_cache=False).last_hidden_state
+        )
+    finally:
+        hook.remove()
