@@ -1,4 +1,4 @@
-"""cheap_embed: the mean embedding of the prompts' tokens, the same in every layer; no model runs."""
+"""cheap_embed: the prompts' mean token embedding, the same in every layer; no model runs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from moemerge.gates.hidden_avg import contrast
 from moemerge.router_inputs import embed
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from moemerge.gates import Matrix
+    from moemerge.gates.hidden_avg import Vector
     from moemerge.prompts import Prompt
 
 USES = frozenset({"prompts"})
@@ -22,10 +21,13 @@ def routers(task: Task) -> list[Matrix]:
 
     The idea is mergekit's `cheap_embed`; a router sees something else, but it costs nothing.
     """
+    import numpy as np
+
     prompts = [prompt for expert in task.experts for prompt in expert.positive + expert.negative]
     table = embed(task.base, task.sources, sorted({i for p in prompts for i in p.ids[p.own :]}))
 
-    def mean(prompt: Prompt) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        return sum(table[i] for i in prompt.ids[prompt.own :]) / (len(prompt.ids) - prompt.own)  # type: ignore[return-value]
+    def mean(prompt: Prompt) -> Vector:
+        vector: Vector = np.mean([table[i] for i in prompt.ids[prompt.own :]], axis=0)
+        return vector
 
     return [contrast(task.experts, mean)] * len(task.names)

@@ -1,0 +1,247 @@
+"""The output directory: what may be there, what is carried over, and what makes it a model.
+
+While a merge runs, `.moemerge/` holds what is unfinished and `started.json`, which lists every file
+that the merge may write. The index and `config.json`, without which no program takes the directory
+for a model, come last, each by an atomic rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from moemerge.errors import Findings, WriteError
+from moemerge.plan import INDEX_FILE, Plan, weight_index
+from moemerge.version import __version__
+
+MANIFEST_FILE = "moemerge.json"
+CARD_FILE = "README.md"
+CONFIG_FILE = "config.json"
+STATE_DIRECTORY = ".moemerge"
+_STARTED = "started.json"
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_MODEL_SUFFIXES = (".safetensors", ".bin", ".gguf", ".index.json", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished directory says of itself: the config, the plan, and its files' checksums.
+
+    `files` maps each name to its `bytes` and `xxh3` (64 bits, hex); the card, which is a person's
+    to edit, has neither.
+    """
+
+    config: str
+    plan: Plan
+    files: dict[str, dict[str, Any]]
+    version: str = __version__
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as plain data."""
+        plan = self.plan.to_json()
+        return {
+            "moemerge": self.version,
+            "plan_digest": self.plan.digest,
+            "seed": self.plan.seed,
+            "config": self.config,
+            "sources": plan.pop("sources"),
+            "files": self.files,
+            "plan": plan,
+        }
+
+
+def read_manifest(out: Path) -> Manifest:
+    """Read a finished directory's manifest.
+
+    Raises:
+        ValueError: it is not one, or was changed; says how.
+        OSError: it cannot be read.
+    """
+    data = json.loads((out / MANIFEST_FILE).read_text(encoding="utf-8"))
+    try:
+        plan = Plan.from_json({**data["plan"], "sources": data["sources"]})
+        files = {name: dict(entry) for name, entry in data["files"].items()}
+        if not all(map(_is_inside, [*files, *(shard.file for shard in plan.shards)])):
+            raise ValueError("it names a file outside its directory")
+        if plan.digest != data["plan_digest"]:
+            raise ValueError("its plan is not the one its digest was made from")
+        return Manifest(data["config"], plan, files, data["moemerge"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it lacks or mistypes {error}") from error
+
+
+def carried_files(base: Path, copy_tokenizer: bool) -> tuple[Path, ...]:
+    """The base model's files that go along, relative to it: generation config and tokenizer."""
+    names = [Path("generation_config.json")]
+    if copy_tokenizer:
+        names += map(Path, _TOKENIZER_FILES)
+        extra = base / "additional_chat_templates"
+        names += sorted(path.relative_to(base) for path in extra.glob("*.jinja"))
+    return tuple(name for name in names if (base / name).is_file())
+
+
+def file_names(plan: Plan, carried: Iterable[Path]) -> tuple[str, ...]:
+    """Every file that a merge by this plan writes."""
+    own = (INDEX_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE)
+    return (*(shard.file for shard in plan.shards), *(name.as_posix() for name in carried), *own)
+
+
+def check(
+    out: Path,
+    files: Iterable[str],
+    needed: int,
+    sources: Iterable[Path],
+    overwrite: bool,
+    findings: Findings,
+) -> None:
+    """Record what forbids writing `files`, of `needed` bytes in all, to `out`."""
+    where = str(out)
+    if out.exists() and not out.is_dir():
+        findings.problem(where, "is a file", "name a directory")
+        return
+    resolved = out.resolve()
+    if any(source.resolve() == resolved for source in sources):
+        findings.problem(where, "is one of the sources", "name another directory")
+        return
+    ours = set(_listed(out))
+    there = [path for path in out.iterdir() if path.name != STATE_DIRECTORY] if out.is_dir() else []
+    strangers = sorted(path.name for path in there if not any(
+        name == path.name or name.startswith(f"{path.name}/") for name in ours
+    ))  # fmt: skip
+    clash = [n for n in strangers if n in set(files) or n.endswith(_MODEL_SUFFIXES)]
+    if there and not ours and not overwrite:
+        findings.problem(where, f"is not empty ({strangers[0]})", "name a new directory")
+    elif clash:
+        findings.problem(
+            where,
+            f"holds {clash[0]}, which moemerge did not write",
+            "name a new directory, or move that file away",
+        )
+    elif strangers and not ours:
+        findings.problem(
+            where,
+            f"holds {strangers[0]} and no {MANIFEST_FILE}, so nothing there is moemerge's",
+            "name a new directory: --overwrite removes only what moemerge wrote",
+        )
+    elif (out / CONFIG_FILE).exists() and not overwrite:
+        findings.problem(where, "holds a finished model", "pass --overwrite to replace it")
+    parent = next(path for path in (resolved, *resolved.parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        findings.problem(where, f"{parent} cannot be written", "name a directory of your own")
+    freed = sum((out / name).stat().st_size for name in ours if (out / name).is_file())
+    free = shutil.disk_usage(parent).free + freed
+    if needed > free:
+        findings.problem(
+            where,
+            f"needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free",
+            f"free {(needed - free) / 1e9:.1f} GB or name a directory on another disk",
+        )
+
+
+def begin(out: Path, files: Iterable[str]) -> Path:
+    """Clear what an earlier merge left, mark this one as started, and return the state directory.
+
+    `config.json` and the index go first, so that the directory never passes for a model; then only
+    files that a manifest or an interrupted merge lists.
+    """
+    with writing(out):
+        old = _listed(out)
+        state = out / STATE_DIRECTORY
+        shutil.rmtree(state, ignore_errors=True) if not old else None
+        state.mkdir(parents=True, exist_ok=True)
+        write_json(state / _STARTED, {"files": sorted({*old, *files})})
+        for name in (CONFIG_FILE, INDEX_FILE, *old):
+            (out / name).unlink(missing_ok=True)
+        for path in state.iterdir():
+            if path.name != _STARTED:
+                path.unlink()
+        write_json(state / _STARTED, {"files": sorted(files)})
+        return state
+
+
+def carry(base: Path, out: Path, carried: Iterable[Path]) -> None:
+    """Copy the base model's small files byte for byte.
+
+    But for one class name: transformers 5 writes `TokenizersBackend`, which version 4 does not
+    know; `PreTrainedTokenizerFast` means the same to both.
+    """
+    with writing(out):
+        for name in carried:
+            content = (base / name).read_bytes()
+            if name.name == "tokenizer_config.json":
+                content = re.sub(
+                    rb'("tokenizer_class"\s*:\s*)"TokenizersBackend"',
+                    rb'\1"PreTrainedTokenizerFast"',
+                    content,
+                )
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_bytes(content)
+
+
+def finish(out: Path, manifest: Manifest) -> None:
+    """Make the directory a model: manifest, then index, then config.json."""
+    with writing(out):
+        write_json(out / MANIFEST_FILE, manifest.to_json())
+        write_json(out / INDEX_FILE, weight_index(manifest.plan))
+        shutil.rmtree(out / STATE_DIRECTORY)
+        write_json(out / CONFIG_FILE, manifest.plan.config)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON so that the file is either the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(as_json(data))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def as_json(data: object) -> str:
+    """JSON as every file here is written."""
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turn what a file system says into a `WriteError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        fix = "check the path and its permissions"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = "free space there, then run the same command again"
+        where = error.filename or out
+        raise WriteError(f"{where}: cannot be written ({error.strerror}); {fix}") from error
+
+
+def _listed(out: Path) -> list[str]:
+    """The files in `out` that moemerge wrote, by the started merge's list or the manifest."""
+    names: list[str] = []
+    for path in (out / STATE_DIRECTORY / _STARTED, out / MANIFEST_FILE):
+        try:
+            files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        names += [name for name in files if _is_inside(name)]
+    return [name for name in dict.fromkeys(names) if (out / name).is_file()]
+
+
+def _is_inside(name: object) -> bool:
+    """Whether a name from a file can only mean something within its directory."""
+    if not isinstance(name, str) or "\0" in name or PureWindowsPath(name).drive:
+        return False
+    path = PurePosixPath(name.replace("\\", "/"))
+    return not path.is_absolute() and ".." not in path.parts and bool(path.parts)
