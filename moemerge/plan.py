@@ -225,9 +225,9 @@ def weight_index(plan: Plan) -> dict[str, Any]:
     }
 
 
-def router_tensor(name: str, experts: int, hidden_size: int, dtype: str) -> PlannedTensor:
+def router_tensor(name: str, shape: tuple[int, ...], dtype: str) -> PlannedTensor:
     """A layer's router, (E, D), read from what the gate mode made."""
-    return PlannedTensor(name, (experts, hidden_size), dtype, Read(ROUTERS, name))
+    return PlannedTensor(name, shape, dtype, Read(ROUTERS, name))
 
 
 def _digest(data: object) -> str:

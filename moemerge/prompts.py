@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from moemerge.checkpoint import Donor
+from moemerge.config import MergeConfig
+from moemerge.errors import Findings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -19,6 +24,74 @@ class Prompt:
 
     ids: tuple[int, ...]
     own: int
+
+
+@dataclass(frozen=True)
+class ExpertPrompts:
+    """One expert's prompts, encoded."""
+
+    positive: tuple[Prompt, ...]
+    negative: tuple[Prompt, ...]
+
+
+def check_prompts(config: MergeConfig, findings: Findings) -> None:
+    """Record experts without prompts, and experts that no prompt tells apart."""
+    seen: dict[tuple[frozenset[str], frozenset[str]], int] = {}
+    for index, expert in enumerate(config.experts):
+        where = config.where(f"experts[{index}]")
+        both = (frozenset(expert.positive_prompts), frozenset(expert.negative_prompts))
+        if not expert.positive_prompts:
+            findings.problem(
+                where,
+                f"has no positive_prompts, which gate_mode: {config.gate_mode} needs",
+                "add some, or use gate_mode: random and train the routers afterwards",
+            )
+        elif both[0] == both[1]:
+            what = "its positive and negative prompts are the same"
+            findings.problem(where, what, "change one of them")
+        elif both in seen:
+            findings.problem(
+                where,
+                f"has the same prompts as experts[{seen[both]}], so no router can choose",
+                "give each expert its own, or use gate_mode: random",
+            )
+        seen.setdefault(both, index)
+
+
+def encode_prompts(
+    config: MergeConfig, base: Donor, findings: Findings
+) -> tuple[ExpertPrompts, ...]:
+    """Every expert's prompts as the base model reads them; record those that it cannot."""
+    try:
+        encoder = Encoder(base.model.directory)
+    except ValueError as error:
+        fix = "add its tokenizer.json, or use gate_mode: random"
+        findings.problem(base.where, f"prompts cannot be read: {error}", fix)
+        return ()
+    limits = base.model.config.get("max_position_embeddings"), base.model.config.get("vocab_size")
+
+    def encode(texts: tuple[str, ...], key: str) -> Iterator[Prompt]:
+        for number, text in enumerate(texts):
+            prompt, where = encoder.encode(text), config.where(f"{key}[{number}]")
+            longest, vocabulary = (limit if isinstance(limit, int) else 2**63 for limit in limits)
+            if len(prompt.ids) == prompt.own:
+                findings.problem(where, "has no tokens", "write another prompt")
+            elif len(prompt.ids) > longest:
+                what = f"is {len(prompt.ids)} tokens long, the base model takes {longest}"
+                findings.problem(where, what, "shorten it")
+            elif max(prompt.ids) >= vocabulary:
+                what = f"has token {max(prompt.ids)}, the base model embeds {vocabulary}"
+                findings.problem(where, what, "use the tokenizer that the model came with")
+            else:
+                yield prompt
+
+    return tuple(
+        ExpertPrompts(
+            tuple(encode(expert.positive_prompts, f"experts[{index}].positive_prompts")),
+            tuple(encode(expert.negative_prompts, f"experts[{index}].negative_prompts")),
+        )
+        for index, expert in enumerate(config.experts)
+    )
 
 
 class Encoder:

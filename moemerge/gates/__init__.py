@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from moemerge.checkpoint import Donor
 from moemerge.options import Options
-from moemerge.prompts import Prompt
+from moemerge.prompts import ExpertPrompts
 from moemerge.recipe import Sources
 from moemerge.reporting import Reporter
 
@@ -18,14 +18,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     Matrix = np.ndarray[Any, np.dtype[np.float32]]
-
-
-@dataclass(frozen=True)
-class ExpertPrompts:
-    """One expert's prompts, as the base model reads them."""
-
-    positive: tuple[Prompt, ...]
-    negative: tuple[Prompt, ...]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from moemerge.gates import ExpertPrompts, Task
-from moemerge.prompts import Prompt
+from moemerge.gates import Task
+from moemerge.prompts import ExpertPrompts, Prompt
 from moemerge.router_inputs import router_inputs
 
 if TYPE_CHECKING:

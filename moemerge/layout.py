@@ -1,0 +1,172 @@
+"""An architecture's slots filled from the donors: each tensor's recipe, and what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from moemerge import recipe
+from moemerge.architectures import Architecture, Slot
+from moemerge.checkpoint import FLOATS, ITEMSIZE, Checkpoint, Donor
+from moemerge.config import Expert, MergeConfig
+from moemerge.errors import Findings, nearest
+from moemerge.options import Options, ShardSize
+from moemerge.plan import Plan, PlannedTensor, Source, make_shards, router_tensor
+
+_DTYPES = {**FLOATS, "bf16": "BF16", "fp16": "F16", "fp32": "F32", "half": "F16", "float": "F32"}
+_LONG_NAMES = {short: long for long, short in FLOATS.items()}
+
+
+def lay_out(
+    config: MergeConfig,
+    options: Options,
+    architecture: Architecture,
+    base: Donor,
+    donors: list[Donor],
+    opened: Iterable[Checkpoint],
+    findings: Findings,
+) -> Plan:
+    """The plan: every slot of the architecture with its recipe, cut into shards.
+
+    Tensors that are missing, of another shape, quantised or left over are recorded; a plan with
+    recorded problems must not be run.
+    """
+    model, count = base.model.config, len(donors)
+    per_token = config.experts_per_token or min(2, count)
+    slots = list(architecture.slots(model, count))
+    dtype = _dtype(config, base, slots)
+    routers = [router_tensor(slot.name, slot.shape, dtype) for slot in slots if not slot.source]
+    tensors = [
+        _tensor(
+            slot,
+            base if slot.expert is None else donors[slot.expert],
+            None if slot.expert is None else config.experts[slot.expert],
+            dtype,
+            options.seed,
+        )
+        for slot in slots
+        if slot.source
+    ]
+    sources = tuple(map(_source, opened))
+    tensors_of = {checkpoint.reference.text: checkpoint.tensors for checkpoint in opened}
+    _check_sources(tensors, base, donors, tensors_of, findings)
+    _check_left_over(tensors, base, donors, findings)
+    return Plan(
+        architecture=config.architecture or "mixtral",
+        gate_mode=config.gate_mode,
+        seed=options.seed,
+        dtype=dtype,
+        experts=tuple(donor.name for donor in donors),
+        experts_per_token=per_token,
+        config=architecture.output_config(model, count, per_token, _LONG_NAMES[dtype]),
+        sources=sources,
+        shards=make_shards(
+            routers,
+            tensors,
+            ShardSize.parse(options.shard_size).max_bytes(ITEMSIZE[dtype]),
+            sources,
+        ),
+    )
+
+
+def check_dtype(config: MergeConfig, findings: Findings) -> None:
+    """Record a dtype that a merge cannot write."""
+    if config.dtype is not None and config.dtype.removeprefix("torch.") not in _DTYPES:
+        findings.problem(
+            config.where("dtype"),
+            f"{config.dtype!r} is no dtype that a merge can write",
+            nearest(config.dtype, FLOATS),
+        )
+
+
+def _dtype(config: MergeConfig, base: Donor, slots: list[Slot]) -> str:
+    """The config's dtype, else that of the base model's first tensor."""
+    if config.dtype:
+        return _DTYPES[config.dtype.removeprefix("torch.")]
+    first = base.model.tensors.get(slots[0].source or "")
+    return first.dtype if first and first.dtype in _LONG_NAMES else "BF16"
+
+
+def _tensor(
+    slot: Slot, donor: Donor, expert: Expert | None, dtype: str, seed: int
+) -> PlannedTensor:
+    made = recipe.of_donor(donor, slot.source or "")
+    if expert and expert.noise_scale:
+        made = recipe.Noise(made, expert.noise_scale, seed)
+    if expert and slot.residual and expert.residual_scale != 1:
+        made = recipe.Scale(made, expert.residual_scale)
+    return PlannedTensor(slot.name, slot.shape, dtype, made, slot.expert)
+
+
+def _source(checkpoint: Checkpoint) -> Source:
+    reference = checkpoint.reference
+    return Source(
+        reference=reference.text,
+        fingerprint=checkpoint.fingerprint,
+        directory=str(checkpoint.directory) if reference.directory else None,
+        repo=reference.repo or None,
+        commit=checkpoint.commit,
+    )
+
+
+def _check_sources(
+    tensors: list[PlannedTensor],
+    base: Donor,
+    donors: list[Donor],
+    sources: recipe.Sources,
+    findings: Findings,
+) -> None:
+    """Record, once a donor and kind, the tensors that are missing or not what they should be."""
+    wrong: dict[tuple[int | None, str, str], list[str]] = {}
+    for tensor in tensors:
+        read = next(recipe.reads(tensor.recipe))
+        found = sources[read.source].get(read.tensor)
+        if found is None:
+            kind = ("is missing", "download or save the model again")
+        elif found.shape != tensor.shape:
+            kind = (
+                f"is {list(found.shape)}, config.json says {list(tensor.shape)}",
+                "use the weights and the config.json of one and the same model",
+            )
+        elif found.dtype not in ("F64", *_LONG_NAMES):
+            kind = (f"holds {found.dtype} values: it is quantised", "merge the original weights")
+        elif f"{read.tensor.removesuffix('.weight')}.bias" in sources[read.source]:
+            kind = ("has a bias, which the output has no place for", "use a model without biases")
+        else:
+            continue
+        wrong.setdefault((tensor.expert, *kind), []).append(read.tensor)
+    for (expert, what, fix), names in wrong.items():
+        who = base if expert is None else donors[expert]
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        findings.problem(who.where, f"{names[0]} {what}{more}", fix)
+
+
+def _check_left_over(
+    tensors: list[PlannedTensor], base: Donor, donors: list[Donor], findings: Findings
+) -> None:
+    """Say what of the adapters and of the base model's body is not used."""
+    used = {read for tensor in tensors for read in recipe.reads(tensor.recipe)}
+    for donor in donors:
+        if donor.adapter is None:
+            continue
+        text = donor.adapter.checkpoint.reference.text
+        names = {delta.down for delta in donor.adapter.deltas.values()}
+        names |= set(donor.adapter.replacements.values())
+        unused = sum(recipe.Read(text, name) not in used for name in names)
+        if unused:
+            findings.note(
+                f"{donor.name}: {unused} of the adapter's {len(names)} changes are not used "
+                "(attention, norms, embeddings): those parts are the base model's"
+            )
+    body = {read.tensor for read in used if read.source == base.model.reference.text}
+    if base.adapter:
+        body |= {*base.adapter.deltas, *base.adapter.replacements}
+    stray = sorted(
+        name
+        for name in base.model.tensors.keys() - body
+        if not name.endswith(("inv_freq", ".bias")) and ".mlp." not in name
+    )
+    if base.model.config.get("tie_word_embeddings"):
+        stray = [name for name in stray if name != "lm_head.weight"]
+    if stray:
+        more = f" (and {len(stray) - 1} more)" if len(stray) > 1 else ""
+        findings.note(f"base: {stray[0]} is not used{more}")

@@ -1,0 +1,242 @@
+"""Files against their plan: headers, checksums, and bytes against what their recipes give anew."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moemerge import recipe
+from moemerge.checkpoint import numpy_dtype, read_bytes
+from moemerge.checkpoint.model import Checkpoint, SourceProblem, open_checkpoint
+from moemerge.checkpoint.reference import Reference
+from moemerge.checkpoint.safetensors_file import read_header
+from moemerge.errors import InputError, Problem, VerifyError
+from moemerge.output import CONFIG_FILE, MANIFEST_FILE, Manifest, read_manifest
+from moemerge.plan import INDEX_FILE, Plan, PlannedTensor, Shard, Source, weight_index
+from moemerge.recipe import Sources
+from moemerge.reporting import Reporter, Silent
+
+SAMPLED_TENSORS = 16
+_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was looked at: `bytes_read` of the output, `compared` tensors against their sources."""
+
+    bytes_read: int
+    compared: int
+    tensors: int
+    seconds: float
+
+
+def verify_shards(plan: Plan, out: Path, sources: Sources) -> None:
+    """The quick check at the end of a merge: headers, sizes, routers, some tensors' first bytes.
+
+    Raises:
+        VerifyError: what stands in `out` is not what the plan says.
+    """
+    for shard in plan.shards:
+        _check_header(shard, out)
+    _check_routers(plan.shards[0], out)
+    places = [
+        (shard, tensor, offset) for shard in plan.shards[1:] for tensor, offset in _offsets(shard)
+    ]
+    chosen = random.Random(plan.digest).sample(places, min(SAMPLED_TENSORS, len(places)))
+    for shard, tensor, offset in chosen:
+        with (out / shard.file).open("rb") as file:
+            file.seek(offset)
+            block = next(_made(tensor, sources), memoryview(b""))
+            if file.read(len(block)) != block:
+                raise _differs(out / shard.file, tensor)
+
+
+def verify_checkpoint(
+    out: str | Path, reporter: Reporter | None = None, cache_dir: str | None = None
+) -> Verified:
+    """Check a finished directory: every byte against the manifest and, where they are at hand
+    unchanged, against the sources.
+
+    Raises:
+        InputError: the directory is not a finished output of moemerge.
+        VerifyError: a file is not what the manifest says.
+    """
+    out, reporter, begun = Path(out), reporter or Silent(), time.monotonic()
+    manifest = _open_manifest(out)
+    plan = manifest.plan
+    for shard in plan.shards:
+        _check_header(shard, out)
+    _check_json(out / CONFIG_FILE, plan.config)
+    _check_json(out / INDEX_FILE, weight_index(plan))
+    _check_routers(plan.shards[0], out)
+    sources = _available(plan, reporter, cache_dir)
+    compared = {
+        tensor.name
+        for tensor in plan.tensors
+        if all(read.source in sources for read in recipe.reads(tensor.recipe))
+    }
+    size = sum((out / name).stat().st_size for name in manifest.files if (out / name).is_file())
+    _say_how_long(plan, out, size, sum(t.nbytes for t in plan.tensors if t.name in compared),
+                  reporter)  # fmt: skip
+    with reporter.progress("verifying", size, "B") as advance:
+        for shard in plan.shards:
+            _check_shard(shard, out, manifest, sources, compared, advance)
+        for name in manifest.files.keys() - {shard.file for shard in plan.shards}:
+            _check_small_file(name, out, manifest)
+    return Verified(size, len(compared), len(list(plan.tensors)), time.monotonic() - begun)
+
+
+def checksum(path: Path) -> dict[str, object]:
+    """A small file's manifest entry: its bytes and their xxh3."""
+    import xxhash
+
+    content = path.read_bytes()
+    return {"bytes": len(content), "xxh3": xxhash.xxh3_64_hexdigest(content)}
+
+
+def _open_manifest(out: Path) -> Manifest:
+    try:
+        return read_manifest(out)
+    except FileNotFoundError as error:
+        what, fix = f"holds no {MANIFEST_FILE}", "name a directory that moemerge finished"
+        raise InputError([Problem(str(out), what, fix)]) from error
+    except (OSError, ValueError) as error:
+        raise VerifyError(f"{out / MANIFEST_FILE}: {error}; merge again") from error
+
+
+def _check_header(shard: Shard, out: Path) -> None:
+    path, expected = out / shard.file, shard.header()
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(expected))
+        size = path.stat().st_size
+    except OSError as error:
+        raise VerifyError(f"{path}: cannot be read ({error.strerror}); merge again") from error
+    if found != expected:
+        raise VerifyError(f"{path}: its header is not the plan's; merge again with --overwrite")
+    if size != shard.nbytes:
+        raise VerifyError(f"{path}: is {size} bytes, the plan says {shard.nbytes}; merge again")
+
+
+def _check_routers(shard: Shard, out: Path) -> None:
+    import numpy as np
+
+    for name, location in read_header(out / shard.file).items():
+        raw = np.frombuffer(read_bytes(location), numpy_dtype(location.dtype))
+        router = raw.astype(np.float32).reshape(location.shape)
+        if not np.isfinite(router).all():
+            raise VerifyError(f"{name}: holds NaN or Inf; merge again")
+        if len(router) > 1 and (router == router[0]).all():
+            raise VerifyError(f"{name}: all rows are equal, so it cannot route; change the prompts")
+
+
+def _check_json(path: Path, expected: object) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VerifyError(f"{path}: cannot be read ({error}); merge again") from error
+    if found != expected:
+        raise VerifyError(f"{path}: is not what the plan says; it was changed after the merge")
+
+
+def _check_shard(
+    shard: Shard,
+    out: Path,
+    manifest: Manifest,
+    sources: Sources,
+    compared: Iterable[str],
+    advance: Callable[[int], object],
+) -> None:
+    """Read a shard once: every byte into its checksum, and tensors against their recipes."""
+    import xxhash
+
+    digest, path = xxhash.xxh3_64(), out / shard.file
+    with path.open("rb") as file:
+
+        def take(size: int) -> bytes:
+            data = file.read(size)
+            digest.update(data)
+            advance(len(data))
+            return data
+
+        take(len(shard.header()))
+        for tensor in shard.tensors:
+            if tensor.name in compared:
+                if any(take(len(block)) != block for block in _made(tensor, sources)):
+                    raise _differs(path, tensor)
+            else:
+                for start in range(0, tensor.nbytes, _CHUNK):
+                    take(min(_CHUNK, tensor.nbytes - start))
+    if digest.hexdigest() != manifest.files[shard.file]["xxh3"]:
+        raise VerifyError(f"{path}: its checksum is not the manifest's; merge or copy it again")
+
+
+def _check_small_file(name: str, out: Path, manifest: Manifest) -> None:
+    expected = manifest.files[name]
+    if not expected:
+        return
+    try:
+        found = checksum(out / name)
+    except OSError as error:
+        raise VerifyError(f"{out / name}: cannot be read ({error.strerror})") from error
+    if found != expected:
+        raise VerifyError(f"{out / name}: is not what was written; it was changed after the merge")
+
+
+def _available(plan: Plan, reporter: Reporter, cache_dir: str | None) -> dict[str, dict]:  # type: ignore[type-arg]
+    """The sources that are here, unchanged; each of the others is named."""
+    found = {}
+    for source in plan.sources:
+        try:
+            opened = _reopen(source, cache_dir)
+        except SourceProblem as error:
+            reporter.say(f"{source.reference}: not compared ({error.what})")
+            continue
+        if opened.fingerprint != source.fingerprint:
+            reporter.say(f"{source.reference}: not compared (it changed since the merge)")
+            continue
+        found[source.reference] = {
+            name: at for name, at in opened.tensors.items() if at.file.name not in opened.absent
+        }
+    return found
+
+
+def _reopen(source: Source, cache_dir: str | None) -> Checkpoint:
+    directory = Path(source.directory) if source.directory else None
+    if directory is not None and not directory.is_dir():
+        raise SourceProblem(f"{directory} is gone", "")
+    reference = Reference(source.reference, directory, source.repo or "", source.commit)
+    return open_checkpoint(reference, cache_dir)
+
+
+def _say_how_long(plan: Plan, out: Path, size: int, compared: int, reporter: Reporter) -> None:
+    """Time a few megabytes and say what the rest will take."""
+    begun = time.monotonic()
+    largest = max(plan.shards, key=lambda shard: shard.nbytes)
+    with (out / largest.file).open("rb") as file:
+        read = len(file.read(_CHUNK))
+    rate = read / max(time.monotonic() - begun, 1e-6)
+    total = size + compared
+    reporter.say(
+        f"reading {size / 1e9:.2f} GB of output and {compared / 1e9:.2f} GB of sources, "
+        f"about {max(total / rate, 1):.0f} s"
+    )
+
+
+def _made(tensor: PlannedTensor, sources: Sources) -> Iterable[memoryview]:
+    return recipe.stream(tensor.name, tensor.shape, tensor.dtype, tensor.recipe, sources)
+
+
+def _offsets(shard: Shard) -> Iterable[tuple[PlannedTensor, int]]:
+    offset = len(shard.header())
+    for tensor in shard.tensors:
+        yield tensor, offset
+        offset += tensor.nbytes
+
+
+def _differs(path: Path, tensor: PlannedTensor) -> VerifyError:
+    return VerifyError(f"{path}: {tensor.name} is not what its sources give; merge again")
