@@ -1,1 +1,55 @@
-"""Make one mixture-of-experts language model out of several dense ones."""
+"""Make one mixture-of-experts language model out of several dense ones.
+
+from moemerge import load_config, make_plan, merge, verify_checkpoint
+
+print(make_plan("config.yaml").plan.parameters)
+merge("config.yaml", "out/")
+verify_checkpoint("out/")
+"""
+
+from moemerge.config import Expert, MergeConfig, load_config, parse_config
+from moemerge.errors import (
+    InputError,
+    MoemergeError,
+    Problem,
+    ReadError,
+    RunError,
+    VerifyError,
+    WriteError,
+)
+from moemerge.merge import Merged, make_plan
+from moemerge.merge import merge as merge
+from moemerge.options import Options
+from moemerge.plan import Plan, PlannedTensor, Shard, Source
+from moemerge.prepare import Prepared
+from moemerge.reporting import Reporter, Silent
+from moemerge.verify import Verified, verify_checkpoint
+from moemerge.version import __version__
+
+__all__ = [
+    "Expert",
+    "InputError",
+    "MergeConfig",
+    "Merged",
+    "MoemergeError",
+    "Options",
+    "Plan",
+    "PlannedTensor",
+    "Prepared",
+    "Problem",
+    "ReadError",
+    "Reporter",
+    "RunError",
+    "Shard",
+    "Silent",
+    "Source",
+    "Verified",
+    "VerifyError",
+    "WriteError",
+    "__version__",
+    "load_config",
+    "make_plan",
+    "merge",
+    "parse_config",
+    "verify_checkpoint",
+]

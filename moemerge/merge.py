@@ -94,7 +94,7 @@ def merge(
         (out / output.CARD_FILE).write_text(
             card.render(config, plan, ready.checkpoints), encoding="utf-8"
         )
-    files[output.CARD_FILE] = {}
+    files |= {name: {} for name in output.OWN_FILES}
     if options.verify:
         verify_shards(plan, out, sources)
     output.finish(out, Manifest(config.text, plan, files))

@@ -25,6 +25,7 @@ from moemerge.version import __version__
 MANIFEST_FILE = "moemerge.json"
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"
+OWN_FILES = (INDEX_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE)
 STATE_DIRECTORY = ".moemerge"
 _STARTED = "started.json"
 
@@ -39,8 +40,8 @@ _MODEL_SUFFIXES = (".safetensors", ".bin", ".gguf", ".index.json", ".pt", ".pth"
 class Manifest:
     """What a finished directory says of itself: the config, the plan, and its files' checksums.
 
-    `files` maps each name to its `bytes` and `xxh3` (64 bits, hex); the card, which is a person's
-    to edit, has neither.
+    `files` maps each name to its `bytes` and `xxh3` (64 bits, hex); `OWN_FILES`, which the plan
+    decides or a person may edit, have neither.
     """
 
     config: str
@@ -94,8 +95,8 @@ def carried_files(base: Path, copy_tokenizer: bool) -> tuple[Path, ...]:
 
 def file_names(plan: Plan, carried: Iterable[Path]) -> tuple[str, ...]:
     """Every file that a merge by this plan writes."""
-    own = (INDEX_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE)
-    return (*(shard.file for shard in plan.shards), *(name.as_posix() for name in carried), *own)
+    shards = (shard.file for shard in plan.shards)
+    return (*shards, *(name.as_posix() for name in carried), *OWN_FILES)
 
 
 def check(

@@ -175,7 +175,8 @@ def _one_layer(
     import torch
     from transformers import AutoConfig, AutoModel
 
-    settings = {**config, "num_hidden_layers": 1, "vocab_size": 1, "pad_token_id": None}
+    settings = {**config, "num_hidden_layers": 1, "vocab_size": 1}
+    settings |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     if config.get("layer_types"):
         settings["layer_types"] = [config["layer_types"][layer]]
     one = AutoConfig.for_model(**settings)

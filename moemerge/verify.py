@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,7 +227,7 @@ def _say_how_long(plan: Plan, out: Path, size: int, compared: int, reporter: Rep
     )
 
 
-def _made(tensor: PlannedTensor, sources: Sources) -> Iterable[memoryview]:
+def _made(tensor: PlannedTensor, sources: Sources) -> Iterator[memoryview]:
     return recipe.stream(tensor.name, tensor.shape, tensor.dtype, tensor.recipe, sources)
 
 

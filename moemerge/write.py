@@ -1,4 +1,4 @@
-"""A plan to files: each shard streamed by its recipes, checksummed in passing, renamed when whole."""
+"""A plan to files: shards streamed by their recipes, checksummed in passing, renamed when whole."""
 
 from __future__ import annotations
 

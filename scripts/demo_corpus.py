@@ -43,6 +43,8 @@ C_HELDOUT = ["zlib1g-dev", "libyaml-dev", "libjansson-dev", "libexpat1-dev"]
 FRENCH_TRAIN = ["manpages-fr"]
 FRENCH_HELDOUT = ["passwd", "xz-utils"]  # passwd is shadow's package
 XZ_PUBLIC_DOMAIN = "xz.1.gz"  # the scripts' pages in xz-utils are GPL-2+
+FRENCH_WORDS = r"\b(?:le|la|les|un|une|des|du|de|et|est|sont|que|qui|pour|dans|ce|ne|pas)\b"
+ENGLISH_WORDS = r"\b(?:the|is|are|of|to|and|be|with|this|not|for|command|must)\b"
 SPDX = "spdx-license-list@6.12.0"
 LEGAL_HELDOUT = "CC0 PDDL ECL EUPL OFL Python PostgreSQL Vim W3C Zimbra AFL NASA CDLA"
 LEGAL_LEFT_OUT = "OSL Apache CNRI PSF CC ODC"  # share sentences with a held-out text
@@ -58,7 +60,8 @@ def documents(domain: str, cache: Path) -> tuple[dict[str, str], dict[str, str]]
     if domain == "c":
         return _headers(C_TRAIN, cache), _headers(C_HELDOUT, cache)
     if domain == "french":
-        return _manuals(FRENCH_TRAIN, cache), _manuals(FRENCH_HELDOUT, cache)
+        heldout = _manuals(FRENCH_HELDOUT, cache)
+        return _manuals(FRENCH_TRAIN, cache), {name: _prose(heldout[name]) for name in heldout}
     if domain == "legal":
         return _licences(cache)
     if domain == "sql":
@@ -120,9 +123,20 @@ def _manuals(packages: Iterable[str], cache: Path) -> dict[str, str]:
             lines = done.stdout.decode().splitlines()
             text = "\n".join(re.sub(r"\s+", " ", line).strip() for line in lines[1:-1])
             text = text.split("\nTRADUCTION\n")[0]  # who translated it, the same on every page
-            text = re.sub(r"(?m)^.* the .*$", "", text)  # paragraphs that nobody translated
             found[f"{package}: {path.stem}"] = _tidy(text)
     return found
+
+
+def _prose(text: str) -> str:
+    """Keep the paragraphs that are whole French sentences: some of these pages are half English."""
+    kept = [
+        line
+        for line in text.splitlines()
+        if len(line) > 60
+        and len(re.findall(FRENCH_WORDS, line)) * 12 > len(line.split())
+        and not re.search(ENGLISH_WORDS, line)
+    ]
+    return "\n\n".join(kept) + "\n"
 
 
 def _licences(cache: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -414,7 +428,10 @@ def _condition(draw: random.Random, table: Table, prefix: str = "") -> str:
         return f"{prefix}{column} LIKE '{draw.choice('ABCDEFGHIJKLM')}%'"
     if kind in ("date", "time", "int", "money", "float", "year"):
         if draw.random() < 0.3:
-            low, high = sorted([_value(draw, kind), _value(draw, kind)])
+            ends = [_value(draw, kind), _value(draw, kind)]
+            low, high = sorted(
+                ends, key=lambda end: (0.0, end) if "'" in end else (float(end), end)
+            )
             return f"{prefix}{column} BETWEEN {low} AND {high}"
         return f"{prefix}{column} {draw.choice(['>', '<', '>=', '<='])} {_value(draw, kind)}"
     if draw.random() < 0.2:

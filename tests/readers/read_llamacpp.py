@@ -39,6 +39,7 @@ def _parameters(gguf_file: Path, request: Request) -> xllamacpp.CommonParams:
     lengths = [len(p.encode()) if isinstance(p, str) else len(p) for p in request.prompts]
     parameters.n_ctx = max(lengths, default=0) + request.new_tokens + 8
     parameters.n_parallel = 1
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     parameters.warmup = False
     return parameters
 

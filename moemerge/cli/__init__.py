@@ -1,0 +1,176 @@
+"""The commands; the only room that prints or exits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from moemerge.cli.options import meaningful, with_options
+from moemerge.cli.terminal import Terminal, count, explained, size
+from moemerge.errors import InputError, Problem, nearest
+from moemerge.options import Options
+from moemerge.version import __version__
+
+
+class DefaultToMerge(TyperGroup):
+    """`moemerge CONFIG OUT` is `moemerge merge CONFIG OUT`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `merge` where no command stands, and drop what means nothing here, saying so."""
+        if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
+            args = ["merge", *args]
+        if args[:1] in (["merge"], ["plan"]):
+            args = list(meaningful(args))
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=DefaultToMerge,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+    help="Make one mixture-of-experts language model out of several dense ones.\n\n"
+    "`moemerge CONFIG OUT` merges; the commands below do the rest.",
+)
+
+
+def main() -> None:
+    """Run the command line; the console script."""
+    app(prog_name="moemerge")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"moemerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _group(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The output directory.")]
+
+
+@app.command()
+@with_options
+def merge(config: Config, out: Out, options: Options, terminal: Terminal) -> None:
+    """Merge the models of CONFIG into OUT (the default command)."""
+    from moemerge.merge import merge
+
+    _check_config_path(config)
+    merged = merge(config, out, options, terminal)
+    plan = merged.plan
+    checked = "verified" if options.verify else "not verified"
+    terminal.result(
+        f"{out}: {count(plan.parameters)} parameters ({count(plan.active_parameters)} active a "
+        f"token), {size(plan.nbytes)} in {len(plan.shards)} shards, {checked}, "
+        f"{merged.seconds:.1f} s"
+    )
+
+
+@app.command()
+@with_options
+def plan(
+    config: Config,
+    options: Options,
+    terminal: Terminal,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
+) -> None:
+    """Show what a merge of CONFIG would build; headers are read, nothing is written."""
+    from moemerge.merge import make_plan
+
+    _check_config_path(config)
+    ready = make_plan(config, options)
+    made = ready.plan
+    if as_json:
+        totals = {
+            "parameters": made.parameters,
+            "active_parameters": made.active_parameters,
+            "bytes": made.nbytes,
+            "digest": made.digest,
+            "notes": list(ready.notes),
+        }
+        print(json.dumps({**totals, **made.to_json()}, indent=1))
+        return
+    for line in _describe(ready):
+        print(line)
+    for note in ready.notes:
+        terminal.say(note)
+
+
+@app.command()
+def verify(
+    out: Out,
+    cache_dir: Annotated[
+        str | None, typer.Option("--cache-dir", metavar="DIR", help="The Hub's cache.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Check a finished OUT, every byte, against its manifest and the sources at hand."""
+    with explained():
+        from moemerge.verify import verify_checkpoint
+
+        terminal = Terminal(quiet, False)
+        found = verify_checkpoint(out, terminal, cache_dir)
+        terminal.result(
+            f"{out}: {size(found.bytes_read)} as the manifest says; {found.compared} of "
+            f"{found.tensors} tensors equal to their sources'; {found.seconds:.1f} s"
+        )
+
+
+def _check_config_path(config: Path) -> None:
+    if config.exists():
+        return
+    commands = [
+        command.callback.__name__ for command in app.registered_commands if command.callback
+    ]
+    guess = nearest(str(config), commands)
+    fix = f"{guess} (a command)" if guess.startswith("did") else "name a YAML file"
+    raise InputError([Problem(str(config), "there is no such config file", fix)])
+
+
+def _describe(ready: Any) -> Iterator[str]:
+    """The plan for a person."""
+    from moemerge import recipe
+
+    made = ready.plan
+    sources = {text: opened.tensors for text, opened in ready.checkpoints.items()}
+    yield (
+        f"{made.architecture}: {len(made.experts)} experts, {made.experts_per_token} a token, "
+        f"{made.config['dtype']}, gate_mode {made.gate_mode}"
+    )
+    yield (
+        f"{count(made.parameters)} parameters in all, {count(made.active_parameters)} active "
+        f"a token"
+    )
+    tensors = [tensor for shard in made.shards[1:] for tensor in shard.tensors]
+    copied = [t for t in tensors if recipe.is_copy(t.recipe, t.dtype, sources)]
+    yield (
+        f"{size(made.nbytes)} in {len(made.shards)} shards; {len(copied)} of {len(tensors)} "
+        "tensors are copied byte for byte, the others computed"
+    )
+    yield f"base      {ready.base.model.reference.text}"
+    for index, name in enumerate(made.experts):
+        expert = ready.prompts[index]
+        yield (
+            f"expert {index}  {name}: {len(expert.positive)} positive and "
+            f"{len(expert.negative)} negative prompts"
+        )
+    for source in made.sources:
+        where = source.directory or f"{source.repo} at {str(source.commit)[:12]}"
+        yield f"source    {source.reference}: {where}"

@@ -1,0 +1,134 @@
+"""The options of `merge` and `plan`, declared once, and mergekit-moe's that mean nothing here."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+
+from moemerge.cli.terminal import Terminal, explained
+from moemerge.errors import InputError, Problem
+from moemerge.options import Options
+
+NO_MEANING = {
+    "--lazy-unpickle": "weights are always read lazily, and no pickle is ever run",
+    "--trust-remote-code": "no repository's code is ever run",
+    "--clone-tensors": "tensors are never shared",
+    "--low-cpu-memory": "memory is bounded anyway; --lazy bounds the hidden pass too",
+    "--safe-serialization": "safetensors is the only format written",
+    "--write-model-card": "the card is always written",
+    "--read-to-gpu": "bytes go from file to file",
+    "--multi-gpu": "bytes go from file to file",
+    "--gpu-rich": "bytes go from file to file",
+    "--async-write": "the writer chooses for itself",
+    "--unsafe-truncate-embeddings": "experts' embeddings are not used",
+}
+"""mergekit-moe's flags that have nothing to do here, and why."""
+
+NO_MEANING_WITH_VALUE = {
+    "--lora-merge-cache": "adapters are merged while streaming, never written out",
+    "--lora-merge-dtype": "adapters are merged in float32",
+    "--num-threads": "the writer chooses for itself",
+    "-j": "the writer chooses for itself",
+    "--write-threads": "the writer chooses for itself",
+}
+"""The same, for its options that take a value."""
+
+
+def _option(kind: Any, default: Any, *names: str, help: str, **more: Any) -> inspect.Parameter:
+    name = names[0].split("/")[-1].lstrip("-").removeprefix("no-").replace("-", "_")
+    annotation = Annotated[kind, typer.Option(*names, help=help, **more)]
+    return inspect.Parameter(
+        more.pop("field", name), inspect.Parameter.KEYWORD_ONLY, default=default,
+        annotation=annotation,
+    )  # fmt: skip
+
+
+_UNTRAINED = "--i-understand-this-is-not-useful-without-training"
+
+OPTIONS = {
+    "lazy": _option(bool, False, "--lazy", help="Low memory: hidden gates hold one decoder layer "
+                    "of the base model at a time."),
+    "shard_size": _option(str, "5GB", "--shard-size", "--out-shard-size", metavar="SIZE",
+                          help="The most a shard holds: 1B or 500M parameters, 5GB or 2GiB bytes."),
+    "seed": _option(int, 0, "--seed", "--random-seed", help="Seed of random gates and noise."),
+    "device": _option(str, "auto", "--device", metavar="auto|cpu|cuda|mps",
+                      help="Where the base model runs for hidden gates."),
+    "cuda": _option(bool, False, "--cuda", hidden=True, help="The same as --device cuda."),
+    "load_in_4bit": _option(bool, False, "--load-in-4bit",
+                            help="Quantise the base model for hidden gates (bitsandbytes)."),
+    "load_in_8bit": _option(bool, False, "--load-in-8bit",
+                            help="Quantise the base model for hidden gates (bitsandbytes)."),
+    "overwrite": _option(bool, False, "--overwrite",
+                         help="Replace what moemerge wrote to OUT before; nothing else."),
+    "verify": _option(bool, True, "--verify/--no-verify",
+                      help="Check the finished files against the plan."),
+    "copy_tokenizer": _option(bool, True, "--copy-tokenizer/--no-copy-tokenizer",
+                              help="Copy the base model's tokenizer and chat template."),
+    "allow_crimes": _option(bool, False, "--allow-crimes/--no-allow-crimes",
+                            help="Let model families mix where shapes and activation agree."),
+    "untrained_ok": _option(bool, False, _UNTRAINED,
+                            help="Do not remark that equal experts need training."),
+    "cache_dir": _option(str | None, None, "--cache-dir", "--transformers-cache", metavar="DIR",
+                         help="The Hub's cache, if not the usual one."),
+    "quiet": _option(bool, False, "--quiet/--no-quiet", "-q", help="Print errors only."),
+    "verbose": _option(bool, False, "--verbose", "-v", help="A line for every shard."),
+}  # fmt: skip
+"""The options of `merge` and `plan`, in the order of their help."""
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command OPTIONS; it gets them as `options` and `terminal`."""
+    own = [
+        parameter
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if parameter.name not in ("options", "terminal")
+    ]
+    shared = [parameter.replace(name=name) for name, parameter in OPTIONS.items()]
+
+    @functools.wraps(command)
+    def wrapped(ctx: typer.Context, **values: Any) -> None:
+        chosen = {name: values.pop(name) for name in OPTIONS}
+        given = {
+            name for name in chosen if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")
+        }
+        quiet, verbose = chosen.pop("quiet"), chosen.pop("verbose")
+        with explained():
+            if quiet and verbose:
+                raise InputError([Problem("--quiet", "and --verbose cannot both be", "keep one")])
+            if chosen.pop("cuda"):
+                if "device" in given and chosen["device"] != "cuda":
+                    what = f"and --device {chosen['device']} disagree"
+                    raise InputError([Problem("--cuda", what, "keep one of them")])
+                chosen["device"] = "cuda"
+                given.add("device")
+            options = Options(**chosen, given=frozenset(given))
+            command(**values, options=options, terminal=Terminal(quiet, verbose))
+
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    wrapped.__signature__ = inspect.Signature([context, *parameters, *shared])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in [context, *parameters, *shared]}
+    return wrapped
+
+
+def meaningful(args: list[str]) -> Iterator[str]:
+    """The arguments without mergekit-moe's flags that mean nothing here; one line for each."""
+    rest = iter(args)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        plain = name.replace("--no-", "--", 1)
+        reason = NO_MEANING.get(plain) or NO_MEANING_WITH_VALUE.get(name)
+        if argument == "--":
+            yield argument
+            yield from rest
+        elif reason is None:
+            yield argument
+        else:
+            print(f"note: {name} means nothing here: {reason}", file=sys.stderr)
+            if name in NO_MEANING_WITH_VALUE and not equals:
+                next(rest, None)

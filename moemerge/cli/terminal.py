@@ -1,0 +1,87 @@
+"""What a person sees: lines, bars, and every error as its message and exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
+
+from moemerge.errors import InputError, MoemergeError
+
+
+class Terminal:
+    """The listener that prints: lines and bars to standard error, results to standard output."""
+
+    def __init__(self, quiet: bool, verbose: bool):
+        self.quiet, self.verbose = quiet, verbose
+
+    def say(self, line: str) -> None:
+        """Print a note."""
+        if not self.quiet:
+            print(f"note: {line}", file=sys.stderr)
+
+    def detail(self, line: str) -> None:
+        """Print a line for the curious."""
+        if self.verbose:
+            print(line, file=sys.stderr)
+
+    def result(self, line: str) -> None:
+        """Print the one line that the command ends with."""
+        if not self.quiet:
+            print(line)
+
+    @contextmanager
+    def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+        """A bar for anything over a second; none when quiet or not on a terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            yield lambda step: None
+            return
+        from tqdm import tqdm
+
+        with tqdm(
+            desc=what,
+            total=total,
+            unit=unit,
+            unit_scale=unit == "B",
+            delay=1,
+            leave=False,
+            dynamic_ncols=True,
+        ) as bar:
+            yield bar.update
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Every error meant for a person as its message and exit code; Ctrl-C as 130."""
+    try:
+        yield
+    except InputError as error:
+        count = len(error.problems)
+        print(f"error: {count} problem{'s' * (count > 1)}, nothing written", file=sys.stderr)
+        for problem in error.problems:
+            print(f"  {problem}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except MoemergeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to start over", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def count(parameters: int) -> str:
+    """Parameters for a person: 24.15B."""
+    for power, unit in ((9, "B"), (6, "M"), (3, "K")):
+        if parameters >= 10**power:
+            return f"{parameters / 10**power:.2f}{unit}"
+    return str(parameters)
+
+
+def size(nbytes: int) -> str:
+    """Bytes for a person: 48.3 GB."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "KB")):
+        if nbytes >= 10**power:
+            return f"{nbytes / 10**power:.1f} {unit}"
+    return f"{nbytes} B"
