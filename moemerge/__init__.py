@@ -17,9 +17,8 @@ from moemerge.errors import (
     VerifyError,
     WriteError,
 )
-from moemerge.merge import Merged, make_plan
-from moemerge.merge import merge as merge
 from moemerge.options import Options
+from moemerge.pipeline import Merged, make_plan, merge
 from moemerge.plan import Plan, PlannedTensor, Shard, Source
 from moemerge.prepare import Prepared
 from moemerge.reporting import Reporter, Silent

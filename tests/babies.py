@@ -1,4 +1,4 @@
-"""Baby models: real transformers classes of a few thousand parameters, saved as people save them."""
+"""Baby models: real transformers classes of a few thousand parameters, saved as models are."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="The output directory."
 @with_options
 def merge(config: Config, out: Out, options: Options, terminal: Terminal) -> None:
     """Merge the models of CONFIG into OUT (the default command)."""
-    from moemerge.merge import merge
+    from moemerge.pipeline import merge
 
     _check_config_path(config)
     merged = merge(config, out, options, terminal)
@@ -92,7 +92,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
 ) -> None:
     """Show what a merge of CONFIG would build; headers are read, nothing is written."""
-    from moemerge.merge import make_plan
+    from moemerge.pipeline import make_plan
 
     _check_config_path(config)
     ready = make_plan(config, options)
