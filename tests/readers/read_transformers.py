@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def read(model_dir: Path, request: Request, work: Path) -> Response:
+    torch.set_num_threads(1)  # threads that wait for each other are slow where tests share cores
     warnings = _Warnings()
     logging.getLogger("transformers").addHandler(warnings)
     model, info = AutoModelForCausalLM.from_pretrained(
