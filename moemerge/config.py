@@ -34,7 +34,8 @@ class Expert:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """What a merge is made of, as a person wrote it. `text` is the YAML; `lines` its line numbers.
+    """What a merge is made of, as a person wrote it. `text` is the YAML of `file` in
+    `folder`, where relative sources may stand too; `lines` its line numbers.
 
     `dtype` None is the base model's; `experts_per_token` None is 2, or 1 for a single expert.
     """
@@ -48,6 +49,7 @@ class MergeConfig:
     architecture: str | None = None
     text: str = field(default="", compare=False, metadata={"internal": True})
     file: str = field(default="config", compare=False, metadata={"internal": True})
+    folder: Path | None = field(default=None, compare=False, metadata={"internal": True})
     lines: dict[str, int] = field(
         default_factory=dict, compare=False, repr=False, metadata={"internal": True}
     )
@@ -69,7 +71,8 @@ def load_config(path: str | Path) -> MergeConfig:
     path = Path(path)
     findings = Findings()
     try:
-        return parse_config(path.read_text(encoding="utf-8-sig"), path.name)
+        config = parse_config(path.read_text(encoding="utf-8-sig"), path.name)
+        return replace(config, folder=path.absolute().parent)
     except OSError as error:
         findings.problem(str(path), f"cannot be read ({error.strerror})", "name a YAML file")
     except UnicodeDecodeError:

@@ -40,8 +40,7 @@ def make_plan(config: MergeConfig | str | Path, options: Options | None = None) 
     Raises:
         InputError: with every problem of the config and its models.
     """
-    config, beside = _config(config)
-    return prepare(config, options or Options(), beside=beside)
+    return prepare(_config(config), options or Options())
 
 
 def merge(
@@ -63,9 +62,9 @@ def merge(
         RunError: a failure on the way; `out` does not pass for a model.
     """
     begun, out = time.monotonic(), Path(out)
-    config, beside = _config(config)
+    config = _config(config)
     options, reporter = options or Options(), reporter or Silent()
-    ready = prepare(config, options, out, beside)
+    ready = prepare(config, options, out)
     for note in ready.notes:
         reporter.say(note)
     plan = ready.plan
@@ -101,11 +100,8 @@ def merge(
     return Merged(plan, out, ready.notes, time.monotonic() - begun)
 
 
-def _config(config: MergeConfig | str | Path) -> tuple[MergeConfig, Path | None]:
-    """The config, and the folder it stands in if it is a file."""
-    if isinstance(config, MergeConfig):
-        return config, None
-    return load_config(config), Path(config).absolute().parent
+def _config(config: MergeConfig | str | Path) -> MergeConfig:
+    return config if isinstance(config, MergeConfig) else load_config(config)
 
 
 def _fetch(ready: Prepared, options: Options, reporter: Reporter) -> dict[str, dict[str, Location]]:

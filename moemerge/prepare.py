@@ -31,24 +31,22 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(
-    config: MergeConfig, options: Options, out: Path | None = None, beside: Path | None = None
-) -> Prepared:
+def prepare(config: MergeConfig, options: Options, out: Path | None = None) -> Prepared:
     """Open the models by their headers, check everything, and lay the plan.
 
-    `out` is checked too if given; `beside` is the folder that relative sources may stand in.
+    `out` is checked too if given.
 
     Raises:
         InputError: with every problem of the config, the models and the output directory.
     """
-    return _Preparation(config, options, beside).run(out)
+    return _Preparation(config, options).run(out)
 
 
 class _Preparation:
-    def __init__(self, config: MergeConfig, options: Options, beside: Path | None):
+    def __init__(self, config: MergeConfig, options: Options):
         self.config, self.options = config, options
         self.findings = Findings()
-        self.opener = Opener(self.findings, beside, options.cache_dir)
+        self.opener = Opener(self.findings, config.folder, options.cache_dir)
 
     def run(self, out: Path | None) -> Prepared:
         config, options, findings = self.config, self.options, self.findings
