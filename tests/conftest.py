@@ -1,14 +1,21 @@
-"""Fixtures that many tests share: baby models, made once."""
+"""Fixtures that many tests share: baby models, made once, and the real small one."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import pytest
+import torch
 from babies import make_model
+
+torch.set_num_threads(1)  # on shared cores, two threads wait for each other
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "scripts"))
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +26,11 @@ def babies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         name: make_model(root / name, seed=seed)
         for seed, name in enumerate(["base", "first", "second"])
     }
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, made from its PyPI wheel once and cached."""
+    from smollm2 import model_dir
+
+    return model_dir()
