@@ -85,7 +85,8 @@ def parse_config(text: str, file: str = "config") -> MergeConfig:
     """Read a config from its YAML text; `file` is the name that errors give.
 
     Raises:
-        InputError: with every problem of the text, each with its line.
+        InputError: with every problem of the text, each with its line; whether its values and
+            models fit together is found by `prepare`, in one list.
     """
     findings = Findings()
     reader = _Reader(file, findings)
@@ -93,10 +94,7 @@ def parse_config(text: str, file: str = "config") -> MergeConfig:
     findings.refuse()
     config: MergeConfig = reader.mapping(root, MergeConfig, "")
     findings.refuse()
-    config = replace(config, text=text, file=file, lines=reader.lines)
-    _check_values(config, findings)
-    findings.refuse()
-    return config
+    return replace(config, text=text, file=file, lines=reader.lines)
 
 
 def _compose(text: str, file: str, findings: Findings) -> yaml.Node | None:
@@ -155,7 +153,9 @@ class _Reader:
         seen: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
-            if key.value in seen:
+            if not isinstance(key, yaml.ScalarNode):
+                self.problem(key, at, f"has a key that is {_kind(key)}", "write `key: value`")
+            elif key.value in seen:
                 self.problem(
                     key,
                     f"{at}.{key.value}" if at else str(key.value),
@@ -204,7 +204,7 @@ class _Reader:
         if isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] in tags:
             try:
                 value = hint(node.value.replace("_", ""))
-                if math.isfinite(value):
+                if hint is int or math.isfinite(value):
                     return value
             except ValueError:
                 pass
@@ -213,10 +213,12 @@ class _Reader:
 
     def text(self, node: yaml.Node, at: str) -> str:
         """Any scalar as it is written: a prompt `42` or `yes` is text."""
-        if isinstance(node, yaml.ScalarNode):
-            return str(node.value)
-        self.problem(node, at, f"is {_kind(node)}", "write text, in quotes if it holds `: `")
-        return ""
+        if not isinstance(node, yaml.ScalarNode):
+            self.problem(node, at, f"is {_kind(node)}", "write text, in quotes if it holds `: `")
+            return ""
+        if any("\ud800" <= character <= "\udfff" for character in node.value):
+            self.problem(node, at, "holds half a character (a surrogate)", "write it whole")
+        return str(node.value)
 
     def source(self, node: yaml.Node, at: str) -> str:
         """A source as text, or as mergekit's mapping `{model: {path, revision}, lora: ...}`."""
@@ -255,8 +257,8 @@ def _is_null(node: yaml.Node) -> bool:
     return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
 
 
-def _check_values(config: MergeConfig, findings: Findings) -> None:
-    """What can be wrong with values of the right type, before any model is looked at."""
+def check_values(config: MergeConfig, findings: Findings) -> None:
+    """Record what is wrong with values of the right type."""
     if not config.experts:
         findings.problem(config.where("experts"), "is empty", "list at least one expert")
     count = config.experts_per_token
@@ -266,13 +268,9 @@ def _check_values(config: MergeConfig, findings: Findings) -> None:
             f"is {count} with {len(config.experts)} experts",
             f"write a number from 1 to {len(config.experts)}",
         )
-    if not config.base_model.strip():
-        findings.problem(config.where("base_model"), "is empty", "name a model")
     names: dict[str, str] = {}
     for index, expert in enumerate(config.experts):
         at = f"experts[{index}]"
-        if not expert.source_model.strip():
-            findings.problem(config.where(f"{at}.source_model"), "is empty", "name a model")
         if expert.noise_scale < 0:
             findings.problem(
                 config.where(f"{at}.noise_scale"),

@@ -30,7 +30,7 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}; {self.fix}"
+        return one_line(f"{self.where}: {self.what}; {self.fix}")
 
 
 class InputError(MoemergeError):
@@ -84,6 +84,11 @@ class Findings:
         """Raise `InputError` with every problem so far; do nothing if there is none."""
         if self.problems:
             raise InputError(self.problems)
+
+
+def one_line(text: str) -> str:
+    """The text with what would break its line or steer a terminal shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from moemerge import recipe
@@ -24,11 +25,12 @@ def lay_out(
     donors: list[Donor],
     opened: Iterable[Checkpoint],
     findings: Findings,
+    runs_base: bool,
 ) -> Plan:
     """The plan: every slot of the architecture with its recipe, cut into shards.
 
     Tensors that are missing, of another shape, quantised or left over are recorded; a plan with
-    recorded problems must not be run.
+    recorded problems must not be run. `runs_base`: the base model's MLPs are needed too.
     """
     model, count = base.model.config, len(donors)
     per_token = config.experts_per_token or min(2, count)
@@ -48,7 +50,11 @@ def lay_out(
     ]
     sources = tuple(map(_source, opened))
     tensors_of = {checkpoint.reference.text: checkpoint.tensors for checkpoint in opened}
-    _check_sources(tensors, base, donors, tensors_of, findings)
+    read = list(tensors)
+    if runs_base:  # whose own MLPs are then read too, though they are not in the output
+        own = (dataclasses.replace(slot, expert=None) for slot in slots if slot.expert == 0)
+        read += [_tensor(slot, base, None, dtype, options.seed) for slot in own]
+    _check_sources(read, base, donors, tensors_of, findings)
     _check_left_over(tensors, base, donors, findings)
     return Plan(
         architecture=config.architecture or "mixtral",

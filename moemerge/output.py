@@ -28,6 +28,7 @@ CONFIG_FILE = "config.json"
 OWN_FILES = (INDEX_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE)
 STATE_DIRECTORY = ".moemerge"
 _STARTED = "started.json"
+_UNFINISHED = tuple(f".{name}.part" for name in OWN_FILES)
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -109,15 +110,28 @@ def check(
 ) -> None:
     """Record what forbids writing `files`, of `needed` bytes in all, to `out`."""
     where = str(out)
-    if out.exists() and not out.is_dir():
-        findings.problem(where, "is a file", "name a directory")
+    try:
+        if out.is_symlink() and not out.exists():
+            findings.problem(where, "is a link that leads nowhere", "name a directory")
+            return
+        resolved = out.resolve()
+        parent = next(path for path in (resolved, *resolved.parents) if path.exists())
+    except OSError as error:
+        findings.problem(where, f"cannot be a directory ({error.strerror})", "name another")
         return
-    resolved = out.resolve()
+    if not parent.is_dir():
+        file = "is a file" if parent == resolved else f"{parent} is a file"
+        findings.problem(where, file, "name a directory")
+        return
     if any(source.resolve() == resolved for source in sources):
         findings.problem(where, "is one of the sources", "name another directory")
         return
     ours = set(_listed(out))
-    there = [path for path in out.iterdir() if path.name != STATE_DIRECTORY] if out.is_dir() else []
+    there = [
+        path
+        for path in (out.iterdir() if out.is_dir() else ())
+        if path.name not in (STATE_DIRECTORY, *_UNFINISHED)
+    ]
     strangers = sorted(path.name for path in there if not any(
         name == path.name or name.startswith(f"{path.name}/") for name in ours
     ))  # fmt: skip
@@ -138,7 +152,6 @@ def check(
         )
     elif (out / CONFIG_FILE).exists() and not overwrite:
         findings.problem(where, "holds a finished model", "pass --overwrite to replace it")
-    parent = next(path for path in (resolved, *resolved.parents) if path.exists())
     if not os.access(parent, os.W_OK):
         findings.problem(where, f"{parent} cannot be written", "name a directory of your own")
     freed = sum((out / name).stat().st_size for name in ours if (out / name).is_file())
@@ -160,10 +173,9 @@ def begin(out: Path, files: Iterable[str]) -> Path:
     with writing(out):
         old = _listed(out)
         state = out / STATE_DIRECTORY
-        shutil.rmtree(state, ignore_errors=True) if not old else None
         state.mkdir(parents=True, exist_ok=True)
         write_json(state / _STARTED, {"files": sorted({*old, *files})})
-        for name in (CONFIG_FILE, INDEX_FILE, *old):
+        for name in (CONFIG_FILE, INDEX_FILE, *old, *_UNFINISHED):
             (out / name).unlink(missing_ok=True)
         for path in state.iterdir():
             if path.name != _STARTED:

@@ -9,7 +9,7 @@ from moemerge import architectures, gates, output
 from moemerge.architectures import Architecture
 from moemerge.checkpoint import Checkpoint, Donor, Opener
 from moemerge.compare import compare
-from moemerge.config import MergeConfig
+from moemerge.config import MergeConfig, check_values
 from moemerge.errors import Findings, nearest
 from moemerge.gates import GateMode
 from moemerge.layout import check_dtype, lay_out
@@ -50,6 +50,7 @@ class _Preparation:
 
     def run(self, out: Path | None) -> Prepared:
         config, options, findings = self.config, self.options, self.findings
+        check_values(config, findings)
         gate = self._gate_mode()
         base = self.opener.donor(config.base_model, config.where("base_model"), "base")
         donors = self._donors()
@@ -57,14 +58,16 @@ class _Preparation:
         check_dtype(config, findings)
         self._check_device(gate)
         prompts = self._prompts(gate, base)
+        for donor in donors:
+            if base and donor:
+                compare(base, donor, donor.where, findings, options.allow_crimes)
         if base is None or architecture is None or gate is None:
+            self._check_output(out, None, ())
             findings.refuse()
             raise AssertionError("unreachable")
-        for donor in filter(None, donors):
-            compare(base, donor, donor.where, findings, options.allow_crimes)
         self._note_what_has_no_effect(gate, base, donors)
         if findings.problems:  # tensors are named from a config that is not trusted yet
-            self._check_output(out, None, base)
+            self._check_output(out, None, ())
             findings.refuse()
         plan = lay_out(
             config,
@@ -74,9 +77,10 @@ class _Preparation:
             [donor for donor in donors if donor],
             self.opener.opened.values(),
             findings,
+            runs_base="model" in gate.USES,
         )
         carried = output.carried_files(base.model.directory, options.copy_tokenizer)
-        self._check_output(out, plan, base)
+        self._check_output(out, plan, carried)
         findings.refuse()
         checkpoints = {ref.text: opened for ref, opened in self.opener.opened.items()}
         return Prepared(plan, base, checkpoints, gate, prompts, carried, tuple(findings.notes))
@@ -178,16 +182,12 @@ class _Preparation:
         if alike and not self.options.untrained_ok:
             note("all experts are the same model: useful only if you train the result")
 
-    def _check_output(self, out: Path | None, plan: Plan | None, base: Donor) -> None:
+    def _check_output(
+        self, out: Path | None, plan: Plan | None, carried: tuple[Path, ...]
+    ) -> None:
         if out is None:
             return
         directories = [opened.directory for opened in self.opener.opened.values()]
-        files = (
-            output.file_names(
-                plan, output.carried_files(base.model.directory, self.options.copy_tokenizer)
-            )
-            if plan
-            else ()
-        )
+        files = output.file_names(plan, carried) if plan else ()
         needed = plan.nbytes if plan else 0
         output.check(out, files, needed, directories, self.options.overwrite, self.findings)

@@ -134,7 +134,7 @@ def _first_seen(tokenizer: Tokenizer, directory: Path) -> list[int]:
     if path.is_file():
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"tokenizer_config.json is not JSON ({error})") from error
     bos = config.get("bos_token") if isinstance(config, dict) else None
     bos = bos.get("content") if isinstance(bos, dict) else bos

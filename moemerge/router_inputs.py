@@ -61,6 +61,7 @@ def router_inputs(
             seen: dict[int, Matrix] = {}
             for batch, state in zip(batches, states, strict=True):
                 _run(body, prompts, batch, state, seen)
+            del body  # before the next layer is read
             advance(1)
             yield [seen[number] for number in range(len(prompts))]
 

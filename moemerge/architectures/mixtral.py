@@ -33,7 +33,8 @@ def refusals(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "has attention biases, which a Mixtral has no place for", "a qwen2_moe could hold it"
     if config.get("mlp_bias"):
         yield "has MLP biases, which a Mixtral has no place for", "use a model without them"
-    if len(set(config.get("layer_types") or ["one"])) > 1:
+    kinds = config.get("layer_types") or ["one"]
+    if not isinstance(kinds, list) or any(kind != kinds[0] for kind in kinds):
         yield "mixes kinds of attention by layer (layer_types)", "use a model with one kind"
 
 

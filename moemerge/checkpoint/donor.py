@@ -43,18 +43,20 @@ class Opener:
         except ValueError as error:
             self.findings.problem(where, str(error), "check the path, or write user/name")
             return None
+        opening = reference
         try:
-            model = self._open(reference)
+            model = self._open(opening)
             if model.is_adapter:
                 raise SourceProblem("is a LoRA adapter", "write `base+adapter`")
             adapter = None
             if on_top:
-                found = self._open(on_top)
+                opening = on_top
+                found = self._open(opening)
                 if not found.is_adapter:
-                    raise SourceProblem(f"{on_top.text} is no adapter", "write `base+adapter`")
+                    raise SourceProblem("is no adapter", "write `base+adapter`")
                 adapter = open_adapter(found, model)
         except SourceProblem as error:
-            self.findings.problem(where, f"{text}: {error.what}", error.fix)
+            self.findings.problem(where, f"{opening.text}: {error.what}", error.fix)
             return None
         return Donor(where, name or (on_top or reference).short, model, adapter)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ from moemerge.errors import ReadError
 _SMALL_FILES = [
     "config.json", "generation_config.json", "*.index.json", "tokenizer*", "chat_template*",
     "additional_chat_templates/*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "adapter_config.json", "adapter_model.*",
+    "merges.txt", "adapter_config.json",
 ]  # fmt: skip
+_TIMEOUT = 10  # seconds, as huggingface_hub's own for a file's metadata
 
 
 @dataclass(frozen=True)
@@ -38,38 +42,29 @@ class HubError(Exception):
 def open_snapshot(reference: Reference, cache_dir: str | None) -> Snapshot:
     """The repository's cached folder, its small files downloaded, at the commit it stands at now.
 
-    Offline (`HF_HUB_OFFLINE=1`, or the Hub does not answer) it is what the cache holds.
+    Offline (`HF_HUB_OFFLINE=1`, or the Hub does not answer) it is what the cache holds, however
+    little that is; finding it loads no HTTP library.
 
     Raises:
         HubError: no such repository or revision, no access, or neither network nor cache.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
 
-    where: dict[str, Any] = {
-        "repo_id": reference.repo, "revision": reference.revision, "cache_dir": cache_dir
-    }  # fmt: skip
+    reason = "HF_HUB_OFFLINE is set"
     failure: Exception | None = None
     if not constants.HF_HUB_OFFLINE:
-        from huggingface_hub import HfApi
-
         try:
-            info = HfApi().model_info(reference.repo, revision=reference.revision, timeout=20)
-            where["revision"] = info.sha
-            folder = snapshot_download(allow_patterns=_SMALL_FILES, **where)
-            names = tuple(sibling.rfilename for sibling in info.siblings or ())
-            return Snapshot(Path(folder), str(info.sha), names, cache_dir)
+            return _download_small_files(reference, cache_dir)
         except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
-            failure = error
-            if _explain(error) is not None:
-                raise HubError(*_explain(error)) from error  # type: ignore[misc]
-    try:
-        folder = Path(snapshot_download(local_files_only=True, **where))
-    except Exception as error:
-        reason = "the Hub cannot be reached" if failure else "HF_HUB_OFFLINE is set"
+            if explained := _explain(error):
+                raise HubError(*explained) from error
+            reason, failure = f"the Hub cannot be reached ({_one_line(error)})", error
+    folder = _cached(reference, Path(cache_dir or constants.HF_HUB_CACHE).expanduser())
+    if folder is None:
         raise HubError(
-            f"{reference.text} is neither a directory nor in the Hub's cache, and {reason}",
+            f"is neither a directory nor in the Hub's cache, and {reason}",
             "check the name, or download it where there is a network",
-        ) from (failure or error)
+        ) from failure
     return Snapshot(folder, folder.name, (), cache_dir)
 
 
@@ -86,8 +81,10 @@ def read_remote_header(snapshot: Snapshot, reference: Reference, file: str) -> d
             reference.repo, file, revision=snapshot.commit
         )
     except Exception as error:
+        if explained := _explain(error):
+            raise HubError(*explained) from error
         raise HubError(
-            f"{file} cannot be read from the Hub ({error})", "try again later"
+            f"{file} cannot be read from the Hub ({_one_line(error)})", "try again later"
         ) from error
     return {
         name: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": list(t.data_offsets)}
@@ -103,12 +100,75 @@ def fetch(repo: str, commit: str, files: Iterable[str], cache_dir: str | None) -
     """
     from huggingface_hub import snapshot_download
 
+    wanted = sorted(files)
     try:
-        snapshot_download(repo, revision=commit, cache_dir=cache_dir, allow_patterns=sorted(files))
+        with _bars(sys.stderr.isatty()):
+            folder = snapshot_download(
+                repo, revision=commit, cache_dir=cache_dir, allow_patterns=wanted
+            )
     except Exception as error:
-        raise ReadError(f"{repo}: the download failed ({error}); run the same command again") from (
-            error
+        raise _failed(repo, _one_line(error)) from error
+    for file in wanted:  # without a network, some versions return what the cache holds
+        if not (Path(folder) / file).exists():
+            raise _failed(repo, f"{file} did not come")
+
+
+def _failed(repo: str, why: str) -> ReadError:
+    return ReadError(f"{repo}: the download failed ({why}); run the same command again")
+
+
+def _download_small_files(reference: Reference, cache_dir: str | None) -> Snapshot:
+    """Ask the Hub for the commit and its files, and download the small ones.
+
+    The download is by the revision's name, not the commit's: so the cache learns what the name
+    stands for, and a run without a network finds it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    info = HfApi().model_info(reference.repo, revision=reference.revision, timeout=_TIMEOUT)
+    with _bars(False):
+        folder = Path(
+            snapshot_download(
+                reference.repo,
+                revision=reference.revision,
+                cache_dir=cache_dir,
+                allow_patterns=_SMALL_FILES,
+            )
         )
+    if folder.name != info.sha:  # pushed to between the two questions
+        info = HfApi().model_info(reference.repo, revision=folder.name, timeout=_TIMEOUT)
+    names = tuple(sibling.rfilename for sibling in info.siblings or ())
+    return Snapshot(folder, folder.name, names, cache_dir)
+
+
+@contextmanager
+def _bars(wanted: bool) -> Iterator[None]:
+    """huggingface_hub's progress bars, only where `wanted`; it draws them into log files too."""
+    from huggingface_hub import utils
+
+    if wanted or utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
+
+
+def _cached(reference: Reference, cache: Path) -> Path | None:
+    """The snapshot that the cache holds, complete or not, by the cache's documented layout
+    (https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
+
+    `snapshot_download(local_files_only=True)` refuses one with a file missing, and a merge
+    downloads only the shards that it reads.
+    """
+    repository = cache / f"models--{reference.repo.replace('/', '--')}"
+    commit = revision = reference.revision or "main"
+    with suppress(OSError, UnicodeDecodeError):  # else it is a commit, or the cache has nothing
+        commit = (repository / "refs" / revision).read_text(encoding="utf-8").strip()
+    folder = repository / "snapshots" / commit
+    return folder if re.fullmatch("[0-9a-f]{40}", commit) and folder.is_dir() else None
 
 
 def _explain(error: Exception) -> tuple[str, str] | None:
@@ -125,5 +185,17 @@ def _explain(error: Exception) -> tuple[str, str] | None:
     if isinstance(error, errors.RevisionNotFoundError):
         return "has no such revision", "name a branch, tag or commit that exists"
     if isinstance(error, errors.HFValidationError):
-        return f"is not a Hub id ({error})", "write `user/name`"
+        return f"is not a Hub id ({_one_line(error)})", "write `user/name`"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return (
+            f"is refused by the Hub (HTTP {status})",
+            "log in anew with `hf auth login`, or correct HF_TOKEN",
+        )
     return None
+
+
+def _one_line(error: Exception) -> str:
+    """An HTTP library's message, which can be a page, as the beginning of one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else f"{text[:160]}..."

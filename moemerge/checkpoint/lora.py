@@ -116,12 +116,12 @@ def _delta(
     config = checkpoint.config
     rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", a[0]))
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", a[0]))
-    if rank != a[0]:
+    if rank != a[0] or not rank:
         raise SourceProblem(
             f"{target}: adapter_config.json says rank {rank}, the weights are of rank {a[0]}",
             "save the adapter again",
         )
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
         raise SourceProblem(f"lora_alpha is {alpha!r}", "repair adapter_config.json")
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
     return Delta(down, up, alpha / divisor)

@@ -85,8 +85,8 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -
         path = checkpoint.directory / file
         try:
             found = safetensors_file.read_header(path)
-        except ValueError as error:
-            raise ReadError(f"{path}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise ReadError(f"{path}: {error}; download it again") from error
         for name, location in found.items():
             if name in tensors and tensors[name].file == path:
                 if (location.dtype, location.shape) != (tensors[name].dtype, tensors[name].shape):
@@ -98,6 +98,7 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -
 
 def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) -> Checkpoint:
     listed = set(snapshot.files) if snapshot else set()
+    partial = snapshot is not None and not listed
     names = listed | {path.name for path in directory.iterdir()}
     adapter = "adapter_config.json" in names and "config.json" not in names
     config_name = "adapter_config.json" if adapter else "config.json"
@@ -111,10 +112,10 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         except ValueError as error:
             raise SourceProblem(f"config.json: {error}", "repair it") from error
         if config.get("quantization_config") or config.get("compression_config"):
-            method = (config.get("quantization_config") or {}).get("quant_method", "some")
+            how = config.get("quantization_config") or {}
+            method = how.get("quant_method", "some") if isinstance(how, dict) else how
             raise SourceProblem(f"is quantised ({method})", _QUANTISED)
-    files, index = _weight_files(directory, names, weights)
-    absent = tuple(file for file in files if not (directory / file).exists())
+    files, index = _weight_files(directory, names, weights, partial)
     tensors: dict[str, Location] = {}
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
@@ -122,17 +123,25 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         for name, location in found.items():
             if index is None or index.get(name) == file:
                 tensors[name] = location
-        stat = (directory / file).stat() if file not in absent else None
+        stat = (directory / file).stat() if snapshot is None else None
         digest.update(repr((file, stat and (stat.st_size, stat.st_mtime_ns))).encode())
         digest.update(repr([(n, t.dtype, t.shape, t.offset) for n, t in found.items()]).encode())
-    if index is not None and (missing := sorted(index.keys() - tensors.keys())):
+    expected = {name for name, file in (index or {}).items() if file in files}
+    if index is not None and (missing := sorted(expected - tensors.keys())):
         raise SourceProblem(
             f"its index names {missing[0]!r} in {index[missing[0]]}, which is not there"
             + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""),
             "download or save the model again",
         )
+    layers, count = config.get("num_hidden_layers"), max(len(tensors), len(index or ()))
+    if isinstance(layers, int) and layers > count:  # a claim that would cost memory to follow
+        raise SourceProblem(
+            f"config.json: num_hidden_layers is {layers}, its weights are {count} tensors",
+            "use the weights and the config.json of one and the same model",
+        )
     commit = snapshot.commit if snapshot else None
     fingerprint = commit or digest.hexdigest()
+    absent = tuple(file for file in files if not (directory / file).exists())
     return Checkpoint(reference, directory, config, tensors, fingerprint, commit, absent)
 
 
@@ -145,9 +154,13 @@ def _no_model(directory: Path, names: set[str]) -> SourceProblem:
 
 
 def _weight_files(
-    directory: Path, names: set[str], weights: tuple[str, ...]
+    directory: Path, names: set[str], weights: tuple[str, ...], partial: bool
 ) -> tuple[list[str], dict[str, str] | None]:
-    """The weight files, and which holds which tensor where an index says so."""
+    """The weight files, and which holds which tensor where an index says so.
+
+    A `partial` directory is a Hub's cache that holds what some merge needed: the files that it
+    lacks are left out, and the plan refuses if it needs their tensors.
+    """
     for weight in weights:
         index_name = f"{weight}.index.json"
         if index_name in names:
@@ -161,6 +174,8 @@ def _weight_files(
                         "do not use this model: its index is hostile or broken",
                     )
             files = sorted(set(index.values()))
+            if partial and names & set(files):
+                return [file for file in files if file in names], index
             for file in files:
                 if file not in names:
                     raise SourceProblem(
@@ -204,7 +219,7 @@ def _read_header(
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise SourceProblem(f"{path.name} is not JSON ({error})", "download it again") from error
     if not isinstance(value, dict):
         raise SourceProblem(f"{path.name} is not a JSON object", "download it again")

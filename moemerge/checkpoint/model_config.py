@@ -36,7 +36,7 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
         ValueError: a value is not of the type that every reader expects; says which.
     """
     config = {**DEFAULTS.get(str(raw.get("model_type")), {}), **raw}
-    if config.get("model_type") not in DEFAULTS:
+    if str(config.get("model_type")) not in DEFAULTS:
         return config
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
@@ -62,7 +62,7 @@ def _rope(raw: dict[str, Any], default_theta: float) -> dict[str, Any]:
     if not isinstance(stated, dict):
         raise ValueError(f"rope_scaling is {stated!r}, not a mapping")
     theta = stated.get("rope_theta", raw.get("rope_theta", default_theta))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
         raise ValueError(f"rope_theta is {theta!r}, not a positive number")
     kind = stated.get("rope_type", stated.get("type", "default"))
     rest = {k: v for k, v in stated.items() if k not in ("rope_theta", "rope_type", "type")}

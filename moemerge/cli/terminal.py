@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import typer
 
-from moemerge.errors import InputError, MoemergeError
+from moemerge.errors import InputError, MoemergeError, one_line
 
 
 class Terminal:
@@ -20,7 +20,7 @@ class Terminal:
     def say(self, line: str) -> None:
         """Print a note."""
         if not self.quiet:
-            print(f"note: {line}", file=sys.stderr)
+            print(one_line(f"note: {line}"), file=sys.stderr)
 
     def detail(self, line: str) -> None:
         """Print a line for the curious."""
@@ -64,7 +64,7 @@ def explained() -> Iterator[None]:
             print(f"  {problem}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except MoemergeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         print("interrupted; run the same command again to start over", file=sys.stderr)
