@@ -1,0 +1,92 @@
+"""The house: imports run one way, the docs are what the code says, the public names stay."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import moemerge
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "moemerge"
+FLOORS = [
+    ["version", "errors"],
+    ["reporting", "config", "options"],
+    ["checkpoint"],
+    ["recipe"],
+    ["plan"],
+    ["prompts", "compare", "output"],
+    ["router_inputs"],
+    ["architectures", "gates"],
+    ["layout"],
+    ["prepare"],
+    ["write", "verify", "card"],
+    ["pipeline"],
+    ["cli"],
+]
+"""Rooms from the ground up; each imports only from floors below its own."""
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms that a file imports from, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "moemerge" and len(parts) > 1:
+                found.add(parts[1])
+    return found
+
+
+def test_imports_run_one_way() -> None:
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    files = [p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.stem[0] != "_"]
+    assert {room_of(path) for path in files} == floor.keys()
+    for path in files:
+        room = room_of(path)
+        for other in imports(path) - {room}:
+            assert floor[other] < floor[room], f"{path.name} of {room} imports {other}"
+
+
+def test_only_the_command_line_prints_or_exits() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if room_of(path) == "cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+            assert name not in ("print", "exit", "breakpoint"), path
+
+
+def test_the_docs_are_what_the_code_says() -> None:
+    from write_docs import documents
+
+    for path, text in documents().items():
+        assert path.read_text(encoding="utf-8") == text, "run python scripts/write_docs.py"
+
+
+def test_the_public_names() -> None:
+    assert set(moemerge.__all__) == {
+        "Expert", "InputError", "MergeConfig", "Merged", "MoemergeError", "Options", "Plan",
+        "PlannedTensor", "Prepared", "Problem", "ReadError", "Reporter", "RunError", "Shard",
+        "Silent", "Source", "Verified", "VerifyError", "WriteError", "__version__", "load_config",
+        "make_plan", "merge", "parse_config", "verify_checkpoint",
+    }  # fmt: skip
+    assert all(hasattr(moemerge, name) for name in moemerge.__all__)
+
+
+def test_everything_public_has_a_docstring() -> None:
+    kinds = ast.ClassDef | ast.FunctionDef
+    for path in PACKAGE.rglob("*.py"):
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+        for holder in [module, *(c for c in classes if c.name[0] != "_")]:
+            for node in holder.body:
+                if isinstance(node, kinds) and node.name[0] != "_":
+                    assert ast.get_docstring(node), (path, node.name)
