@@ -168,7 +168,8 @@ class _Reader:
             yaml.SafeLoader("").flatten_mapping(node)
         except yaml.MarkedYAMLError as error:
             self.problem(node, at, f"has a bad `<<` ({error.problem})", "merge mappings only")
-        return [(str(key.value), child) for key, child in node.value]
+        scalars = [pair for pair in node.value if isinstance(pair[0], yaml.ScalarNode)]
+        return [(str(key.value), child) for key, child in scalars]
 
     def value(self, node: yaml.Node, hint: Any, at: str) -> Any:
         """One value of type `hint`."""

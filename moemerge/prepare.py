@@ -182,9 +182,7 @@ class _Preparation:
         if alike and not self.options.untrained_ok:
             note("all experts are the same model: useful only if you train the result")
 
-    def _check_output(
-        self, out: Path | None, plan: Plan | None, carried: tuple[Path, ...]
-    ) -> None:
+    def _check_output(self, out: Path | None, plan: Plan | None, carried: tuple[Path, ...]) -> None:
         if out is None:
             return
         directories = [opened.directory for opened in self.opener.opened.values()]

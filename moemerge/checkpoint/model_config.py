@@ -35,8 +35,11 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a value is not of the type that every reader expects; says which.
     """
-    config = {**DEFAULTS.get(str(raw.get("model_type")), {}), **raw}
-    if str(config.get("model_type")) not in DEFAULTS:
+    family = raw.get("model_type")
+    if not isinstance(family, str):
+        raise ValueError(f"model_type is {family!r}, not text")
+    config = {**DEFAULTS.get(family, {}), **raw}
+    if family not in DEFAULTS:
         return config
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
