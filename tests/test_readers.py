@@ -93,11 +93,12 @@ def test_a_real_model_says_what_the_dense_one_says(
 ) -> None:
     found = read(reader, real_identity, tmp_path / "w", prompts=PROMPTS, new_tokens=16, logits=True)
     assert found["generated"] == dense["generated"]
+    tolerance = 1e-5 if "transformers" in reader else 5e-5  # other libraries round otherwise
     if found["logits_npy"]:
         arrays = np.load(found["logits_npy"])
         for number, expected in enumerate(dense["logits"]):
             difference = np.abs(arrays[f"arr_{number}"] - expected).max()
-            assert difference <= 1e-5 * np.abs(expected).max()
+            assert difference <= tolerance * np.abs(expected).max()
 
 
 BODIES: dict[str, dict[str, Any]] = {
