@@ -88,6 +88,10 @@ class FakeHub:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._thread.join()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the port: from here on, connections to `url` are refused."""
         self._server.server_close()
 
     @property

@@ -144,16 +144,20 @@ def _download_small_files(reference: Reference, cache_dir: str | None) -> Snapsh
 @contextmanager
 def _bars(wanted: bool) -> Iterator[None]:
     """huggingface_hub's progress bars, only where `wanted`; it draws them into log files too."""
-    from huggingface_hub import utils
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
-    if wanted or utils.are_progress_bars_disabled():
+    if wanted or are_progress_bars_disabled():
         yield
         return
-    utils.disable_progress_bars()
+    disable_progress_bars()
     try:
         yield
     finally:
-        utils.enable_progress_bars()
+        enable_progress_bars()
 
 
 def _cached(reference: Reference, cache: Path) -> Path | None:
