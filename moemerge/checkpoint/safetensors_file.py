@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from moemerge.checkpoint.tensors import ITEMSIZE, Location
+from moemerge.checkpoint.tensors import ITEMSIZE, MAX_DIMENSIONS, Location
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -47,8 +47,10 @@ def parse_header(text: bytes) -> dict[str, Any]:
 
     try:
         header = json.loads(text, object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError("its header is not JSON") from error
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     return header
@@ -68,10 +70,11 @@ def check_header(
             begin, end = entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"tensor {name!r} has a malformed entry") from error
-        if dtype not in ITEMSIZE:
+        if not isinstance(dtype, str) or dtype not in ITEMSIZE:
             raise ValueError(f"tensor {name!r} has dtype {dtype!r}, which is not known")
-        numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
-        if not all(type(number) is int and number >= 0 for number in numbers):
+        flat = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
+        numbers = [*shape, begin, end] if flat else [None]
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
             raise ValueError(f"tensor {name!r} has a shape or offset that is not a natural number")
         if end - begin != math.prod(shape) * ITEMSIZE[dtype]:
             raise ValueError(

@@ -19,6 +19,9 @@ ITEMSIZE = {
 }  # fmt: skip
 """Bytes a value, by the dtype names of the safetensors format."""
 
+MAX_DIMENSIONS = 64
+"""As numpy; more can only be meant to make their product endless."""
+
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The dtypes a merge can write, by the names that configs and torch give them."""
 

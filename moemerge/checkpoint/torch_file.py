@@ -1,29 +1,32 @@
 """A `.bin` shard's tensors, located without torch and without running anything it holds.
 
 `torch.save` writes an uncompressed zip: `data.pkl` describes the tensors, `data/KEY` holds each
-storage's bytes. The pickle is read by an unpickler that knows four names and builds no object of
-any other class; what it yields is checked like a safetensors header.
+storage's bytes. Python's own unpickler is never used: the few instructions that a state dict needs
+are followed here, with four names, and build dicts, tuples and descriptions of tensors; what they
+yield is checked like a safetensors header.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
+import pickletools
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moemerge.checkpoint.tensors import ITEMSIZE, Location
+from moemerge.checkpoint.tensors import ITEMSIZE, MAX_DIMENSIONS, Location
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
     "ByteStorage": "U8", "BoolStorage": "BOOL",
 }  # fmt: skip
+
+MAX_PICKLE_BYTES = 10_000_000
+"""Ten times what the largest model's shard needs; bounds memory and time."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class _Tensor:
     stride: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Call:
+    name: str
+
+
 def read_header(path: Path) -> dict[str, Location]:
     """The tensors of a `.bin` file by name.
 
@@ -48,6 +56,15 @@ def read_header(path: Path) -> dict[str, Location]:
         ValueError: the file is not a zip of `torch.save`, or holds what is not a plain tensor.
         OSError: the file cannot be read.
     """
+    try:
+        return _read_zip(path)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # a hostile zip or pickle can raise anything
+        raise ValueError(f"it is damaged ({type(error).__name__}: {error})") from error
+
+
+def _read_zip(path: Path) -> dict[str, Location]:
     if not zipfile.is_zipfile(path):
         raise ValueError(
             "it is not a zip (torch's format since 1.6, or truncated): load it once with "
@@ -59,22 +76,26 @@ def read_header(path: Path) -> dict[str, Location]:
         if len(pickles) != 1:
             raise ValueError("it holds no single data.pkl; it was not written by torch.save")
         root = pickles[0].removesuffix("data.pkl")
-        order = root + "byteorder"
-        if order in members and archive.read(order) != b"little":
+        order = members.get(root + "byteorder")
+        if order and _member(archive, order, 16) != b"little":
             raise ValueError("it is big-endian; convert it to safetensors where it was made")
-        try:
-            with archive.open(pickles[0]) as stream:
-                content = _Unpickler(stream).load()
-        except ValueError:
-            raise
-        except Exception as error:  # a hostile pickle can raise anything
-            raise ValueError(f"its pickle cannot be read ({error})") from error
+        content = _unpickle(_member(archive, members[pickles[0]], MAX_PICKLE_BYTES))
         if not isinstance(content, dict):
             raise ValueError("it holds no dict of tensors")
         return {
-            str(name): _locate(str(name), tensor, path, root, members, file)
+            name: _locate(name, tensor, path, root, members, file)
             for name, tensor in content.items()
         }
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
+    """A small member of the zip; torch compresses none, so none can swell."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"its {info.filename} is compressed, which torch.save never does")
+    if info.file_size > most:
+        raise ValueError(f"its {info.filename} is {info.file_size} bytes, which no model needs")
+    with archive.open(info) as stream:
+        return stream.read(most)
 
 
 def _locate(
@@ -91,11 +112,16 @@ def _locate(
     info = members.get(f"{root}data/{storage.key}")
     if info is None or info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"tensor {name!r} has no uncompressed data")
+    itemsize = ITEMSIZE[storage.dtype]
+    if storage.count * itemsize != info.file_size:
+        raise ValueError(
+            f"it is truncated: tensor {name!r} lies in {storage.count} values of {storage.dtype}, "
+            f"its data is {info.file_size} bytes"
+        )
     row_major = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     strides = zip(shape, tensor.stride, row_major, strict=True)
-    if any(size > 1 and stride != expected for size, stride, expected in strides):
+    if math.prod(shape) and any(size > 1 and have != want for size, have, want in strides):
         raise ValueError(f"tensor {name!r} is not contiguous; save the model as safetensors")
-    itemsize = ITEMSIZE[storage.dtype]
     end = (tensor.start + math.prod(shape)) * itemsize
     file.seek(info.header_offset)
     local = file.read(30)
@@ -108,34 +134,112 @@ def _locate(
     return Location(path, begin + tensor.start * itemsize, storage.dtype, shape)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the names that a state dict needs; every other name is refused."""
+def _unpickle(data: bytes) -> object:
+    """Follow a pickle's instructions as far as a state dict needs them."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[object, Any] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        known: dict[tuple[str, str], Callable[..., object]] = {
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("collections", "OrderedDict"): OrderedDict,
-        }
-        if (module, name) not in known:
-            raise ValueError(f"its pickle asks for {module}.{name}, which a state dict never needs")
-        return known[module, name]
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
 
-    def persistent_load(self, reference: Any) -> _Storage:
-        kind, dtype, key, _device, count = reference
-        if kind != "storage" or dtype not in _STORAGES.values():
-            raise ValueError("its pickle refers to something that is not a storage")
-        return _Storage(str(key), dtype, int(count))
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in _VALUES:
+            stack.append(_VALUES[name](argument))
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            size = int(name[-1])
+            stack[-size:] = [tuple(stack[-size:])]
+        elif name == "TUPLE":
+            stack.append(tuple(since_mark()))
+        elif name in ("APPEND", "APPENDS"):
+            items = since_mark() if name == "APPENDS" else [stack.pop()]
+            stack[-1].extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                if not isinstance(key, str):  # hashing a tuple of tuples can take for ever
+                    raise ValueError("it holds a dict with a key that is not text")
+                stack[-1][key] = value
+        elif name == "STACK_GLOBAL":
+            stack[-2:] = [_global(stack[-2], stack[-1])]
+        elif name == "BINPERSID":
+            stack.append(_storage(stack.pop()))
+        elif name == "REDUCE":
+            arguments, called = stack.pop(), stack.pop()
+            if not isinstance(called, _Call):
+                raise ValueError("its pickle calls what is no function")
+            stack.append(_CALLS[called.name](*arguments))
+        elif name == "BUILD":  # a state dict's own attributes, `_metadata`
+            stack.pop()
+        elif name == "STOP":
+            return stack.pop()
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"its pickle uses {name}, which a state dict never needs")
+    raise ValueError("its pickle has no end")
+
+
+def _global(module: object, name: object) -> str | _Call:
+    """A dtype for the name of a storage class, a function that may be called for another."""
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise ValueError("its pickle asks for something without a name")
+    if module == "torch" and name in _STORAGES:
+        return _STORAGES[name]
+    if f"{module}.{name}" not in _CALLS:
+        raise ValueError(f"its pickle asks for {module}.{name}, which a state dict never needs")
+    return _Call(f"{module}.{name}")
+
+
+def _storage(reference: Any) -> _Storage:
+    kind, dtype, key, _device, count = reference
+    if kind != "storage" or dtype not in _STORAGES.values() or not isinstance(key, str):
+        raise ValueError("its pickle refers to something that is not a storage")
+    if type(count) is not int:
+        raise ValueError(f"storage {key!r} has no size")
+    return _Storage(key, dtype, count)
 
 
 def _rebuild_tensor(
     storage: object, start: object, shape: object, stride: object, *_: object
 ) -> _Tensor:
-    numbers = [start, *(shape if isinstance(shape, tuple) else [None])]
-    numbers += stride if isinstance(stride, tuple) else [None]
-    natural = all(type(number) is int and number >= 0 for number in numbers)
-    if not isinstance(storage, _Storage) or not natural:
-        raise ValueError("its pickle describes a malformed tensor")
-    return _Tensor(storage, start, shape, stride)  # type: ignore[arg-type]
+    if isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(stride, tuple):
+        numbers = (start, *shape, *stride)
+        natural = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        if natural and len(shape) == len(stride) <= MAX_DIMENSIONS:
+            return _Tensor(storage, start, shape, stride)  # type: ignore[arg-type]
+    raise ValueError("its pickle describes a malformed tensor")
+
+
+def _empty() -> dict[str, object]:
+    return {}
+
+
+_CALLS: dict[str, Callable[..., object]] = {
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "collections.OrderedDict": _empty,
+}
+
+_VALUES: dict[str, Callable[[Any], object]] = {
+    **dict.fromkeys(
+        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"),
+        lambda argument: argument,
+    ),
+    "GLOBAL": lambda argument: _global(*argument.split(" ", 1)),
+    "NONE": lambda _: None,
+    "NEWTRUE": lambda _: True,
+    "NEWFALSE": lambda _: False,
+    "EMPTY_TUPLE": lambda _: (),
+    "EMPTY_LIST": lambda _: [],
+    "EMPTY_DICT": lambda _: {},
+}
+"""The instructions that put a value on the stack."""
