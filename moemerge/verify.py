@@ -80,8 +80,7 @@ def verify_checkpoint(
         if all(read.source in sources for read in recipe.reads(tensor.recipe))
     }
     size = sum((out / name).stat().st_size for name in manifest.files if (out / name).is_file())
-    _say_how_long(plan, out, size, sum(t.nbytes for t in plan.tensors if t.name in compared),
-                  reporter)  # fmt: skip
+    _say_how_long(plan, out, sources, compared, size, reporter)
     with reporter.progress("verifying", size, "B") as advance:
         for shard in plan.shards:
             _check_shard(shard, out, manifest, sources, compared, advance)
@@ -213,18 +212,37 @@ def _reopen(source: Source, cache_dir: str | None) -> Checkpoint:
     return open_checkpoint(reference, cache_dir)
 
 
-def _say_how_long(plan: Plan, out: Path, size: int, compared: int, reporter: Reporter) -> None:
-    """Time a few megabytes and say what the rest will take."""
-    begun = time.monotonic()
+def _say_how_long(
+    plan: Plan, out: Path, sources: Sources, compared: set[str], size: int, reporter: Reporter
+) -> None:
+    """Time a few megabytes of each kind of work and say what all of it will take."""
     largest = max(plan.shards, key=lambda shard: shard.nbytes)
-    with (out / largest.file).open("rb") as file:
-        read = len(file.read(_CHUNK))
-    rate = read / max(time.monotonic() - begun, 1e-6)
-    total = size + compared
+
+    def read_some() -> int:
+        with (out / largest.file).open("rb") as file:
+            return len(file.read(_CHUNK))
+
+    seconds = size / _rate(read_some)
+    kinds: dict[bool, list[PlannedTensor]] = {True: [], False: []}
+    for tensor in plan.tensors:
+        if tensor.name in compared:
+            kinds[recipe.is_copy(tensor.recipe, tensor.dtype, sources)].append(tensor)
+    for tensors in filter(None, kinds.values()):
+        sample = max(tensors, key=lambda tensor: tensor.nbytes)
+        next(_made(sample, sources))  # imports what it needs
+        rate = _rate(lambda tensor=sample: len(next(_made(tensor, sources))))  # type: ignore[misc]
+        seconds += sum(tensor.nbytes for tensor in tensors) / rate
+    again = sum(tensor.nbytes for tensors in kinds.values() for tensor in tensors)
     reporter.say(
-        f"reading {size / 1e9:.2f} GB of output and {compared / 1e9:.2f} GB of sources, "
-        f"about {max(total / rate, 1):.0f} s"
+        f"reading {size / 1e9:.2f} GB, {again / 1e9:.2f} GB of them against their sources: "
+        f"about {max(seconds, 1):.0f} s"
     )
+
+
+def _rate(work: Callable[[], int]) -> float:
+    """The bytes a second of `work`, which returns the bytes that it did."""
+    begun = time.monotonic()
+    return work() / max(time.monotonic() - begun, 1e-6)
 
 
 def _made(tensor: PlannedTensor, sources: Sources) -> Iterator[memoryview]:

@@ -62,5 +62,7 @@ class Opener:
 
     def _open(self, reference: Reference) -> Checkpoint:
         if reference not in self.opened:
-            self.opened[reference] = open_checkpoint(reference, self.cache_dir)
+            opened = self.opened[reference] = open_checkpoint(reference, self.cache_dir)
+            if opened.note:
+                self.findings.note(f"{reference.text}: {opened.note}")
         return self.opened[reference]

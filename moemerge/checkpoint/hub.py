@@ -23,12 +23,16 @@ _TIMEOUT = 10  # seconds, as huggingface_hub's own for a file's metadata
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository's cached folder at one commit; `files` is what the Hub lists, if asked."""
+    """A repository's cached folder at one commit; `files` is what the Hub lists, if it answered.
+
+    `note` says why the cache had to serve where the Hub was asked.
+    """
 
     directory: Path
     commit: str
     files: tuple[str, ...]
     cache_dir: str | None
+    note: str = ""
 
 
 class HubError(Exception):
@@ -65,7 +69,8 @@ def open_snapshot(reference: Reference, cache_dir: str | None) -> Snapshot:
             f"is neither a directory nor in the Hub's cache, and {reason}",
             "check the name, or download it where there is a network",
         ) from failure
-    return Snapshot(folder, folder.name, (), cache_dir)
+    note = f"{reason}, so what the cache holds of it is used" if failure else ""
+    return Snapshot(folder, folder.name, (), cache_dir, note)
 
 
 def read_remote_header(snapshot: Snapshot, reference: Reference, file: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Checkpoint:
     """One source, opened. `absent` are weight files that are still on the Hub alone.
 
     `fingerprint` tells this source's content from another's: the Hub's commit, or a digest of
-    sizes, times and headers.
+    sizes, times and headers. `note` is a line that a person should read.
     """
 
     reference: Reference
@@ -44,6 +44,7 @@ class Checkpoint:
     fingerprint: str
     commit: str | None = None
     absent: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def is_adapter(self) -> bool:
@@ -100,7 +101,10 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     listed = set(snapshot.files) if snapshot else set()
     partial = snapshot is not None and not listed
     names = listed | {path.name for path in directory.iterdir()}
-    adapter = "adapter_config.json" in names and "config.json" not in names
+    whole = "config.json" in names and any(
+        name in names for weight in _WEIGHTS for name in (weight, f"{weight}.index.json")
+    )  # many a training run leaves its base's config.json beside an adapter
+    adapter = "adapter_config.json" in names and not whole
     config_name = "adapter_config.json" if adapter else "config.json"
     weights = _ADAPTER_WEIGHTS if adapter else _WEIGHTS
     if config_name not in names:
@@ -142,7 +146,8 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     commit = snapshot.commit if snapshot else None
     fingerprint = commit or digest.hexdigest()
     absent = tuple(file for file in files if not (directory / file).exists())
-    return Checkpoint(reference, directory, config, tensors, fingerprint, commit, absent)
+    note = snapshot.note if snapshot else ""
+    return Checkpoint(reference, directory, config, tensors, fingerprint, commit, absent, note)
 
 
 def _no_model(directory: Path, names: set[str]) -> SourceProblem:

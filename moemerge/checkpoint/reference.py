@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ class Reference:
     @property
     def short(self) -> str:
         """The last part of the path, which names an expert that has no name of its own."""
-        return self.directory.resolve().name if self.directory else self.repo.rpartition("/")[2]
+        return self.directory.name if self.directory else self.repo.rpartition("/")[2]
 
 
 def parse_source(text: str, beside: Path | None = None) -> tuple[Reference, Reference | None]:
@@ -64,7 +65,7 @@ def _directory(text: str, beside: Path | None) -> Path | None:
     for candidate in (path, beside / path if beside else path):
         try:
             if candidate.is_dir():
-                return candidate.absolute()
+                return Path(os.path.abspath(candidate))  # noqa: PTH100 (resolves `..`, keeps links)
         except OSError:  # a name too long for the file system is no directory
             return None
     return None

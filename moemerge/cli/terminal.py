@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ class Terminal:
 
     def __init__(self, quiet: bool, verbose: bool):
         self.quiet, self.verbose = quiet, verbose
+        if quiet:  # before anything imports huggingface_hub, which has bars of its own
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
     def say(self, line: str) -> None:
         """Print a note."""

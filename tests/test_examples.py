@@ -1,0 +1,86 @@
+"""Every config in examples/ works, on the real small model or on stand-ins of true size."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from moemerge import load_config, make_plan, merge, verify_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "examples/configs").glob("*.yaml"))
+MODELS = ROOT / "examples/models"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def demo_model(smollm2: Path) -> None:
+    """What the quickstart makes: the small model where the example configs look for it."""
+    MODELS.mkdir(exist_ok=True)
+    link = MODELS / smollm2.name
+    if link.resolve() != smollm2.resolve():
+        link.unlink(missing_ok=True)
+        link.symlink_to(smollm2)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_example_is_a_config(path: Path) -> None:
+    config = load_config(path)
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    assert all(expert.positive_prompts for expert in config.experts)
+
+
+def test_the_quickstart_config_merges_and_verifies(tmp_path: Path) -> None:
+    config = ROOT / "examples/configs/quickstart.yaml"
+    ready = make_plan(config)
+    assert ready.plan.experts == ("c", "french", "legal", "sql")
+    merge(config, tmp_path / "out")
+    checked = verify_checkpoint(tmp_path / "out")
+    assert checked.compared == checked.tensors - len(ready.plan.shards[0].tensors)
+
+
+def test_installed_in_an_empty_environment_it_runs(tmp_path: Path) -> None:
+    """The wheel holds all rooms and py.typed; what it depends on comes from this environment."""
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env/bin/python"
+    source = tmp_path / "source"
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    for name in files:
+        if name.startswith("moemerge/") or "/" not in name:
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--no-deps", source],
+        check=True, env={**os.environ, "PYTHONPATH": ""}, capture_output=True,
+    )  # fmt: skip
+    site = next((tmp_path / "env").glob("lib/python*/site-packages"))
+    assert (site / "moemerge/py.typed").exists()
+    here = next(p for p in sys.path if p.endswith("site-packages"))
+    (site / "dependencies.pth").write_text(here)
+    done = subprocess.run(
+        [tmp_path / "env/bin/moemerge", "plan", ROOT / "examples/configs/quickstart.yaml"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    assert "4 experts, 2 a token" in done.stdout
+
+
+@pytest.mark.full
+def test_the_quickstart_script(tmp_path: Path) -> None:
+    """From a fresh clone with nothing installed, as a newcomer runs it."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    done = subprocess.run(
+        [clone / "scripts/quickstart", tmp_path / "out"], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.count("--- ") == 4
