@@ -62,6 +62,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     sizes = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 1024}
     made = [make_model(root / name, seed=seed, **sizes) for seed, name in enumerate("bcn")]
     adapter = make_adapter(root / "adapter", made[0], rank=64)
+    (adapter / "config.json").write_bytes((made[0] / "config.json").read_bytes())
     bins = make_model(root / "bins", seed=7, bins=True, shards=2, **sizes)
     for directory in made:
         _split(directory)
@@ -347,6 +348,8 @@ def test_the_cache_serves_while_the_hub_is_down(hub: FakeHub, tmp_path: Path) ->
     down.close()
     planned = run(environment, "plan", config)
     assert planned.returncode == 0, planned.stderr
+    for source in ("lab/base", "lab/coder"):
+        assert f"note: {source}: the Hub cannot be reached" in planned.stderr
     backwards = write(
         tmp_path / "other.yaml",
         config.read_text().replace("base_model: lab/base", "base_model: lab/coder"),
@@ -355,6 +358,35 @@ def test_the_cache_serves_while_the_hub_is_down(hub: FakeHub, tmp_path: Path) ->
     assert refused.returncode == 2
     assert "base_model" in refused.stderr
     assert "download" in refused.stderr
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("version", ["this", "transformers4"])
+def test_a_download_that_does_not_come_is_said(
+    version: str, hub: FakeHub, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The Hub goes away between the plan and the download; huggingface_hub tries for a while."""
+    python = sys.executable if version == "this" else request.getfixturevalue(version)
+    config = _config(tmp_path, "lab/base", "lab/base", "lab/coder")
+    assert run(hub.environment(tmp_path), "plan", config, python=python).returncode == 0
+    commit = hub.repositories["lab/base"].refs["main"]
+    script = f"""
+from moemerge.checkpoint import hub
+from moemerge.errors import ReadError
+try:
+    hub.fetch("lab/base", "{commit}", ["model-mlp.safetensors"], None)
+except ReadError as error:
+    print(error)
+"""
+    down = FakeHub()
+    down.close()
+    environment = {**os.environ, **down.environment(tmp_path)}
+    done = subprocess.run(
+        [python, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("lab/base: the download failed (")
+    assert done.stdout.endswith("); run the same command again\n")
+    assert done.stdout.count("\n") == 1
 
 
 def test_a_repository_of_bin_files_is_merged(hub: FakeHub, models: Models, tmp_path: Path) -> None:
