@@ -185,22 +185,26 @@ def begin(out: Path, files: Iterable[str]) -> Path:
 
 
 def carry(base: Path, out: Path, carried: Iterable[Path]) -> None:
-    """Copy the base model's small files byte for byte.
-
-    But for one class name: transformers 5 writes `TokenizersBackend`, which version 4 does not
-    know; `PreTrainedTokenizerFast` means the same to both.
-    """
+    """Copy the base model's small files byte for byte, but for what transformers 4 trips over."""
     with writing(out):
         for name in carried:
             content = (base / name).read_bytes()
             if name.name == "tokenizer_config.json":
-                content = re.sub(
-                    rb'("tokenizer_class"\s*:\s*)"TokenizersBackend"',
-                    rb'\1"PreTrainedTokenizerFast"',
-                    content,
-                )
+                content = _readable_by_version_4(content)
             (out / name).parent.mkdir(exist_ok=True)
             (out / name).write_bytes(content)
+
+
+def _readable_by_version_4(tokenizer_config: bytes) -> bytes:
+    """Name the class that both versions know in place of transformers 5's `TokenizersBackend`.
+
+    Version 4's `PreTrainedTokenizerFast` gives token_type_ids, which no decoder takes, unless told
+    what the model's inputs are.
+    """
+    named = b'"tokenizer_class": "PreTrainedTokenizerFast"'
+    if b'"model_input_names"' not in tokenizer_config:
+        named = b'"model_input_names": ["input_ids", "attention_mask"],\n  ' + named
+    return re.sub(rb'"tokenizer_class"\s*:\s*"TokenizersBackend"', named, tokenizer_config)
 
 
 def finish(out: Path, manifest: Manifest) -> None:

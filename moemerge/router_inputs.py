@@ -176,7 +176,8 @@ def _one_layer(
     import torch
     from transformers import AutoConfig, AutoModel
 
-    settings = {**config, "num_hidden_layers": 1, "vocab_size": 1}
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    settings |= {"num_hidden_layers": 1, "vocab_size": 1, "dtype": None, "torch_dtype": None}
     settings |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     if config.get("layer_types"):
         settings["layer_types"] = [config["layer_types"][layer]]

@@ -13,7 +13,7 @@ import torch
 import transformers
 from babies import LLAMA3_ROPE, make_adapter, make_model, save_weights, simple_config, write_config
 from safetensors.torch import load_file, safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moemerge import Options, gates, make_plan, merge, pipeline, verify_checkpoint
 from moemerge.config import parse_config
@@ -373,11 +373,18 @@ def test_quantised_passes_give_nearly_the_same_routers(tmp_path: Path, option: s
 def test_carried_files_are_the_bases_byte_for_byte(tmp_path: Path, babies: dict[str, Path]) -> None:
     base, first, _ = babies.values()
     config = write_config(tmp_path / "c.yaml", simple_config(base, [base, first]))
-    merge(config, tmp_path / "out")
+    out = tmp_path / "out"
+    merge(config, out)
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
-    ours, theirs = ((d / "tokenizer_config.json").read_text() for d in (tmp_path / "out", base))
-    assert ours == theirs.replace("TokenizersBackend", "PreTrainedTokenizerFast") != theirs
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    ours, theirs = (json.loads((d / "tokenizer_config.json").read_text()) for d in (out, base))
+    assert theirs.pop("tokenizer_class") == "TokenizersBackend"
+    assert ours.pop("tokenizer_class") == "PreTrainedTokenizerFast"
+    assert ours.pop("model_input_names") == ["input_ids", "attention_mask"]
+    assert ours == theirs
+    inputs = AutoTokenizer.from_pretrained(out)("code python", return_tensors="pt")
+    assert inputs.keys() == {"input_ids", "attention_mask"}
+    assert load(out).generate(**inputs, max_new_tokens=3).shape[1] > inputs.input_ids.shape[1]
     merge(config, tmp_path / "bare", Options(copy_tokenizer=False))
     assert not (tmp_path / "bare/tokenizer.json").exists()
 

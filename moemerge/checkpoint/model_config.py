@@ -24,6 +24,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What transformers assumes for a key that a family's config.json leaves out."""
 
+_WHOLE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "head_dim",
+)  # fmt: skip
+_NUMBERS = ("rms_norm_eps", "initializer_range", "attention_dropout")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_ROPE_NEEDS = {
+    "default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}  # fmt: skip
+"""The kinds of rope that transformers knows, and the keys that each cannot do without."""
+
 
 def normalise(raw: dict[str, Any]) -> dict[str, Any]:
     """The config with its family's defaults, an explicit head_dim, and rope as 4.57 and 5 read it.
@@ -43,17 +57,47 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
         return config
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                "num_attention_heads", "num_key_value_heads"):  # fmt: skip
-        if type(config[key]) is not int or config[key] < 1:
-            raise ValueError(f"{key} is {config[key]!r}, not a positive whole number")
-    if config.get("head_dim") is None:
-        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    if type(config["head_dim"]) is not int or config["head_dim"] < 1:
-        raise ValueError(f"head_dim is {config['head_dim']!r}, not a positive whole number")
+    for key in (*_NUMBERS, *_FLAGS):
+        if config[key] is None:
+            config[key] = DEFAULTS[family][key]
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    if config.get("head_dim") is None and type(heads) is type(hidden) is int and heads > 0:
+        config["head_dim"] = hidden // heads
+    _check_types(config)
     config["dtype"] = config["torch_dtype"] = raw.get("dtype") or raw.get("torch_dtype")
     config.update(_rope(raw, config["rope_theta"]))
     return config
+
+
+def _check_types(config: dict[str, Any]) -> None:
+    """Refuse what would stop a reader of the output, or the hidden pass on its way."""
+    for key in _WHOLE:
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise ValueError(f"{key} is {config.get(key)!r}, not a positive whole number")
+    for key in _NUMBERS:
+        if not _is_number(config[key]) or not config[key] >= 0:
+            raise ValueError(f"{key} is {config[key]!r}, not a number from 0")
+    for key in _FLAGS:
+        if not isinstance(config[key], bool):
+            raise ValueError(f"{key} is {config[key]!r}, not true or false")
+    if not isinstance(config["hidden_act"], str):
+        raise ValueError(f"hidden_act is {config['hidden_act']!r}, not text")
+    window = config["sliding_window"]
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(f"sliding_window is {window!r}, not a positive whole number or null")
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    if heads % groups:
+        raise ValueError(f"num_attention_heads is {heads}, no multiple of its {groups} kv heads")
+    if config["head_dim"] % 2:
+        raise ValueError(f"head_dim is {config['head_dim']}, which rope cannot halve")
+    types = config.get("layer_types")
+    one_each = isinstance(types, list) and len(types) == config["num_hidden_layers"]
+    if types is not None and not (one_each and all(kind in _LAYER_TYPES for kind in types)):
+        raise ValueError(f"layer_types is not one of {' or '.join(_LAYER_TYPES)} for each layer")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def _rope(raw: dict[str, Any], default_theta: float) -> dict[str, Any]:
@@ -65,9 +109,15 @@ def _rope(raw: dict[str, Any], default_theta: float) -> dict[str, Any]:
     if not isinstance(stated, dict):
         raise ValueError(f"rope_scaling is {stated!r}, not a mapping")
     theta = stated.get("rope_theta", raw.get("rope_theta", default_theta))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
+    if not _is_number(theta) or not theta > 0:
         raise ValueError(f"rope_theta is {theta!r}, not a positive number")
     kind = stated.get("rope_type", stated.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
+        raise ValueError(f"rope_type is {kind!r}, not one of {', '.join(_ROPE_NEEDS)}")
+    for key in _ROPE_NEEDS[kind]:
+        value = stated.get(key)
+        if not all(map(_is_number, value if isinstance(value, list) and value else [value])):
+            raise ValueError(f"rope_scaling: {key} is {value!r}, which {kind} rope needs as number")
     rest = {k: v for k, v in stated.items() if k not in ("rope_theta", "rope_type", "type")}
     return {
         "rope_theta": theta,
