@@ -403,6 +403,22 @@ MODELS: dict[str, Any] = {
     "rope of text": (config_with(rope_scaling="yarn"), "rope_scaling is 'yarn'", "repair"),
     "theta negative": (config_with(rope_theta=-1), "rope_theta is -1", "repair"),
     "theta NaN": (config_with(rope_theta=float("nan")), "rope_theta is nan", "repair"),
+    "eps of text": (config_with(rms_norm_eps="x"), "rms_norm_eps is 'x'", "repair"),
+    "eps negative": (config_with(rms_norm_eps=-1), "rms_norm_eps is -1", "repair"),
+    "range of text": (config_with(initializer_range="x"), "initializer_range is 'x'", "repair"),
+    "context of text": (config_with(max_position_embeddings="x"), "max_position_embeddings",
+                        "repair"),
+    "window of text": (config_with(sliding_window="x"), "sliding_window is 'x'", "repair"),
+    "flag of text": (config_with(tie_word_embeddings="no"), "tie_word_embeddings", "repair"),
+    "activation a number": (config_with(hidden_act=7), "hidden_act is 7", "repair"),
+    "heads in odd groups": (config_with(num_key_value_heads=3), "no multiple of its 3", "repair"),
+    "odd head_dim": (config_with(head_dim=7), "head_dim is 7", "repair"),
+    "rope unknown": (config_with(rope_scaling={"rope_type": "wobble"}), "'wobble'", "repair"),
+    "rope a list": (config_with(rope_scaling={"rope_type": ["yarn"]}), "['yarn']", "repair"),
+    "rope incomplete": (config_with(rope_scaling={"rope_type": "linear"}), "factor is None",
+                        "repair"),
+    "rope factor of text": (config_with(rope_scaling={"type": "linear", "factor": "x"}),
+                            "factor is 'x'", "repair"),
     "model_type a list": (config_with(model_type=["llama"]), "model_type", "['llama']", ""),
     "endless layers": (config_with(num_hidden_layers=10**12), "num_hidden_layers",
                        "1000000000000", ""),
@@ -437,8 +453,9 @@ BASES = {
     "mixed attention": (
         config_with(layer_types=["full_attention", "sliding_attention"]), "layer_types", "one kind"
     ),
-    "odd layer types": (config_with(layer_types=[["a"], 3]), "layer_types", "one kind"),
-    "layer types a number": (config_with(layer_types=3), "layer_types", "one kind"),
+    "odd layer types": (config_with(layer_types=[["a"], 3]), "layer_types", "repair"),
+    "layer types a number": (config_with(layer_types=3), "layer_types", "repair"),
+    "a layer type too few": (config_with(layer_types=["full_attention"]), "layer_types", "repair"),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), "no tokenizer.json", "random"),
     "broken tokenizer": (text_in("tokenizer.json", "{}"), "prompts cannot be read", "random"),
     "broken tokenizer config": (text_in("tokenizer_config.json", "{"), "not JSON", "random"),
@@ -501,6 +518,18 @@ def test_an_expert_of_another_family_is_taken_with_allow_crimes(
     [problem] = refused("plan", config)
     assert "--allow-crimes" in problem
     assert invoke("plan", config, "--allow-crimes").exit_code == 0
+
+
+def test_a_base_model_saved_for_another_attention_kernel_runs(
+    babies: dict[str, Path], tmp_path: Path
+) -> None:
+    """What a config.json says of kernels and dtype is a wish of the program that saved it."""
+    model = damaged(
+        babies, tmp_path, config_with(_attn_implementation="flash_attention_9", torch_dtype="odd")
+    )
+    text = GOOD.replace("cheap_embed", "hidden").replace("{base}", str(model))
+    result = invoke(write(tmp_path, text, babies), tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
 
 
 def test_an_experts_attention_biases_stay_behind(babies: dict[str, Path], tmp_path: Path) -> None:

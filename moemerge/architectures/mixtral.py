@@ -33,8 +33,7 @@ def refusals(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "has attention biases, which a Mixtral has no place for", "a qwen2_moe could hold it"
     if config.get("mlp_bias"):
         yield "has MLP biases, which a Mixtral has no place for", "use a model without them"
-    kinds = config.get("layer_types") or ["one"]
-    if not isinstance(kinds, list) or any(kind != kinds[0] for kind in kinds):
+    if len(set(config.get("layer_types") or ["one"])) > 1:
         yield "mixes kinds of attention by layer (layer_types)", "use a model with one kind"
 
 
