@@ -389,9 +389,20 @@ except ReadError as error:
     assert done.stdout.count("\n") == 1
 
 
-def test_a_repository_of_bin_files_is_merged(hub: FakeHub, models: Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["this", FULL])
+def test_a_repository_of_bin_files_is_planned_from_headers_and_merged(
+    version: str, hub: FakeHub, models: Models, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    python = sys.executable if version == "this" else request.getfixturevalue(version)
     config = _config(tmp_path, "lab/base", "lab/base", "lab/bins")
-    done = run(hub.environment(tmp_path), config, tmp_path / "out")
+    bins = sorted(path.name for path in models.bins.glob("*.bin"))
+    hub.forget()
+    planned = run(hub.environment(tmp_path), "plan", config, python=python)
+    assert planned.returncode == 0, planned.stderr
+    for name in bins:
+        assert 0 < hub.sent("lab/bins", name) < (models.bins / name).stat().st_size / 3
+    assert not {f"models--lab--bins/{name}" for name in bins} & _cached(tmp_path)
+    done = run(hub.environment(tmp_path), config, tmp_path / "out", python=python)
     assert done.returncode == 0, done.stderr
     weights: dict[str, torch.Tensor] = {}
     for file in models.bins.glob("*.bin"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moemerge.checkpoint.reference import Reference
 from moemerge.errors import ReadError
@@ -19,6 +21,7 @@ _SMALL_FILES = [
     "merges.txt", "adapter_config.json",
 ]  # fmt: skip
 _TIMEOUT = 10  # seconds, as huggingface_hub's own for a file's metadata
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,6 @@ class Snapshot:
     directory: Path
     commit: str
     files: tuple[str, ...]
-    cache_dir: str | None
     note: str = ""
 
 
@@ -70,7 +72,7 @@ def open_snapshot(reference: Reference, cache_dir: str | None) -> Snapshot:
             "check the name, or download it where there is a network",
         ) from failure
     note = f"{reason}, so what the cache holds of it is used" if failure else ""
-    return Snapshot(folder, folder.name, (), cache_dir, note)
+    return Snapshot(folder, folder.name, (), note)
 
 
 def read_remote_header(snapshot: Snapshot, reference: Reference, file: str) -> dict[str, Any]:
@@ -86,15 +88,69 @@ def read_remote_header(snapshot: Snapshot, reference: Reference, file: str) -> d
             reference.repo, file, revision=snapshot.commit
         )
     except Exception as error:
-        if explained := _explain(error):
-            raise HubError(*explained) from error
-        raise HubError(
-            f"{file} cannot be read from the Hub ({_one_line(error)})", "try again later"
-        ) from error
+        raise HubError(*_unreadable(file, error)) from error
     return {
         name: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": list(t.data_offsets)}
         for name, t in found.tensors.items()
     }
+
+
+def open_remote(snapshot: Snapshot, reference: Reference, file: str) -> BinaryIO:
+    """A remote file to seek in and read; each read is a range request of `_BLOCK` bytes or more.
+
+    Raises:
+        HubError: the file cannot be read.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        url = hf_hub_url(reference.repo, file, revision=snapshot.commit)
+        size = get_hf_file_metadata(url, timeout=_TIMEOUT).size
+    except Exception as error:
+        raise HubError(*_unreadable(file, error)) from error
+    return io.BufferedReader(_RemoteFile(url, size or 0, file), _BLOCK)
+
+
+class _RemoteFile(io.RawIOBase):
+    def __init__(self, url: str, size: int, name: str):
+        self.url, self.size, self.name, self.at = url, size, name, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported lazily
+            build_hf_headers,
+            get_session,
+            hf_raise_for_status,
+        )
+
+        end = min(self.at + len(buffer), self.size)
+        if end <= self.at:
+            return 0
+        headers = {
+            **build_hf_headers(),
+            "Accept-Encoding": "identity",
+            "Range": f"bytes={self.at}-{end - 1}",
+        }
+        try:
+            response = get_session().get(self.url, headers=headers, timeout=_TIMEOUT)
+            hf_raise_for_status(response)
+        except Exception as error:
+            raise HubError(*_unreadable(self.name, error)) from error
+        data: bytes = response.content
+        if len(data) != end - self.at:
+            raise HubError(f"{self.name}: the Hub sent {len(data)} bytes of a range", "try again")
+        buffer[: len(data)] = data
+        self.at = end
+        return len(data)
 
 
 def fetch(repo: str, commit: str, files: Iterable[str], cache_dir: str | None) -> None:
@@ -143,7 +199,7 @@ def _download_small_files(reference: Reference, cache_dir: str | None) -> Snapsh
     if folder.name != info.sha:  # pushed to between the two questions
         info = HfApi().model_info(reference.repo, revision=folder.name, timeout=_TIMEOUT)
     names = tuple(sibling.rfilename for sibling in info.siblings or ())
-    return Snapshot(folder, folder.name, names, cache_dir)
+    return Snapshot(folder, folder.name, names)
 
 
 @contextmanager
@@ -202,6 +258,12 @@ def _explain(error: Exception) -> tuple[str, str] | None:
             "log in anew with `hf auth login`, or correct HF_TOKEN",
         )
     return None
+
+
+def _unreadable(file: str, error: Exception) -> tuple[str, str]:
+    """What and fix for a file of which no part can be read."""
+    told = f"{file} cannot be read from the Hub ({_one_line(error)})", "try again later"
+    return _explain(error) or told
 
 
 def _one_line(error: Exception) -> str:

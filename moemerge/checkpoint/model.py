@@ -85,7 +85,7 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -
     for file in files:
         path = checkpoint.directory / file
         try:
-            found = safetensors_file.read_header(path)
+            found = _read_local_header(path)
         except (OSError, ValueError) as error:
             raise ReadError(f"{path}: {error}; download it again") from error
         for name, location in found.items():
@@ -207,18 +207,21 @@ def _read_header(
     path: Path, reference: Reference, snapshot: hub.Snapshot | None
 ) -> dict[str, Location]:
     try:
+        if snapshot is None or path.exists():
+            return _read_local_header(path)
         if path.suffix == ".safetensors":
-            if snapshot is None or path.exists():
-                return safetensors_file.read_header(path)
             header = hub.read_remote_header(snapshot, reference, path.name)
             return safetensors_file.check_header(header, path, 2**63, 0)
-        if snapshot is not None and not path.exists():
-            hub.fetch(reference.repo, snapshot.commit, [path.name], snapshot.cache_dir)
-        return torch_file.read_header(path)
+        with hub.open_remote(snapshot, reference, path.name) as remote:
+            return torch_file.read_header(path, remote)
     except ValueError as error:
         raise SourceProblem(f"{path.name}: {error}", "download or save the model again") from error
-    except ReadError as error:
-        raise SourceProblem(str(error), "try again later") from error
+
+
+def _read_local_header(path: Path) -> dict[str, Location]:
+    if path.suffix == ".safetensors":
+        return safetensors_file.read_header(path)
+    return torch_file.read_header(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,10 +13,12 @@ import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from moemerge.checkpoint.hub import HubError
 from moemerge.checkpoint.tensors import ITEMSIZE, MAX_DIMENSIONS, Location
 
 _STORAGES = {
@@ -49,28 +51,33 @@ class _Call:
     name: str
 
 
-def read_header(path: Path) -> dict[str, Location]:
+def read_header(path: Path, remote: BinaryIO | None = None) -> dict[str, Location]:
     """The tensors of a `.bin` file by name.
+
+    With `remote`, the file is read there and `path` is where it will be; offsets are then left at
+    0, for a zip states each beside its data, which would cost a request a tensor.
 
     Raises:
         ValueError: the file is not a zip of `torch.save`, or holds what is not a plain tensor.
         OSError: the file cannot be read.
     """
     try:
-        return _read_zip(path)
-    except (ValueError, OSError):
+        return _read_zip(path, remote)
+    except (ValueError, OSError, HubError):
         raise
     except Exception as error:  # a hostile zip or pickle can raise anything
         raise ValueError(f"it is damaged ({type(error).__name__}: {error})") from error
 
 
-def _read_zip(path: Path) -> dict[str, Location]:
-    if not zipfile.is_zipfile(path):
+def _read_zip(path: Path, remote: BinaryIO | None) -> dict[str, Location]:
+    if not zipfile.is_zipfile(remote or path):
         raise ValueError(
             "it is not a zip (torch's format since 1.6, or truncated): load it once with "
             "torch.load(..., weights_only=True) and save it with safetensors.torch.save_file"
         )
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+    with ExitStack() as stack:
+        archive = stack.enter_context(zipfile.ZipFile(remote or path))
+        file = None if remote else stack.enter_context(path.open("rb"))
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -104,7 +111,7 @@ def _locate(
     path: Path,
     root: str,
     members: dict[str, zipfile.ZipInfo],
-    file: Any,
+    file: BinaryIO | None,
 ) -> Location:
     if not isinstance(tensor, _Tensor):
         raise ValueError(f"{name!r} is not a plain tensor")
@@ -123,13 +130,17 @@ def _locate(
     if math.prod(shape) and any(size > 1 and have != want for size, have, want in strides):
         raise ValueError(f"tensor {name!r} is not contiguous; save the model as safetensors")
     end = (tensor.start + math.prod(shape)) * itemsize
+    if end > info.file_size:
+        raise ValueError(f"it is truncated: tensor {name!r} needs more bytes than it holds")
+    if file is None:
+        return Location(path, 0, storage.dtype, shape)
     file.seek(info.header_offset)
     local = file.read(30)
     if len(local) < 30 or local[:4] != b"PK\x03\x04":
         raise ValueError(f"tensor {name!r}: its zip entry is damaged")
     name_length, extra_length = struct.unpack("<HH", local[26:30])
     begin = info.header_offset + 30 + name_length + extra_length
-    if end > info.file_size or begin + info.file_size > path.stat().st_size:
+    if begin + info.file_size > path.stat().st_size:
         raise ValueError(f"it is truncated: tensor {name!r} needs more bytes than it holds")
     return Location(path, begin + tensor.start * itemsize, storage.dtype, shape)
 
