@@ -115,7 +115,7 @@ def _fetch(ready: Prepared, options: Options, reporter: Reporter) -> dict[str, d
         needed[ready.base.model.reference.text] |= ready.base.model.tensors.keys()
     found = {}
     for text, opened in ready.checkpoints.items():
-        if opened.absent:
+        if {opened.tensors[name].file.name for name in needed[text]} & set(opened.absent):
             reporter.say(f"{text}: downloading what is needed into the Hub's cache")
         found[text] = checkpoint.fetch(opened, needed[text], options.cache_dir).tensors
     return found
