@@ -55,6 +55,10 @@ class WriteError(RunError):
     """The output directory cannot be written."""
 
 
+class DiskFull(WriteError):
+    """The output's disk has no space left."""
+
+
 class VerifyError(RunError):
     """What stands on disk is not what the plan says."""
 

@@ -59,6 +59,7 @@ def lay_out(
     return Plan(
         architecture=config.architecture or "mixtral",
         gate_mode=config.gate_mode,
+        gate_inputs="",
         seed=options.seed,
         dtype=dtype,
         experts=tuple(donor.name for donor in donors),
@@ -111,6 +112,7 @@ def _source(checkpoint: Checkpoint) -> Source:
         directory=str(checkpoint.directory) if reference.directory else None,
         repo=reference.repo or None,
         commit=checkpoint.commit,
+        modified=checkpoint.modified,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -44,7 +45,9 @@ class ShardSize:
 class Options:
     """Every way to run a merge; none changes what the config says is made, save `seed`.
 
-    `given` names the options a person set, so that one without effect can be said.
+    `jobs` None is two a processor; `shards` is this run's share, as `0/8`; `ray` is a cluster's
+    address, `local` for one of its own. `given` names the options a person set, so that one without
+    effect can be said.
     """
 
     lazy: bool = False
@@ -59,6 +62,11 @@ class Options:
     allow_crimes: bool = False
     untrained_ok: bool = False
     cache_dir: str | None = None
+    jobs: int | None = None
+    direct: bool = True
+    checksums: bool = True
+    shards: str = ""
+    ray: str = ""
     given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
@@ -76,5 +84,28 @@ class Options:
         if not 0 <= self.seed < 2**63:
             fix = "write a whole number from 0 to 2^63 - 1"
             problems.append(Problem("--seed", f"is {self.seed}", fix))
+        if self.jobs is not None and not 1 <= self.jobs <= 256:
+            problems.append(Problem("--jobs", f"is {self.jobs}", "write a number from 1 to 256"))
+        if self.shards and self.share is None:
+            fix = "write PART/PARTS, as 0/8 to 7/8 for eight runs"
+            problems.append(Problem("--shards", f"{self.shards!r} is no share", fix))
+        for other, why in (("ray", "Ray shares the work by itself"),
+                           ("overwrite", "each run would remove the others' work")):  # fmt: skip
+            if self.shards and getattr(self, other):
+                problems.append(Problem("--shards", f"and --{other} cannot both be", why))
         if problems:
             raise InputError(problems)
+
+    @property
+    def threads(self) -> int:
+        """How many threads write: `jobs`, else two a processor, for half of them wait for disks."""
+        return self.jobs or min(2 * (os.cpu_count() or 2), 16)
+
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """`shards` as (part, parts); None where it is not one."""
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shards)
+        if not found:
+            return None
+        part, parts = map(int, found.groups())
+        return (part, parts) if part < parts else None

@@ -1,8 +1,7 @@
 """The output directory: what may be there, what is carried over, and what makes it a model.
 
-While a merge runs, `.moemerge/` holds what is unfinished and `started.json`, which lists every file
-that the merge may write. The index and `config.json`, without which no program takes the directory
-for a model, come last, each by an atomic rename.
+What is unfinished stands in `.moemerge/` (see `state.py`). The index and `config.json`, without
+which no program takes the directory for a model, come last, each by an atomic rename.
 """
 
 from __future__ import annotations
@@ -15,20 +14,19 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-from moemerge.errors import Findings, WriteError
+from moemerge.errors import DiskFull, Findings, WriteError
+from moemerge.options import Options
 from moemerge.plan import INDEX_FILE, Plan, weight_index
+from moemerge.state import STATE_DIRECTORY, State, is_inside, read_json, write_json
 from moemerge.version import __version__
 
 MANIFEST_FILE = "moemerge.json"
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"
 OWN_FILES = (INDEX_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE)
-STATE_DIRECTORY = ".moemerge"
-_STARTED = "started.json"
-_UNFINISHED = tuple(f".{name}.part" for name in OWN_FILES)
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -75,7 +73,7 @@ def read_manifest(out: Path) -> Manifest:
     try:
         plan = Plan.from_json({**data["plan"], "sources": data["sources"]})
         files = {name: dict(entry) for name, entry in data["files"].items()}
-        if not all(map(_is_inside, [*files, *(shard.file for shard in plan.shards)])):
+        if not all(map(is_inside, [*files, *(shard.file for shard in plan.shards)])):
             raise ValueError("it names a file outside its directory")
         if plan.digest != data["plan_digest"]:
             raise ValueError("its plan is not the one its digest was made from")
@@ -102,13 +100,14 @@ def file_names(plan: Plan, carried: Iterable[Path]) -> tuple[str, ...]:
 
 def check(
     out: Path,
-    files: Iterable[str],
-    needed: int,
+    plan: Plan | None,
+    carried: Iterable[Path],
     sources: Iterable[Path],
-    overwrite: bool,
+    options: Options,
     findings: Findings,
 ) -> None:
-    """Record what forbids writing `files`, of `needed` bytes in all, to `out`."""
+    """Record what forbids writing the plan's files, and `carried`, to `out`."""
+    files = file_names(plan, carried) if plan else ()
     where = str(out)
     try:
         if out.is_symlink() and not out.exists():
@@ -126,16 +125,17 @@ def check(
     if any(source.resolve() == resolved for source in sources):
         findings.problem(where, "is one of the sources", "name another directory")
         return
-    ours = set(_listed(out))
-    there = [
-        path
-        for path in (out.iterdir() if out.is_dir() else ())
-        if path.name not in (STATE_DIRECTORY, *_UNFINISHED)
-    ]
+    state, ours, overwrite = State(out), set(_listed(out)), options.overwrite
+    if not state.is_free(shared=bool(options.shards)):
+        what = "another moemerge is writing there"
+        findings.problem(where, what, "wait until it ends, or name another directory")
+        return
+    there = [p for p in (out.iterdir() if out.is_dir() else ()) if p.name != STATE_DIRECTORY]
     strangers = sorted(path.name for path in there if not any(
         name == path.name or name.startswith(f"{path.name}/") for name in ours
     ))  # fmt: skip
     clash = [n for n in strangers if n in set(files) or n.endswith(_MODEL_SUFFIXES)]
+    started = state.started()
     if there and not ours and not overwrite:
         findings.problem(where, f"is not empty ({strangers[0]})", "name a new directory")
     elif clash:
@@ -150,12 +150,22 @@ def check(
             f"holds {strangers[0]} and no {MANIFEST_FILE}, so nothing there is moemerge's",
             "name a new directory: --overwrite removes only what moemerge wrote",
         )
-    elif (out / CONFIG_FILE).exists() and not overwrite:
-        findings.problem(where, "holds a finished model", "pass --overwrite to replace it")
+    elif (out / CONFIG_FILE).exists():
+        if not overwrite and not (options.shards and plan and is_finished(out, plan)):
+            findings.problem(where, "holds a finished model", "pass --overwrite to replace it")
+    elif started and plan and started.get("run") != plan.run_digest and not overwrite:
+        findings.problem(
+            where,
+            "holds an unfinished merge of another config, or of sources that changed since",
+            "go on with that config, pass --overwrite to start over, or name another directory",
+        )
+    elif ours and not started and not overwrite:
+        what = f"holds {min(ours)} of a merge that is no longer whole"
+        findings.problem(where, what, "pass --overwrite to start over")
     if not os.access(parent, os.W_OK):
         findings.problem(where, f"{parent} cannot be written", "name a directory of your own")
     freed = sum((out / name).stat().st_size for name in ours if (out / name).is_file())
-    free = shutil.disk_usage(parent).free + freed
+    free, needed = shutil.disk_usage(parent).free + freed, plan.nbytes if plan else 0
     if needed > free:
         findings.problem(
             where,
@@ -164,24 +174,32 @@ def check(
         )
 
 
-def begin(out: Path, files: Iterable[str]) -> Path:
-    """Clear what an earlier merge left, mark this one as started, and return the state directory.
+def begin(out: Path, plan: Plan, files: Iterable[str], options: Options) -> None:
+    """Make `out` ready: go on where a run of this plan stopped, else clear what another left.
 
-    `config.json` and the index go first, so that the directory never passes for a model; then only
-    files that a manifest or an interrupted merge lists.
+    When clearing, `config.json` and the index go first, so that the directory never passes for a
+    model; then only files that a manifest or an interrupted merge lists. Hold the state's lock.
     """
+    state, files = State(out), tuple(files)
     with writing(out):
-        old = _listed(out)
-        state = out / STATE_DIRECTORY
-        state.mkdir(parents=True, exist_ok=True)
-        write_json(state / _STARTED, {"files": sorted({*old, *files})})
-        for name in (CONFIG_FILE, INDEX_FILE, *old, *_UNFINISHED):
-            (out / name).unlink(missing_ok=True)
-        for path in state.iterdir():
-            if path.name != _STARTED:
-                path.unlink()
-        write_json(state / _STARTED, {"files": sorted(files)})
-        return state
+        if options.overwrite or not state.started():
+            old = _listed(out)
+            state.start(plan.run_digest, {*old, *files})
+            for name in (CONFIG_FILE, INDEX_FILE, *old):
+                (out / name).unlink(missing_ok=True)
+            if not options.shards:
+                state.clear(all=True)
+            state.start(plan.run_digest, files)
+        elif not options.shards:
+            state.clear(all=False)
+
+
+def is_finished(out: Path, plan: Plan) -> bool:
+    """Whether `out` is the finished output of this very plan."""
+    try:
+        return (out / CONFIG_FILE).exists() and read_manifest(out).plan.digest == plan.digest
+    except (OSError, ValueError):
+        return False
 
 
 def carry(base: Path, out: Path, carried: Iterable[Path]) -> None:
@@ -209,26 +227,15 @@ def _readable_by_version_4(tokenizer_config: bytes) -> bytes:
 
 def finish(out: Path, manifest: Manifest) -> None:
     """Make the directory a model: manifest, then index, then config.json."""
+    state = State(out)
     with writing(out):
-        write_json(out / MANIFEST_FILE, manifest.to_json())
-        write_json(out / INDEX_FILE, weight_index(manifest.plan))
-        shutil.rmtree(out / STATE_DIRECTORY)
-        write_json(out / CONFIG_FILE, manifest.plan.config)
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(as_json(data))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def as_json(data: object) -> str:
-    """JSON as every file here is written."""
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+        for name, data in (
+            (MANIFEST_FILE, manifest.to_json()),
+            (INDEX_FILE, weight_index(manifest.plan)),
+            (CONFIG_FILE, manifest.plan.config),
+        ):
+            write_json(out / name, data, scratch=state.directory)
+        shutil.rmtree(state.directory)
 
 
 @contextmanager
@@ -237,28 +244,18 @@ def writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fix = "check the path and its permissions"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            fix = "free space there, then run the same command again"
         where = error.filename or out
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = "free some, then run the same command again to go on"
+            raise DiskFull(f"{where}: no space left; {fix}") from error
+        fix = "check the path and its permissions"
         raise WriteError(f"{where}: cannot be written ({error.strerror}); {fix}") from error
 
 
 def _listed(out: Path) -> list[str]:
     """The files in `out` that moemerge wrote, by the started merge's list or the manifest."""
-    names: list[str] = []
-    for path in (out / STATE_DIRECTORY / _STARTED, out / MANIFEST_FILE):
-        try:
-            files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        names += [name for name in files if _is_inside(name)]
-    return [name for name in dict.fromkeys(names) if (out / name).is_file()]
-
-
-def _is_inside(name: object) -> bool:
-    """Whether a name from a file can only mean something within its directory."""
-    if not isinstance(name, str) or "\0" in name or PureWindowsPath(name).drive:
-        return False
-    path = PurePosixPath(name.replace("\\", "/"))
-    return not path.is_absolute() and ".." not in path.parts and bool(path.parts)
+    names: list[object] = []
+    for data in (State(out).started(), read_json(out / MANIFEST_FILE)):
+        files = data.get("files")
+        names += files if isinstance(files, list | dict) else ()
+    return [n for n in dict.fromkeys(names) if is_inside(n) and (out / str(n)).is_file()]  # type: ignore[misc]

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moemerge import card, checkpoint, output, recipe
 from moemerge.checkpoint import Location
+from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.config import MergeConfig, load_config
+from moemerge.disk import takes_direct
+from moemerge.errors import DiskFull, RunError
 from moemerge.gates import Task
 from moemerge.options import Options
 from moemerge.output import Manifest
-from moemerge.plan import ROUTERS, Plan
+from moemerge.plan import ROUTERS, Plan, Shard
 from moemerge.prepare import Prepared, prepare
 from moemerge.reporting import Reporter, Silent
-from moemerge.verify import checksum, verify_shards
-from moemerge.write import save_routers, write_shard
+from moemerge.shard_file import file_checksum
+from moemerge.state import State
+from moemerge.verify import is_whole, verify_shards
+from moemerge.write import How, save_routers, write_shard
+
+Tensors = dict[str, dict[str, Location]]
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A finished merge: its plan, the notes a person should read, and what it took."""
+    """What a run did: its plan, the notes a person should read, and what it took.
+
+    `written` is what this run itself wrote, in bytes. Where several runs share the work, `missing`
+    counts the shards that others have yet to finish; the model is whole when it is 0.
+    """
 
     plan: Plan
     out: Path
     notes: tuple[str, ...]
     seconds: float
+    written: int
+    missing: int
 
 
 def make_plan(config: MergeConfig | str | Path, options: Options | None = None) -> Prepared:
@@ -49,7 +65,7 @@ def merge(
     options: Options | None = None,
     reporter: Reporter | None = None,
 ) -> Merged:
-    """Merge the models of a config into the directory `out`.
+    """Merge the models of a config into the directory `out`, going on where a run was cut off.
 
     Args:
         config: a `MergeConfig`, or the path of a YAML file.
@@ -59,63 +75,157 @@ def merge(
 
     Raises:
         InputError: with every problem of the config, its models and `out`; nothing was written.
-        RunError: a failure on the way; `out` does not pass for a model.
+        RunError: a failure on the way; `out` does not pass for a model, and the same call again
+            goes on from what was finished.
     """
-    begun, out = time.monotonic(), Path(out)
     config = _config(config)
-    options, reporter = options or Options(), reporter or Silent()
-    ready = prepare(config, options, out)
-    for note in ready.notes:
-        reporter.say(note)
-    plan = ready.plan
-    sources = _fetch(ready, options, reporter)
-    state = output.begin(out, output.file_names(plan, ready.carried))
-    routers = plan.shards[0]
-    task = Task(
-        names=[tensor.name for tensor in routers.tensors],
-        base=ready.base,
-        sources=sources,
-        experts=ready.prompts,
-        options=options,
-        reporter=reporter,
-    )
-    matrices = ready.gate.routers(task)
-    sources[ROUTERS] = save_routers(routers, matrices, state / "routers.safetensors")
-    files: dict[str, dict[str, Any]] = {}
-    with reporter.progress("writing", plan.nbytes, "B") as advance:
-        for shard in plan.shards:
-            digest = write_shard(shard, sources, out, advance)
-            files[shard.file] = {"bytes": shard.nbytes, "xxh3": digest}
-            reporter.detail(f"{shard.file}: {shard.nbytes / 1e9:.2f} GB, xxh3 {digest}")
-    output.carry(ready.base.model.directory, out, ready.carried)
-    files |= {name.as_posix(): checksum(out / name) for name in ready.carried}
-    with output.writing(out):
-        (out / output.CARD_FILE).write_text(
-            card.render(config, plan, ready.checkpoints), encoding="utf-8"
+    options = options or Options()
+    ready = prepare(config, options, Path(out))
+    return _Merge(config, Path(out), options, reporter or Silent(), ready).run()
+
+
+class _Merge:
+    def __init__(
+        self, config: MergeConfig, out: Path, options: Options, reporter: Reporter, ready: Prepared
+    ):
+        self.config, self.out, self.options, self.reporter = config, out, options, reporter
+        self.ready, self.plan, self.state = ready, ready.plan, State(out)
+
+    def run(self) -> Merged:
+        begun, plan, options = time.monotonic(), self.plan, self.options
+        for note in self.ready.notes:
+            self.reporter.say(note)
+        if options.shards and output.is_finished(self.out, plan):
+            return Merged(plan, self.out, self.ready.notes, 0.0, 0, 0)
+        sources = self._fetch()
+        with ExitStack() as held:
+            with output.writing(self.out):
+                mine = held.enter_context(self.state.mine(shared=bool(options.shards)))
+            if not mine:
+                raise RunError(f"{self.out}: another moemerge has just begun there; wait for it")
+            output.begin(self.out, plan, output.file_names(plan, self.ready.carried), options)
+            self._make_routers(sources)
+            written = self._write_shards(sources)
+            missing = sum(not self.state.entry(shard) for shard in plan.shards)
+            if not missing:
+                with self.state.claim("finish", wait=True):
+                    if not output.is_finished(self.out, plan):
+                        self._finish(sources)
+        seconds = time.monotonic() - begun
+        return Merged(plan, self.out, self.ready.notes, seconds, written, missing)
+
+    def _fetch(self) -> Tensors:
+        """Every source's tensors, with the files that the plan reads from the Hub downloaded."""
+        ready = self.ready
+        needed: dict[str, set[str]] = {text: set() for text in ready.checkpoints}
+        for tensor in self.plan.tensors:
+            for read in recipe.reads(tensor.recipe):
+                if read.source != ROUTERS:
+                    needed[read.source].add(read.tensor)
+        if "model" in ready.gate.USES:
+            needed[ready.base.model.reference.text] |= ready.base.model.tensors.keys()
+        found = {}
+        for text, opened in ready.checkpoints.items():
+            if {opened.tensors[name].file.name for name in needed[text]} & set(opened.absent):
+                self.reporter.say(f"{text}: downloading what is needed into the Hub's cache")
+            opened = checkpoint.fetch(opened, needed[text], self.options.cache_dir)
+            found[text] = opened.tensors
+        return found
+
+    def _make_routers(self, sources: Tensors) -> None:
+        """Compute the routers, unless a run before or beside this one has."""
+        shard = self.plan.shards[0]
+        with self.state.claim("routers", wait=True):
+            if not self.state.routers.exists():
+                task = Task(
+                    names=[tensor.name for tensor in shard.tensors],
+                    base=self.ready.base,
+                    sources=sources,
+                    experts=self.ready.prompts,
+                    options=self.options,
+                    reporter=self.reporter,
+                )
+                save_routers(shard, self.ready.gate.routers(task), self.state.routers)
+        sources[ROUTERS] = read_header(self.state.routers)
+
+    def _write_shards(self, sources: Tensors) -> int:
+        """Write what this run is to write and is not there; returns the bytes written."""
+        part, parts = self.options.share or (0, 1)
+        mine = self.plan.shards[part::parts]
+        todo = [shard for shard in mine if not self._is_done(shard)]
+        if len(todo) < len(mine):
+            self.reporter.say(f"going on: {len(mine) - len(todo)} of {len(mine)} shards are there")
+        how = self._how()
+        with self.reporter.progress("writing", sum(s.nbytes for s in todo), "B") as advance:
+            if self.options.ray:
+                from moemerge.on_ray import write_shards
+
+                for shard, entry in write_shards(todo, sources, self.out, how, self.options.ray):
+                    advance(shard.nbytes)
+                    self._done(shard, entry)
+                return sum(shard.nbytes for shard in todo)
+            return sum(self._write_claimed(todo, sources, how, advance))
+
+    def _how(self) -> How:
+        options, say = self.options, self.reporter.say
+        with output.writing(self.out):
+            direct = options.direct and takes_direct(self.state.directory)
+        if "direct" in options.given and options.direct and not (direct and options.checksums):
+            why = "--no-checksum lets the kernel copy" if direct else "the file system refuses it"
+            say(f"--direct has no effect: {why}")
+        self.reporter.detail(f"{options.threads} threads, {'direct' if direct else 'plain'} writes")
+        return How(options.threads, direct, options.checksums)
+
+    def _write_claimed(
+        self, todo: list[Shard], sources: Tensors, how: How, advance: Callable[[int], object]
+    ) -> Iterator[int]:
+        for shard in todo:
+            with self.state.claim(shard.file) as mine:
+                if mine and not self.state.entry(shard):
+                    try:
+                        entry = write_shard(shard, sources, self.out, how, advance)
+                    except DiskFull as error:
+                        raise self._missing_space() from error
+                    self._done(shard, entry)
+                    yield shard.nbytes
+
+    def _missing_space(self) -> DiskFull:
+        left = [shard for shard in self.plan.shards if not self.state.entry(shard)]
+        needed = sum(shard.nbytes for shard in left) - shutil.disk_usage(self.out).free
+        return DiskFull(
+            f"{self.out}: the disk is full, {len(left)} shards are still to come; free "
+            f"{max(needed, 0) / 1e9:.1f} GB, then run the same command again to go on"
         )
-    files |= {name: {} for name in output.OWN_FILES}
-    if options.verify:
-        verify_shards(plan, out, sources)
-    output.finish(out, Manifest(config.text, plan, files))
-    return Merged(plan, out, ready.notes, time.monotonic() - begun)
+
+    def _is_done(self, shard: Shard) -> bool:
+        """Whether a run before this one finished the shard and it is still what it was."""
+        entry = self.state.entry(shard)
+        if entry and not is_whole(shard, self.out, entry):
+            self.state.forget(shard)
+            return False
+        return bool(entry)
+
+    def _done(self, shard: Shard, entry: dict[str, Any]) -> None:
+        with output.writing(self.out):
+            self.state.finished(shard, entry)
+        digest = f", xxh3 {entry['xxh3']}" if "xxh3" in entry else ""
+        self.reporter.detail(f"{shard.file}: {shard.nbytes / 1e9:.2f} GB{digest}")
+
+    def _finish(self, sources: Tensors) -> None:
+        out, plan, ready = self.out, self.plan, self.ready
+        output.carry(ready.base.model.directory, out, ready.carried)
+        text = card.render(self.config, plan, ready.checkpoints)
+        with output.writing(out):
+            (out / output.CARD_FILE).write_text(text, encoding="utf-8")
+        if self.options.verify:
+            verify_shards(plan, out, sources)
+        files = {shard.file: self.state.entry(shard) for shard in plan.shards}
+        for name in ready.carried:
+            size = (out / name).stat().st_size
+            files[name.as_posix()] = {"bytes": size, "xxh3": file_checksum(out / name)}
+        files |= {name: {} for name in output.OWN_FILES}
+        output.finish(out, Manifest(self.config.text, plan, files))
 
 
 def _config(config: MergeConfig | str | Path) -> MergeConfig:
     return config if isinstance(config, MergeConfig) else load_config(config)
-
-
-def _fetch(ready: Prepared, options: Options, reporter: Reporter) -> dict[str, dict[str, Location]]:
-    """Every source's tensors, with the files that the plan reads from the Hub downloaded."""
-    needed: dict[str, set[str]] = {text: set() for text in ready.checkpoints}
-    for tensor in ready.plan.tensors:
-        for read in recipe.reads(tensor.recipe):
-            if read.source != ROUTERS:
-                needed[read.source].add(read.tensor)
-    if "model" in ready.gate.USES:
-        needed[ready.base.model.reference.text] |= ready.base.model.tensors.keys()
-    found = {}
-    for text, opened in ready.checkpoints.items():
-        if {opened.tensors[name].file.name for name in needed[text]} & set(opened.absent):
-            reporter.say(f"{text}: downloading what is needed into the Hub's cache")
-        found[text] = checkpoint.fetch(opened, needed[text], options.cache_dir).tensors
-    return found

@@ -63,7 +63,8 @@ class Shard:
 class Source:
     """A model or adapter that tensors are read from: a `directory`, or the Hub's repo at `commit`.
 
-    `fingerprint` is the commit, or a digest of the files' sizes and headers.
+    `fingerprint` is the commit, or a digest of the files' sizes and headers; `modified` (ns) is
+    when the files of a directory last changed.
     """
 
     reference: str
@@ -71,14 +72,19 @@ class Source:
     directory: str | None = None
     repo: str | None = None
     commit: str | None = None
+    modified: int | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that will be written, and from what. `config` is the output's config.json."""
+    """Everything that will be written, and from what. `config` is the output's config.json.
+
+    `gate_inputs` is a digest of what the routers are made from: prompts and quantisation.
+    """
 
     architecture: str
     gate_mode: str
+    gate_inputs: str
     seed: int
     dtype: str
     experts: tuple[str, ...]
@@ -114,8 +120,13 @@ class Plan:
         """Equal for two plans exactly when they make the same files of the same sources."""
         data = self.to_json()
         for source in data["sources"]:
-            source.pop("directory")
-        return _digest(data)
+            del source["directory"], source["modified"]
+        return digest_of(data)
+
+    @property
+    def run_digest(self) -> str:
+        """Equal for two runs that may share unfinished files: no source has changed between."""
+        return digest_of([self.digest, [source.modified for source in self.sources]])
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -175,7 +186,7 @@ def make_shards(
         Shard(
             f"model-{number:05d}-of-{len(groups):05d}.safetensors",
             group,
-            _digest([[vars(t) | {"recipe": recipe.to_json(t.recipe)} for t in group],
+            digest_of([[vars(t) | {"recipe": recipe.to_json(t.recipe)} for t in group],
                      sorted((read.source, fingerprints.get(read.source, ""))
                             for read in {r for t in group for r in recipe.reads(t.recipe)})]),
         )
@@ -230,6 +241,7 @@ def router_tensor(name: str, shape: tuple[int, ...], dtype: str) -> PlannedTenso
     return PlannedTensor(name, shape, dtype, Read(ROUTERS, name))
 
 
-def _digest(data: object) -> str:
+def digest_of(data: object) -> str:
+    """A digest of plain data, the same for equal data."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from moemerge.errors import Findings, nearest
 from moemerge.gates import GateMode
 from moemerge.layout import check_dtype, lay_out
 from moemerge.options import Options
-from moemerge.plan import Plan
+from moemerge.plan import Plan, digest_of
 from moemerge.prompts import ExpertPrompts, check_prompts, encode_prompts
 
 
@@ -57,6 +59,7 @@ class _Preparation:
         architecture = self._architecture(base)
         check_dtype(config, findings)
         self._check_device(gate)
+        self._check_ray()
         prompts = self._prompts(gate, base)
         for donor in donors:
             if base and donor:
@@ -79,6 +82,7 @@ class _Preparation:
             findings,
             runs_base="model" in gate.USES,
         )
+        plan = dataclasses.replace(plan, gate_inputs=self._gate_inputs(prompts))
         carried = output.carried_files(base.model.directory, options.copy_tokenizer)
         self._check_output(out, plan, carried)
         findings.refuse()
@@ -150,6 +154,10 @@ class _Preparation:
         if not there.is_available():
             self.findings.problem("--device", f"there is no {name} device here", "use --device cpu")
 
+    def _check_ray(self) -> None:
+        if self.options.ray and importlib.util.find_spec("ray") is None:
+            self.findings.problem("--ray", "Ray is not installed", "pip install 'moemerge[ray]'")
+
     def _prompts(self, gate: GateMode | None, base: Donor | None) -> tuple[ExpertPrompts, ...]:
         config, findings = self.config, self.findings
         if gate is None or "prompts" not in gate.USES:
@@ -158,6 +166,11 @@ class _Preparation:
             return tuple(ExpertPrompts((), ()) for _ in config.experts)
         check_prompts(config, findings)
         return encode_prompts(config, base, findings) if base else ()
+
+    def _gate_inputs(self, prompts: tuple[ExpertPrompts, ...]) -> str:
+        """A digest of what routers come from besides the sources and the seed."""
+        bits = 4 if self.options.load_in_4bit else 8 if self.options.load_in_8bit else 16
+        return digest_of([bits, [dataclasses.asdict(expert) for expert in prompts]])
 
     def _note_what_has_no_effect(
         self, gate: GateMode, base: Donor, donors: list[Donor | None]
@@ -186,6 +199,4 @@ class _Preparation:
         if out is None:
             return
         directories = [opened.directory for opened in self.opener.opened.values()]
-        files = output.file_names(plan, carried) if plan else ()
-        needed = plan.nbytes if plan else 0
-        output.check(out, files, needed, directories, self.options.overwrite, self.findings)
+        output.check(out, plan, carried, directories, self.options, self.findings)

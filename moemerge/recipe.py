@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moemerge.checkpoint import Donor, Location, read_bytes
+from moemerge.checkpoint import ITEMSIZE, Donor, Location, read_bytes, read_into
 from moemerge.errors import ReadError
 
 if TYPE_CHECKING:
@@ -24,11 +25,8 @@ if TYPE_CHECKING:
 Sources = Mapping[str, Mapping[str, Location]]
 """The tensors of each source, by the reference's text."""
 
-BLOCK_VALUES = 1 << 20
+BLOCK_VALUES = 1 << 18
 """Values a block: arithmetic and random draws run over whole rows of about this many."""
-
-COPY_BYTES = 16 << 20
-"""Bytes a read, where a recipe is a copy."""
 
 
 @dataclass(frozen=True)
@@ -101,30 +99,30 @@ def is_copy(recipe: Recipe, dtype: str, sources: Sources) -> bool:
     return isinstance(recipe, Read) and sources[recipe.source][recipe.tensor].dtype == dtype
 
 
-def stream(
-    name: str, shape: tuple[int, ...], dtype: str, recipe: Recipe, sources: Sources
-) -> Iterator[memoryview]:
-    """The bytes of output tensor `name`, in order, a block at a time.
+def fill(
+    view: memoryview,
+    start: int,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    recipe: Recipe,
+    sources: Sources,
+) -> None:
+    """Fill `view` with the bytes of output tensor `name` from byte `start`.
+
+    `start` and the view's length are whole values; any cut gives the same bytes.
 
     Raises:
-        ReadError: a source is truncated, or a computed value is NaN or Inf.
+        ReadError: a source is truncated or changed, or a computed value is NaN or Inf.
     """
-    if isinstance(recipe, Read) and is_copy(recipe, dtype, sources):
+    if isinstance(recipe, Read):
         location = sources[recipe.source][recipe.tensor]
-        for start in range(0, location.nbytes, COPY_BYTES):
-            yield memoryview(read_bytes(location, start, min(COPY_BYTES, location.nbytes - start)))
-        return
-    import torch
-
-    for block in _blocks(name, shape, recipe, sources):
-        out = block.to(_torch_dtype(dtype))
-        if not torch.isfinite(out).all():
-            read = next(reads(recipe))
-            raise ReadError(
-                f"{read.source}: {read.tensor} holds NaN or Inf, or a value that {dtype} cannot; "
-                "use another model or dtype"
-            )
-        yield out.contiguous().view(torch.uint8).numpy().data.cast("B")
+        if location.dtype == dtype:
+            read_into(location, start, view)
+        else:
+            _convert(view, start, dtype, recipe, location)
+    else:
+        _compute(view, start, name, shape, dtype, recipe, sources)
 
 
 def load(name: str, shape: tuple[int, ...], recipe: Recipe, sources: Sources) -> torch.Tensor:
@@ -134,7 +132,10 @@ def load(name: str, shape: tuple[int, ...], recipe: Recipe, sources: Sources) ->
     if isinstance(recipe, Read):
         location = sources[recipe.source][recipe.tensor]
         return _read(location, range(shape[0]), math.prod(shape[1:])).reshape(shape)
-    return torch.cat(list(_blocks(name, shape, recipe, sources))).reshape(shape)
+    made = torch.empty(shape)
+    view = made.view(torch.uint8).numpy().reshape(-1).data
+    _compute(view, 0, name, shape, "F32", recipe, sources)
+    return made
 
 
 def generator(seed: int, name: str, block: int) -> np.random.Generator:
@@ -170,16 +171,67 @@ def from_json(data: dict[str, Any]) -> Recipe:
     return made
 
 
-def _blocks(
-    name: str, shape: tuple[int, ...], recipe: Recipe, sources: Sources
-) -> Iterator[torch.Tensor]:
-    """The tensor's blocks of rows, (rows, width); the block size is a function of the shape."""
-    count, width = (shape[0] if shape else 1), math.prod(shape[1:])
-    step = max(1, BLOCK_VALUES // max(width, 1))
-    whole: dict[Read, torch.Tensor] = {}
-    for index, start in enumerate(range(0, count, step)):
-        rows = range(start, min(start + step, count))
-        yield _evaluate(recipe, name, index, rows, width, sources, whole)
+def _convert(view: memoryview, start: int, dtype: str, recipe: Read, location: Location) -> None:
+    """A bare read in another dtype: value by value, so it needs no fixed blocks."""
+    import torch
+
+    target = torch.frombuffer(view, dtype=_torch_dtype(dtype))
+    first, kind = start // ITEMSIZE[dtype], _torch_dtype(location.dtype)
+    for at in range(0, len(target), BLOCK_VALUES):
+        part = target[at : at + BLOCK_VALUES]
+        raw = _scratch(len(part) * kind.itemsize)
+        read_into(location, (first + at) * kind.itemsize, raw)
+        values = torch.frombuffer(raw, dtype=kind)
+        _refuse_what_does_not_fit(values, dtype, recipe)
+        part.copy_(values)
+
+
+def _compute(
+    view: memoryview,
+    start: int,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    recipe: Recipe,
+    sources: Sources,
+) -> None:
+    """Evaluate the fixed blocks of rows that `view` overlaps and copy what it wants of each."""
+    import torch
+
+    rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
+    step = max(1, BLOCK_VALUES // width)
+    block_bytes = step * width * ITEMSIZE[dtype]
+    end, whole = start + len(view), dict[Read, torch.Tensor]()
+    for block in range(start // block_bytes, -(-end // block_bytes)):
+        of_block = range(block * step, min((block + 1) * step, rows))
+        value = _evaluate(recipe, name, block, of_block, width, sources, whole)
+        _refuse_what_does_not_fit(value, dtype, next(reads(recipe)))
+        data = value.to(_torch_dtype(dtype)).view(torch.uint8).numpy().reshape(-1).data
+        offset = block * block_bytes
+        low, high = max(start, offset), min(end, offset + len(data))
+        view[low - start : high - start] = data[low - offset : high - offset]
+
+
+def _refuse_what_does_not_fit(values: torch.Tensor, dtype: str, read: Read) -> None:
+    import torch
+
+    low, high = torch.aminmax(values)  # NaN comes through
+    most = torch.finfo(_torch_dtype(dtype)).max
+    if not (-most <= low.item() and high.item() <= most):
+        raise ReadError(
+            f"{read.source}: {read.tensor} holds NaN or Inf, or a value that {dtype} cannot hold; "
+            "use another model or dtype"
+        )
+
+
+_local = threading.local()
+
+
+def _scratch(nbytes: int) -> memoryview:
+    """This thread's memory for what it reads, kept: fresh pages cost more than the reading."""
+    if len(getattr(_local, "scratch", b"")) < nbytes:
+        _local.scratch = bytearray(nbytes)
+    return memoryview(_local.scratch)[:nbytes]
 
 
 def _evaluate(

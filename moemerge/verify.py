@@ -5,23 +5,37 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from moemerge import recipe
 from moemerge.checkpoint import numpy_dtype, read_bytes
 from moemerge.checkpoint.model import Checkpoint, SourceProblem, open_checkpoint
 from moemerge.checkpoint.reference import Reference
 from moemerge.checkpoint.safetensors_file import read_header
+from moemerge.disk import CHUNK_BYTES, buffer
 from moemerge.errors import InputError, Problem, VerifyError
 from moemerge.output import CONFIG_FILE, MANIFEST_FILE, Manifest, read_manifest
 from moemerge.plan import INDEX_FILE, Plan, PlannedTensor, Shard, Source, weight_index
 from moemerge.recipe import Sources
 from moemerge.reporting import Reporter, Silent
+from moemerge.shard_file import (
+    ShardFile,
+    checksum,
+    chunk_digest,
+    chunks,
+    file_checksum,
+    fill_tensor,
+    read_chunk,
+    threads,
+)
 
 SAMPLED_TENSORS = 16
-_CHUNK = 16 << 20
+_SAMPLE_BYTES = 1 << 20
+_JOBS = 4
 
 
 @dataclass(frozen=True)
@@ -44,15 +58,25 @@ def verify_shards(plan: Plan, out: Path, sources: Sources) -> None:
         _check_header(shard, out)
     _check_routers(plan.shards[0], out)
     places = [
-        (shard, tensor, offset) for shard in plan.shards[1:] for tensor, offset in _offsets(shard)
+        (out / shard.file, tensor, offset)
+        for shard in plan.shards[1:]
+        for tensor, offset in zip(shard.tensors, ShardFile(shard, sources).starts[1:], strict=True)
     ]
     chosen = random.Random(plan.digest).sample(places, min(SAMPLED_TENSORS, len(places)))
-    for shard, tensor, offset in chosen:
-        with (out / shard.file).open("rb") as file:
-            file.seek(offset)
-            block = next(_made(tensor, sources), memoryview(b""))
-            if file.read(len(block)) != block:
-                raise _differs(out / shard.file, tensor)
+    for path, tensor, offset in chosen:
+        made = memoryview(bytearray(min(tensor.nbytes, _SAMPLE_BYTES)))
+        fill_tensor(made, 0, tensor, sources)
+        if read_chunk(path, offset, len(made)) != made:
+            raise _differs(path, tensor)
+
+
+def is_whole(shard: Shard, out: Path, entry: dict[str, Any]) -> bool:
+    """Whether a finished shard is still what its manifest entry says: header, size, checksum."""
+    try:
+        _check_header(shard, out)
+        return "xxh3" not in entry or file_checksum(out / shard.file) == entry["xxh3"]
+    except (VerifyError, OSError):
+        return False
 
 
 def verify_checkpoint(
@@ -81,20 +105,14 @@ def verify_checkpoint(
     }
     size = sum((out / name).stat().st_size for name in manifest.files if (out / name).is_file())
     _say_how_long(plan, out, sources, compared, size, reporter)
+    if not all("xxh3" in manifest.files[shard.file] for shard in plan.shards):
+        reporter.say("it was written with --no-checksum: sizes and sources are all there is")
     with reporter.progress("verifying", size, "B") as advance:
         for shard in plan.shards:
             _check_shard(shard, out, manifest, sources, compared, advance)
         for name in manifest.files.keys() - {shard.file for shard in plan.shards}:
             _check_small_file(name, out, manifest)
     return Verified(size, len(compared), len(list(plan.tensors)), time.monotonic() - begun)
-
-
-def checksum(path: Path) -> dict[str, object]:
-    """A small file's manifest entry: its bytes and their xxh3."""
-    import xxhash
-
-    content = path.read_bytes()
-    return {"bytes": len(content), "xxh3": xxhash.xxh3_64_hexdigest(content)}
 
 
 def _open_manifest(out: Path) -> Manifest:
@@ -147,30 +165,30 @@ def _check_shard(
     out: Path,
     manifest: Manifest,
     sources: Sources,
-    compared: Iterable[str],
+    compared: set[str],
     advance: Callable[[int], object],
 ) -> None:
     """Read a shard once: every byte into its checksum, and tensors against their recipes."""
-    import xxhash
+    file, path = ShardFile(shard, sources), out / shard.file
 
-    digest, path = xxhash.xxh3_64(), out / shard.file
-    with path.open("rb") as file:
+    def check(at: tuple[int, int]) -> bytes:
+        found, expected = read_chunk(path, *at), buffer(1)[: at[1]]
+        file.fill(expected, at[0], only=compared)
+        ours = zip(file.pieces(found, at[0]), file.pieces(expected, at[0]), strict=True)
+        for (tensor, _, have), (_, _, want) in ours:
+            if tensor is not None and tensor.name in compared and have != want:
+                raise _differs(path, tensor)
+        return chunk_digest(found)
 
-        def take(size: int) -> bytes:
-            data = file.read(size)
-            digest.update(data)
-            advance(len(data))
-            return data
-
-        take(len(shard.header()))
-        for tensor in shard.tensors:
-            if tensor.name in compared:
-                if any(take(len(block)) != block for block in _made(tensor, sources)):
-                    raise _differs(path, tensor)
-            else:
-                for start in range(0, tensor.nbytes, _CHUNK):
-                    take(min(_CHUNK, tensor.nbytes - start))
-    if digest.hexdigest() != manifest.files[shard.file]["xxh3"]:
+    computes = any(
+        t.name in compared and not recipe.is_copy(t.recipe, t.dtype, sources) for t in shard.tensors
+    )
+    digests = []
+    with threads(_JOBS, computes) as pool:
+        for digest in pool.map(check, chunks(file.nbytes)):
+            digests.append(digest)
+            advance(min(CHUNK_BYTES, file.nbytes - (len(digests) - 1) * CHUNK_BYTES))
+    if checksum(digests) != manifest.files[shard.file].get("xxh3", checksum(digests)):
         raise VerifyError(f"{path}: its checksum is not the manifest's; merge or copy it again")
 
 
@@ -179,10 +197,10 @@ def _check_small_file(name: str, out: Path, manifest: Manifest) -> None:
     if not expected:
         return
     try:
-        found = checksum(out / name)
+        found = file_checksum(out / name)
     except OSError as error:
         raise VerifyError(f"{out / name}: cannot be read ({error.strerror})") from error
-    if found != expected:
+    if found != expected["xxh3"]:
         raise VerifyError(f"{out / name}: is not what was written; it was changed after the merge")
 
 
@@ -218,19 +236,16 @@ def _say_how_long(
     """Time a few megabytes of each kind of work and say what all of it will take."""
     largest = max(plan.shards, key=lambda shard: shard.nbytes)
 
-    def read_some() -> int:
-        with (out / largest.file).open("rb") as file:
-            return len(file.read(_CHUNK))
-
-    seconds = size / _rate(read_some)
+    seconds = size / _rate(lambda: len(read_chunk(out / largest.file, 0, CHUNK_BYTES)))
     kinds: dict[bool, list[PlannedTensor]] = {True: [], False: []}
     for tensor in plan.tensors:
         if tensor.name in compared:
             kinds[recipe.is_copy(tensor.recipe, tensor.dtype, sources)].append(tensor)
     for tensors in filter(None, kinds.values()):
         sample = max(tensors, key=lambda tensor: tensor.nbytes)
-        next(_made(sample, sources))  # imports what it needs
-        rate = _rate(lambda tensor=sample: len(next(_made(tensor, sources))))  # type: ignore[misc]
+        view = buffer()[: sample.nbytes]
+        fill_tensor(view, 0, sample, sources)  # imports what it needs
+        rate = _rate(partial(_fill_length, view, sample, sources))
         seconds += sum(tensor.nbytes for tensor in tensors) / rate
     again = sum(tensor.nbytes for tensors in kinds.values() for tensor in tensors)
     reporter.say(
@@ -245,15 +260,9 @@ def _rate(work: Callable[[], int]) -> float:
     return work() / max(time.monotonic() - begun, 1e-6)
 
 
-def _made(tensor: PlannedTensor, sources: Sources) -> Iterator[memoryview]:
-    return recipe.stream(tensor.name, tensor.shape, tensor.dtype, tensor.recipe, sources)
-
-
-def _offsets(shard: Shard) -> Iterable[tuple[PlannedTensor, int]]:
-    offset = len(shard.header())
-    for tensor in shard.tensors:
-        yield tensor, offset
-        offset += tensor.nbytes
+def _fill_length(view: memoryview, tensor: PlannedTensor, sources: Sources) -> int:
+    fill_tensor(view, 0, tensor, sources)
+    return len(view)
 
 
 def _differs(path: Path, tensor: PlannedTensor) -> VerifyError:

@@ -1,59 +1,128 @@
-"""A plan to files: shards streamed by their recipes, checksummed in passing, renamed when whole."""
+"""A plan to files: shards written in chunks by several threads, checksummed in passing."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moemerge import recipe
-from moemerge.checkpoint import Location, numpy_dtype
-from moemerge.checkpoint.safetensors_file import read_header
+from moemerge.checkpoint import numpy_dtype
+from moemerge.disk import OutputFile, buffer
 from moemerge.errors import RunError
-from moemerge.output import STATE_DIRECTORY, writing
-from moemerge.plan import Shard, file_header
-from moemerge.recipe import Sources
+from moemerge.output import writing
+from moemerge.plan import PlannedTensor, Shard, file_header
+from moemerge.recipe import Read, Sources, is_copy
+from moemerge.shard_file import ShardFile, checksum, chunk_digest, chunks, threads
+from moemerge.state import PART_SUFFIX, STATE_DIRECTORY
 
 if TYPE_CHECKING:
     from moemerge.gates import Matrix
 
+_RANGE_BYTES = 256 << 20
 
-def write_shard(shard: Shard, sources: Sources, out: Path, advance: Callable[[int], object]) -> str:
-    """Write one shard into `out` and return its checksum (xxh3, 64 bits, hex).
 
-    The file has its name only when it is whole and flushed to disk. `advance` is called with the
-    bytes of each step. A shard knows of no other, so they may be written in any order.
+@dataclass(frozen=True)
+class How:
+    """How shards are written: threads, past the page cache or not, with checksums or not."""
+
+    jobs: int
+    direct: bool = True
+    checksums: bool = True
+
+
+def write_shard(
+    shard: Shard, sources: Sources, out: Path, how: How, advance: Callable[[int], object]
+) -> dict[str, Any]:
+    """Write one shard into `out` and return its manifest entry: `bytes` and, if asked, `xxh3`.
+
+    Memory is a buffer for each thread, whatever the shard's size. The file has its name only when
+    it is whole and flushed to disk. `advance` is called with the bytes of each step. A shard knows
+    of no other, so they may be written in any order, at once, and on several machines.
 
     Raises:
-        ReadError: a source is truncated or holds NaN or Inf.
+        ReadError: a source is truncated, changed, or holds NaN or Inf.
         WriteError: the disk is full or cannot be written.
     """
-    import xxhash
+    file = ShardFile(shard, sources)
+    part = out / STATE_DIRECTORY / f"{shard.file}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}"
+    lock = threading.Lock()
 
-    digest = xxhash.xxh3_64()
-    temporary = out / STATE_DIRECTORY / shard.file
-    with writing(temporary), temporary.open("wb", buffering=0) as file:
+    def done(nbytes: int) -> None:
+        with lock:
+            advance(nbytes)
 
-        def put(data: bytes | memoryview) -> None:
-            digest.update(data)
-            rest = memoryview(data)
-            while rest:
-                rest = rest[file.write(rest) :]
-            advance(len(data))
-
-        put(shard.header())
-        for tensor in shard.tensors:
-            for block in recipe.stream(
-                tensor.name, tensor.shape, tensor.dtype, tensor.recipe, sources
-            ):
-                put(block)
-        os.fsync(file.fileno())
-        temporary.replace(out / shard.file)
-    return digest.hexdigest()
+    try:
+        computes = not all(is_copy(t.recipe, t.dtype, sources) for t in shard.tensors)
+        with writing(out), threads(how.jobs, computes) as pool:
+            output = OutputFile(part, file.nbytes, how.direct and how.checksums)
+            entry: dict[str, Any] = {"bytes": file.nbytes}
+            if how.checksums:
+                entry["xxh3"] = checksum(_write_chunks(file, output, pool, done))
+            else:
+                _write_ranges(file, output, pool, done)
+            output.finish(out / shard.file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return entry
 
 
-def save_routers(shard: Shard, matrices: Sequence[Matrix], path: Path) -> dict[str, Location]:
+def _write_chunks(
+    file: ShardFile, output: OutputFile, pool: Executor, done: Callable[[int], object]
+) -> Iterator[bytes]:
+    """Make and write every chunk; their digests, in order."""
+
+    def write(chunk: tuple[int, int]) -> bytes:
+        offset, nbytes = chunk
+        view = buffer()[:nbytes]
+        file.fill(view, offset)
+        digest = chunk_digest(view)
+        output.write(view, offset)
+        done(nbytes)
+        return digest
+
+    return pool.map(write, chunks(file.nbytes))
+
+
+def _write_ranges(
+    file: ShardFile, output: OutputFile, pool: Executor, done: Callable[[int], object]
+) -> None:
+    """Without checksums no byte need pass here: the kernel copies what is only copied."""
+
+    def copy(piece: tuple[PlannedTensor, int, int, int]) -> None:
+        tensor, first, nbytes, offset = piece
+        assert isinstance(tensor.recipe, Read)
+        location = file.sources[tensor.recipe.source][tensor.recipe.tensor]
+        if not output.copy_range(location.file, location.offset + first, nbytes, offset):
+            for at, size in chunks(nbytes):
+                write((offset + at, size))
+        done(nbytes)
+
+    def write(stretch: tuple[int, int]) -> None:
+        offset, nbytes = stretch
+        view = buffer()[:nbytes]
+        file.fill(view, offset)
+        output.write(view, offset)
+
+    copies, others = [], [(0, len(file.header))]
+    for start, tensor in zip(file.starts, file.tensors, strict=True):
+        if tensor is None:
+            continue
+        if is_copy(tensor.recipe, tensor.dtype, file.sources):
+            for at in range(0, tensor.nbytes, _RANGE_BYTES):
+                copies.append((tensor, at, min(_RANGE_BYTES, tensor.nbytes - at), start + at))
+        else:
+            others += [(start + at, size) for at, size in chunks(tensor.nbytes)]
+    for stretch, _ in zip(others, pool.map(write, others), strict=True):
+        done(stretch[1])
+    list(pool.map(copy, copies))
+
+
+def save_routers(shard: Shard, matrices: Sequence[Matrix], path: Path) -> None:
     """Save what a gate mode made, (E, D) a layer, as a tiny checkpoint in the shard's dtype.
 
     Raises:
@@ -67,8 +136,10 @@ def save_routers(shard: Shard, matrices: Sequence[Matrix], path: Path) -> dict[s
                 f"{tensor.name}: the router came out as NaN or Inf; the base model overflows on "
                 "these prompts: try another dtype of it, or --device cpu"
             )
-    with writing(path), path.open("wb") as file:
-        file.write(file_header(shard.tensors, {"format": "pt"}))
-        for tensor, matrix in zip(shard.tensors, matrices, strict=True):
-            file.write(matrix.astype(numpy_dtype(tensor.dtype)).tobytes())
-    return read_header(path)
+    content = [file_header(shard.tensors, {"format": "pt"})]
+    for tensor, matrix in zip(shard.tensors, matrices, strict=True):
+        content.append(matrix.astype(numpy_dtype(tensor.dtype)).tobytes())
+    part = path.with_name(f"{path.name}{PART_SUFFIX}")
+    with writing(path):
+        part.write_bytes(b"".join(content))
+        part.replace(path)

@@ -118,11 +118,11 @@ def test_mergekits_other_spellings_work(
         config, tmp_path / "out", "--out-shard-size", "20K", "--lazy-unpickle", "--random-seed",
         "7", "--copy-tokenizer", "--transformers-cache", cache, "--trust-remote-code",
         "--i-understand-this-is-not-useful-without-training", "--allow-crimes", "-v",
-        "--num-threads=4", "--no-lazy-unpickle",
+        "--num-threads=4", "--write-threads=4", "--no-lazy-unpickle",
     )  # fmt: skip
     assert code == 0
     said = capsys.readouterr().err
-    assert "--num-threads means nothing here" in said
+    assert "--write-threads means nothing here" in said
     assert "--seed has no effect" in said
     assert "--cache-dir has no effect" in said
     assert "--allow-crimes has no effect" in said

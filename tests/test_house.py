@@ -11,16 +11,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moemerge"
 FLOORS = [
     ["version", "errors"],
-    ["reporting", "config", "options"],
+    ["reporting", "config", "options", "disk"],
     ["checkpoint"],
     ["recipe"],
     ["plan"],
-    ["prompts", "compare", "output"],
-    ["router_inputs"],
+    ["prompts", "compare", "state", "shard_file"],
+    ["router_inputs", "output"],
     ["architectures", "gates"],
     ["layout"],
     ["prepare"],
     ["write", "verify", "card"],
+    ["on_ray"],
     ["pipeline"],
     ["cli"],
 ]

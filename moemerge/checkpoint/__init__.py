@@ -10,6 +10,7 @@ from moemerge.checkpoint.tensors import (
     Location,
     numpy_dtype,
     read_bytes,
+    read_into,
     read_rows,
 )
 
@@ -26,5 +27,6 @@ __all__ = [
     "normalise",
     "numpy_dtype",
     "read_bytes",
+    "read_into",
     "read_rows",
 ]

@@ -43,6 +43,7 @@ class Checkpoint:
     tensors: dict[str, Location]
     fingerprint: str
     commit: str | None = None
+    modified: int | None = None
     absent: tuple[str, ...] = ()
     note: str = ""
 
@@ -121,15 +122,17 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
             raise SourceProblem(f"is quantised ({method})", _QUANTISED)
     files, index = _weight_files(directory, names, weights, partial)
     tensors: dict[str, Location] = {}
+    newest = 0
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         found = _read_header(directory / file, reference, snapshot)
         for name, location in found.items():
             if index is None or index.get(name) == file:
                 tensors[name] = location
-        stat = (directory / file).stat() if snapshot is None else None
-        digest.update(repr((file, stat and (stat.st_size, stat.st_mtime_ns))).encode())
-        digest.update(repr([(n, t.dtype, t.shape, t.offset) for n, t in found.items()]).encode())
+        for name, at in found.items():
+            size, modified = at.stamp or (0, 0)
+            digest.update(repr((file, size, name, at.dtype, at.shape, at.offset)).encode())
+            newest = max(newest, modified)
     expected = {name for name, file in (index or {}).items() if file in files}
     if index is not None and (missing := sorted(expected - tensors.keys())):
         raise SourceProblem(
@@ -147,7 +150,17 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     fingerprint = commit or digest.hexdigest()
     absent = tuple(file for file in files if not (directory / file).exists())
     note = snapshot.note if snapshot else ""
-    return Checkpoint(reference, directory, config, tensors, fingerprint, commit, absent, note)
+    return Checkpoint(
+        reference=reference,
+        directory=directory,
+        config=config,
+        tensors=tensors,
+        fingerprint=fingerprint,
+        commit=commit,
+        modified=None if snapshot else newest,
+        absent=absent,
+        note=note,
+    )
 
 
 def _no_model(directory: Path, names: set[str]) -> SourceProblem:
@@ -219,9 +232,13 @@ def _read_header(
 
 
 def _read_local_header(path: Path) -> dict[str, Location]:
-    if path.suffix == ".safetensors":
-        return safetensors_file.read_header(path)
-    return torch_file.read_header(path)
+    stat = path.stat()
+    read = safetensors_file if path.suffix == ".safetensors" else torch_file
+    stamp = (stat.st_size, stat.st_mtime_ns)
+    return {
+        name: dataclasses.replace(location, stamp=stamp)
+        for name, location in read.read_header(path).items()
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

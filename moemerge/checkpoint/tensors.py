@@ -28,12 +28,16 @@ FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 @dataclass(frozen=True)
 class Location:
-    """A tensor's bytes: `nbytes` at `offset` of `file`, row-major, little-endian."""
+    """A tensor's bytes: `nbytes` at `offset` of `file`, row-major, little-endian.
+
+    `stamp` is the file's size and modification time (ns) when its header was read.
+    """
 
     file: Path
     offset: int
     dtype: str
     shape: tuple[int, ...]
+    stamp: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -45,26 +49,36 @@ def read_bytes(location: Location, start: int = 0, nbytes: int | None = None) ->
     """Read `nbytes` (default: to the tensor's end) from byte `start` of the tensor.
 
     Raises:
-        ReadError: the file is gone or shorter than its header says.
+        ReadError: as `read_into`.
     """
-    wanted = location.nbytes - start if nbytes is None else nbytes
-    buffer = bytearray(wanted)
-    view, at = memoryview(buffer), location.offset + start
+    buffer = bytearray(location.nbytes - start if nbytes is None else nbytes)
+    read_into(location, start, memoryview(buffer))
+    return buffer
+
+
+def read_into(location: Location, start: int, view: memoryview) -> None:
+    """Fill `view` with the tensor's bytes from byte `start`.
+
+    Raises:
+        ReadError: the file is gone, shorter than its header says, or changed since that was read.
+    """
     try:
         with location.file.open("rb", buffering=0) as file:
-            file.seek(at)
-            while view:
+            file.seek(location.offset + start)
+            got = -1
+            while view and got:
                 got = file.readinto(view)
-                if not got:
-                    size = os.fstat(file.fileno()).st_size
-                    raise ReadError(
-                        f"{location.file}: ends at byte {size}, its header promises more; "
-                        "it is truncated: copy or download it again"
-                    )
                 view = view[got:]
+            stat = os.fstat(file.fileno())
     except OSError as error:
         raise ReadError(f"{location.file}: cannot be read ({error.strerror})") from error
-    return buffer
+    if location.stamp not in (None, (stat.st_size, stat.st_mtime_ns)):
+        raise ReadError(f"{location.file}: changed since the merge began; run it again")
+    if view:
+        raise ReadError(
+            f"{location.file}: ends at byte {stat.st_size}, its header promises more; "
+            "it is truncated: copy or download it again"
+        )
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moemerge.cli.options import meaningful, with_options
-from moemerge.cli.terminal import Terminal, count, explained, size
+from moemerge.cli.options import meaningful, with_options, with_ray_address
+from moemerge.cli.terminal import Terminal, count, explained, peak_memory, size
 from moemerge.errors import InputError, Problem, nearest
 from moemerge.options import Options
 from moemerge.version import __version__
@@ -25,7 +25,7 @@ class DefaultToMerge(TyperGroup):
         if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
             args = ["merge", *args]
         if args[:1] in (["merge"], ["plan"]):
-            args = list(meaningful(args))
+            args = list(meaningful(list(with_ray_address(args))))
         return super().parse_args(ctx, args)
 
 
@@ -74,12 +74,22 @@ def merge(config: Config, out: Out, options: Options, terminal: Terminal) -> Non
 
     _check_config_path(config)
     merged = merge(config, out, options, terminal)
+    if merged.missing:
+        terminal.result(
+            f"{out}: wrote {size(merged.written)} in {merged.seconds:.1f} s; {merged.missing} of "
+            f"{len(merged.plan.shards)} shards are still to come from the other shares"
+        )
+        return
     plan = merged.plan
     checked = "verified" if options.verify else "not verified"
     terminal.result(
         f"{out}: {count(plan.parameters)} parameters ({count(plan.active_parameters)} active a "
-        f"token), {size(plan.nbytes)} in {len(plan.shards)} shards, {checked}, "
-        f"{merged.seconds:.1f} s"
+        f"token), {size(plan.nbytes)} in {len(plan.shards)} shards, {checked}"
+    )
+    rate = merged.written / max(merged.seconds, 1e-3)
+    terminal.result(
+        f"wrote {size(merged.written)} in {merged.seconds:.1f} s ({size(round(rate))}/s)"
+        + (f", peak memory {size(peak)}" if (peak := peak_memory()) else "")
     )
 
 

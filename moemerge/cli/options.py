@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ NO_MEANING = {
     "--read-to-gpu": "bytes go from file to file",
     "--multi-gpu": "bytes go from file to file",
     "--gpu-rich": "bytes go from file to file",
-    "--async-write": "the writer chooses for itself",
+    "--async-write": "--jobs threads read, compute and write",
     "--unsafe-truncate-embeddings": "experts' embeddings are not used",
 }
 """mergekit-moe's flags that have nothing to do here, and why."""
@@ -32,9 +33,7 @@ NO_MEANING = {
 NO_MEANING_WITH_VALUE = {
     "--lora-merge-cache": "adapters are merged while streaming, never written out",
     "--lora-merge-dtype": "adapters are merged in float32",
-    "--num-threads": "the writer chooses for itself",
-    "-j": "the writer chooses for itself",
-    "--write-threads": "the writer chooses for itself",
+    "--write-threads": "--jobs threads read, compute and write",
 }
 """The same, for its options that take a value."""
 
@@ -75,6 +74,42 @@ OPTIONS = {
                             help="Do not remark that equal experts need training."),
     "cache_dir": _option(str | None, None, "--cache-dir", "--transformers-cache", metavar="DIR",
                          help="The Hub's cache, if not the usual one."),
+    "jobs": _option(
+        int | None, None, "--jobs", "-j", "--num-threads",
+        help="Threads that read, compute and write; each holds a buffer of 16 MiB.  "
+        "[default: two a processor]",
+    ),
+    "direct": _option(
+        bool,
+        True,
+        "--direct/--no-direct",
+        help="Write past the page cache where the file system can: several times faster for files "
+        "larger than memory, and what is cached stays cached.",
+    ),
+    "checksums": _option(
+        bool,
+        True,
+        "--checksum/--no-checksum",
+        help="Checksum every shard on the way. Without, the kernel copies what is only copied, and "
+        "shares it where the file system can (btrfs, xfs).",
+    ),
+    "shards": _option(
+        str,
+        "",
+        "--shards",
+        metavar="PART/PARTS",
+        show_default=False,
+        help="Write one share of the shards, as 0/8 to 7/8 on eight machines with one file system; "
+        "the last to end completes OUT.",
+    ),
+    "ray": _option(
+        str,
+        "",
+        "--ray",
+        metavar="[ADDRESS]",
+        show_default=False,
+        help="Write on a Ray cluster (moemerge[ray]); without an address, on a local one.",
+    ),
     "quiet": _option(bool, False, "--quiet/--no-quiet", "-q", help="Print errors only."),
     "verbose": _option(bool, False, "--verbose", "-v", help="A line for every shard."),
 }  # fmt: skip
@@ -114,6 +149,14 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = inspect.Signature([context, *parameters, *shared])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in [context, *parameters, *shared]}
     return wrapped
+
+
+def with_ray_address(args: list[str]) -> Iterator[str]:
+    """The arguments with `local` after a `--ray` that no address follows."""
+    for argument, after in zip(args, [*args[1:], ""], strict=True):
+        yield argument
+        if argument == "--ray" and not re.fullmatch(r"auto|local|(ray://)?[\w.-]+:\d+", after):
+            yield "local"
 
 
 def meaningful(args: list[str]) -> Iterator[str]:

@@ -70,7 +70,7 @@ def explained() -> Iterator[None]:
         print(one_line(f"error: {error}"), file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to start over", file=sys.stderr)
+        print("interrupted; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -88,3 +88,13 @@ def size(nbytes: int) -> str:
         if nbytes >= 10**power:
             return f"{nbytes / 10**power:.1f} {unit}"
     return f"{nbytes} B"
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

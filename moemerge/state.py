@@ -1,0 +1,148 @@
+"""What of a merge is finished, and who is at it: all that a later or a parallel run must know.
+
+In the output's `.moemerge/`: `started.json` (which plan, which files), the routers, an entry for
+each finished shard, parts of unfinished ones, and locks, which the system lets go when a process
+dies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from moemerge.disk import flush_directory
+from moemerge.plan import Shard
+
+STATE_DIRECTORY = ".moemerge"
+PART_SUFFIX = ".part"
+ROUTERS_FILE = "routers.safetensors"
+_STARTED = "started.json"
+_LOCK = "lock"
+
+
+class State:
+    """The state directory of one output."""
+
+    def __init__(self, out: Path):
+        self.out, self.directory = out, out / STATE_DIRECTORY
+
+    @property
+    def routers(self) -> Path:
+        """Where the routers are once they are made."""
+        return self.directory / ROUTERS_FILE
+
+    def started(self) -> dict[str, Any]:
+        """The merge that began here and has not ended: its `run` digest and `files`; or empty."""
+        return read_json(self.directory / _STARTED)
+
+    def start(self, run: str, files: Iterable[str]) -> None:
+        """Note that a merge begins, before it touches anything else."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json(self.directory / _STARTED, {"run": run, "files": sorted(files)})
+
+    def clear(self, all: bool) -> None:
+        """Remove an earlier run's unfinished parts; with `all`, forget what it finished too."""
+        for path in self.directory.iterdir():
+            if path.suffix == PART_SUFFIX or (all and path.name not in (_STARTED, _LOCK)):
+                path.unlink()
+
+    def entry(self, shard: Shard) -> dict[str, Any]:
+        """A finished shard's manifest entry; empty if it is not finished."""
+        return read_json(self._entry(shard)) if (self.out / shard.file).is_file() else {}
+
+    def finished(self, shard: Shard, entry: dict[str, Any]) -> None:
+        """Note that a shard has its name and is whole."""
+        write_json(self._entry(shard), entry)
+
+    def forget(self, shard: Shard) -> None:
+        """Take a shard for unfinished again."""
+        self._entry(shard).unlink(missing_ok=True)
+
+    def _entry(self, shard: Shard) -> Path:
+        return self.directory / f"{shard.file}.json"
+
+    def is_free(self, shared: bool) -> bool:
+        """Whether `mine` would be granted now."""
+        with hold(self.directory / _LOCK, wait=False, shared=shared, create=False) as held:
+            return held
+
+    @contextmanager
+    def mine(self, shared: bool) -> Iterator[bool]:
+        """Hold the output, alone or with runs that share it; False if somebody else has it."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with hold(self.directory / _LOCK, wait=False, shared=shared) as held:
+            yield held
+
+    @contextmanager
+    def claim(self, what: str, wait: bool = False) -> Iterator[bool]:
+        """Hold one piece of the work among runs that share the output."""
+        with hold(self.directory / f"{what}.lock", wait=wait) as held:
+            yield held
+
+
+@contextmanager
+def hold(path: Path, wait: bool, shared: bool = False, create: bool = True) -> Iterator[bool]:
+    """Lock a file; yields whether it is held. The lock ends with the process, however that ends.
+
+    Where the system has no such locks (Windows), everybody gets them.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    try:
+        handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, data: object, scratch: Path | None = None) -> None:
+    """Write JSON so that the file is either the old one or the whole new one.
+
+    Until it is whole it stands in `scratch`, by default the file's own directory.
+    """
+    part = (scratch or path.parent) / f"{path.name}{PART_SUFFIX}"
+    with part.open("w", encoding="utf-8") as file:
+        file.write(as_json(data))
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    flush_directory(path.parent)
+
+
+def as_json(data: object) -> str:
+    """JSON as every file here is written."""
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def is_inside(name: object) -> bool:
+    """Whether a name from a file can only mean something within its directory."""
+    if not isinstance(name, str) or "\0" in name or PureWindowsPath(name).drive:
+        return False
+    path = PurePosixPath(name.replace("\\", "/"))
+    return not path.is_absolute() and ".." not in path.parts and bool(path.parts)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty where there is none that can be read."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
