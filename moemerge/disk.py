@@ -103,7 +103,7 @@ class OutputFile:
 
 def takes_direct(directory: Path) -> bool:
     """Whether the file system of `directory` takes direct writes."""
-    probe = directory / ".direct"
+    probe = directory / f".direct.{os.getpid()}.part"
     try:
         file = OutputFile(probe, _ALIGNMENT, direct=True)
         file.write(buffer()[:_ALIGNMENT], 0)

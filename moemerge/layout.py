@@ -26,11 +26,13 @@ def lay_out(
     opened: Iterable[Checkpoint],
     findings: Findings,
     runs_base: bool,
+    gate_inputs: str,
 ) -> Plan:
     """The plan: every slot of the architecture with its recipe, cut into shards.
 
     Tensors that are missing, of another shape, quantised or left over are recorded; a plan with
-    recorded problems must not be run. `runs_base`: the base model's MLPs are needed too.
+    recorded problems must not be run. `runs_base`: the base model's MLPs are needed too;
+    `gate_inputs` is the digest of what routers are made from.
     """
     model, count = base.model.config, len(donors)
     per_token = config.experts_per_token or min(2, count)
@@ -59,7 +61,7 @@ def lay_out(
     return Plan(
         architecture=config.architecture or "mixtral",
         gate_mode=config.gate_mode,
-        gate_inputs="",
+        gate_inputs=gate_inputs,
         seed=options.seed,
         dtype=dtype,
         experts=tuple(donor.name for donor in donors),
@@ -71,6 +73,7 @@ def lay_out(
             tensors,
             ShardSize.parse(options.shard_size).max_bytes(ITEMSIZE[dtype]),
             sources,
+            gate_inputs,
         ),
     )
 

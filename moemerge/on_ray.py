@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ def write_shards(
     ours = not ray.is_initialized()
     try:
         if ours:
+            _knock(address)
             ray.init(address=None if address == "local" else address, log_to_driver=False)
         task = ray.remote(max_retries=RETRIES)(_write)
         located = ray.put(sources)
@@ -41,7 +44,7 @@ def write_shards(
             yield waiting.pop(ended), entry
     except MoemergeError:
         raise
-    except (ray.exceptions.RayError, ConnectionError) as error:
+    except (ray.exceptions.RayError, OSError) as error:
         line = str(error).strip().splitlines()[-1]
         raise RunError(f"Ray: {line}; run the same command again to go on") from error
     finally:
@@ -51,3 +54,11 @@ def write_shards(
 
 def _write(shard: Shard, sources: Sources, out: Path, how: How) -> dict[str, Any]:
     return write_shard(shard, sources, out, how, lambda nbytes: None)
+
+
+def _knock(address: str) -> None:
+    """See that something listens at `host:port`: Ray itself would go on trying for minutes."""
+    found = re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address)
+    if found:
+        with socket.create_connection((found[1], int(found[2])), timeout=10):
+            pass

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moemerge.errors import DiskFull, Findings, WriteError
+from moemerge.errors import DiskFull, Findings, ReadError, WriteError
 from moemerge.options import Options
 from moemerge.plan import INDEX_FILE, Plan, weight_index
-from moemerge.state import STATE_DIRECTORY, State, is_inside, read_json, write_json
+from moemerge.state import STATE_DIRECTORY, State, as_json, is_inside, read_json, write_json
 from moemerge.version import __version__
 
 MANIFEST_FILE = "moemerge.json"
@@ -32,7 +31,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_MODEL_SUFFIXES = (".safetensors", ".bin", ".gguf", ".index.json", ".pt", ".pth")
+MODEL_SUFFIXES = (".safetensors", ".bin", ".gguf", ".index.json", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,9 @@ def read_manifest(out: Path) -> Manifest:
         files = {name: dict(entry) for name, entry in data["files"].items()}
         if not all(map(is_inside, [*files, *(shard.file for shard in plan.shards)])):
             raise ValueError("it names a file outside its directory")
+        for shard in plan.shards:
+            if files[shard.file].get("bytes") != shard.nbytes:
+                raise ValueError(f"its entry of {shard.file} is not the plan's")
         if plan.digest != data["plan_digest"]:
             raise ValueError("its plan is not the one its digest was made from")
         return Manifest(data["config"], plan, files, data["moemerge"])
@@ -90,6 +92,13 @@ def carried_files(base: Path, copy_tokenizer: bool) -> tuple[Path, ...]:
         extra = base / "additional_chat_templates"
         names += sorted(path.relative_to(base) for path in extra.glob("*.jinja"))
     return tuple(name for name in names if (base / name).is_file())
+
+
+def check_carried(base: Path, carried: Iterable[Path], where: str, findings: Findings) -> None:
+    """Record the files to carry along that cannot be read."""
+    for name in carried:
+        if not os.access(base / name, os.R_OK):
+            findings.problem(where, f"{base / name} cannot be read", "check its permissions")
 
 
 def file_names(plan: Plan, carried: Iterable[Path]) -> tuple[str, ...]:
@@ -126,6 +135,10 @@ def check(
         findings.problem(where, "is one of the sources", "name another directory")
         return
     state, ours, overwrite = State(out), set(_listed(out)), options.overwrite
+    if state.directory.is_symlink() or not state.is_ours():
+        what = f"holds a {STATE_DIRECTORY} that is not moemerge's"
+        findings.problem(where, what, "move it away, or name another directory")
+        return
     if not state.is_free(shared=bool(options.shards)):
         what = "another moemerge is writing there"
         findings.problem(where, what, "wait until it ends, or name another directory")
@@ -134,7 +147,7 @@ def check(
     strangers = sorted(path.name for path in there if not any(
         name == path.name or name.startswith(f"{path.name}/") for name in ours
     ))  # fmt: skip
-    clash = [n for n in strangers if n in set(files) or n.endswith(_MODEL_SUFFIXES)]
+    clash = [n for n in strangers if n in set(files) or n.endswith(MODEL_SUFFIXES)]
     started = state.started()
     if there and not ours and not overwrite:
         findings.problem(where, f"is not empty ({strangers[0]})", "name a new directory")
@@ -203,26 +216,42 @@ def is_finished(out: Path, plan: Plan) -> bool:
 
 
 def carry(base: Path, out: Path, carried: Iterable[Path]) -> None:
-    """Copy the base model's small files byte for byte, but for what transformers 4 trips over."""
-    with writing(out):
-        for name in carried:
+    """Copy the base model's small files byte for byte, but for what transformers 4 trips over.
+
+    Raises:
+        ReadError: one cannot be read any more.
+        WriteError: `out` cannot be written.
+    """
+    for name in carried:
+        try:
             content = (base / name).read_bytes()
-            if name.name == "tokenizer_config.json":
-                content = _readable_by_version_4(content)
+        except OSError as error:
+            raise ReadError(f"{base / name}: cannot be read ({error.strerror})") from error
+        if name.name == "tokenizer_config.json":
+            content = _readable_by_version_4(content)
+        with writing(out):
             (out / name).parent.mkdir(exist_ok=True)
             (out / name).write_bytes(content)
 
 
-def _readable_by_version_4(tokenizer_config: bytes) -> bytes:
-    """Name the class that both versions know in place of transformers 5's `TokenizersBackend`.
+def _readable_by_version_4(content: bytes) -> bytes:
+    """A tokenizer_config.json of transformers 5 in words that version 4 knows too.
 
-    Version 4's `PreTrainedTokenizerFast` gives token_type_ids, which no decoder takes, unless told
-    what the model's inputs are.
+    The class `TokenizersBackend` is its `PreTrainedTokenizerFast`, which gives token_type_ids,
+    that no decoder takes, unless told the model's inputs; a list of `extra_special_tokens` is its
+    `additional_special_tokens`. Any other file stays as it is.
     """
-    named = b'"tokenizer_class": "PreTrainedTokenizerFast"'
-    if b'"model_input_names"' not in tokenizer_config:
-        named = b'"model_input_names": ["input_ids", "attention_mask"],\n  ' + named
-    return re.sub(rb'"tokenizer_class"\s*:\s*"TokenizersBackend"', named, tokenizer_config)
+    try:
+        config = json.loads(content)
+    except ValueError:
+        return content
+    if not isinstance(config, dict) or config.get("tokenizer_class") != "TokenizersBackend":
+        return content
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return as_json(config).encode()
 
 
 def finish(out: Path, manifest: Manifest) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moemerge import card, checkpoint, output, recipe
-from moemerge.checkpoint import Location
+from moemerge.checkpoint import Checkpoint, Donor, Location
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.config import MergeConfig, load_config
 from moemerge.disk import takes_direct
@@ -92,27 +92,43 @@ class _Merge:
         self.ready, self.plan, self.state = ready, ready.plan, State(out)
 
     def run(self) -> Merged:
-        begun, plan, options = time.monotonic(), self.plan, self.options
+        begun = time.monotonic()
         for note in self.ready.notes:
             self.reporter.say(note)
-        if options.shards and output.is_finished(self.out, plan):
-            return Merged(plan, self.out, self.ready.notes, 0.0, 0, 0)
-        sources = self._fetch()
+        shared = bool(self.options.shards)
+        written = missing = 0
+        if not (shared and output.is_finished(self.out, self.plan)):
+            sources = self._fetch()
+            with self._held(shared):
+                if not (shared and output.is_finished(self.out, self.plan)):
+                    written, missing = self._write(sources)
+            if shared and not missing:
+                with self._held(shared=False, wait=True):  # until the other shares have let go
+                    if not output.is_finished(self.out, self.plan):
+                        self._finish(sources)
+                    shutil.rmtree(self.state.directory, ignore_errors=True)
+        seconds = time.monotonic() - begun
+        return Merged(self.plan, self.out, self.ready.notes, seconds, written, missing)
+
+    @contextmanager
+    def _held(self, shared: bool, wait: bool = False) -> Iterator[None]:
         with ExitStack() as held:
             with output.writing(self.out):
-                mine = held.enter_context(self.state.mine(shared=bool(options.shards)))
+                mine = held.enter_context(self.state.mine(shared, wait))
             if not mine:
                 raise RunError(f"{self.out}: another moemerge has just begun there; wait for it")
-            output.begin(self.out, plan, output.file_names(plan, self.ready.carried), options)
-            self._make_routers(sources)
-            written = self._write_shards(sources)
-            missing = sum(not self.state.entry(shard) for shard in plan.shards)
-            if not missing:
-                with self.state.claim("finish", wait=True):
-                    if not output.is_finished(self.out, plan):
-                        self._finish(sources)
-        seconds = time.monotonic() - begun
-        return Merged(plan, self.out, self.ready.notes, seconds, written, missing)
+            yield
+
+    def _write(self, sources: Tensors) -> tuple[int, int]:
+        """Everything up to a whole directory: the bytes written here, the shards still missing."""
+        plan, options = self.plan, self.options
+        output.begin(self.out, plan, output.file_names(plan, self.ready.carried), options)
+        self._make_routers(sources)
+        written = self._write_shards(sources)
+        missing = sum(not self.state.entry(shard) for shard in plan.shards)
+        if not options.shards:
+            self._finish(sources)
+        return written, missing
 
     def _fetch(self) -> Tensors:
         """Every source's tensors, with the files that the plan reads from the Hub downloaded."""
@@ -123,7 +139,8 @@ class _Merge:
                 if read.source != ROUTERS:
                     needed[read.source].add(read.tensor)
         if "model" in ready.gate.USES:
-            needed[ready.base.model.reference.text] |= ready.base.model.tensors.keys()
+            for text, opened in _layers(ready.base):
+                needed[text] |= opened.tensors.keys()
         found = {}
         for text, opened in ready.checkpoints.items():
             if {opened.tensors[name].file.name for name in needed[text]} & set(opened.absent):
@@ -180,7 +197,7 @@ class _Merge:
         self, todo: list[Shard], sources: Tensors, how: How, advance: Callable[[int], object]
     ) -> Iterator[int]:
         for shard in todo:
-            with self.state.claim(shard.file) as mine:
+            with self.state.claim(shard.file, wait=False) as mine:
                 if mine and not self.state.entry(shard):
                     try:
                         entry = write_shard(shard, sources, self.out, how, advance)
@@ -225,6 +242,13 @@ class _Merge:
             files[name.as_posix()] = {"bytes": size, "xxh3": file_checksum(out / name)}
         files |= {name: {} for name in output.OWN_FILES}
         output.finish(out, Manifest(self.config.text, plan, files))
+
+
+def _layers(donor: Donor) -> Iterator[tuple[str, Checkpoint]]:
+    """The checkpoints that a donor's tensors are read from."""
+    yield donor.model.reference.text, donor.model
+    if donor.adapter:
+        yield donor.adapter.checkpoint.reference.text, donor.adapter.checkpoint
 
 
 def _config(config: MergeConfig | str | Path) -> MergeConfig:

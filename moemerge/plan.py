@@ -14,8 +14,8 @@ from moemerge import recipe
 from moemerge.checkpoint import ITEMSIZE
 from moemerge.recipe import Read, Recipe
 
-ROUTERS = "routers"
-"""The source that router tensors are read from: made by a gate mode, not named by a config."""
+ROUTERS = ""
+"""The source that router tensors are read from: made by a gate mode, never named by a config."""
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -79,7 +79,7 @@ class Source:
 class Plan:
     """Everything that will be written, and from what. `config` is the output's config.json.
 
-    `gate_inputs` is a digest of what the routers are made from: prompts and quantisation.
+    `gate_inputs` is a digest of what the routers are made from besides the sources' weights.
     """
 
     architecture: str
@@ -178,20 +178,23 @@ def make_shards(
     others: Iterable[PlannedTensor],
     max_shard_bytes: int,
     sources: Iterable[Source],
+    gate_inputs: str,
 ) -> tuple[Shard, ...]:
-    """Cut the tensors into shards named as transformers names them; the first is the routers."""
+    """Cut the tensors into shards named as transformers names them; the first is the routers.
+
+    A shard's digest is made of its tensors' recipes and its sources' fingerprints; the routers'
+    also of `gate_inputs`.
+    """
     fingerprints = {source.reference: source.fingerprint for source in sources}
     groups = [tuple(routers), *cut(others, max_shard_bytes)]
-    return tuple(
-        Shard(
-            f"model-{number:05d}-of-{len(groups):05d}.safetensors",
-            group,
-            digest_of([[vars(t) | {"recipe": recipe.to_json(t.recipe)} for t in group],
-                     sorted((read.source, fingerprints.get(read.source, ""))
-                            for read in {r for t in group for r in recipe.reads(t.recipe)})]),
-        )
-        for number, group in enumerate(groups, start=1)
-    )  # fmt: skip
+    shards = []
+    for number, group in enumerate(groups, start=1):
+        reads = {read.source for tensor in group for read in recipe.reads(tensor.recipe)}
+        made_of = [fingerprints.get(source, gate_inputs) for source in sorted(reads)]
+        tensors = [vars(tensor) | {"recipe": recipe.to_json(tensor.recipe)} for tensor in group]
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        shards.append(Shard(file, group, digest_of([tensors, made_of])))
+    return tuple(shards)
 
 
 def cut(

@@ -81,9 +81,10 @@ class _Preparation:
             self.opener.opened.values(),
             findings,
             runs_base="model" in gate.USES,
+            gate_inputs=self._gate_inputs(gate, prompts),
         )
-        plan = dataclasses.replace(plan, gate_inputs=self._gate_inputs(prompts))
         carried = output.carried_files(base.model.directory, options.copy_tokenizer)
+        output.check_carried(base.model.directory, carried, base.where, findings)
         self._check_output(out, plan, carried)
         findings.refuse()
         checkpoints = {ref.text: opened for ref, opened in self.opener.opened.items()}
@@ -167,10 +168,18 @@ class _Preparation:
         check_prompts(config, findings)
         return encode_prompts(config, base, findings) if base else ()
 
-    def _gate_inputs(self, prompts: tuple[ExpertPrompts, ...]) -> str:
-        """A digest of what routers come from besides the sources and the seed."""
-        bits = 4 if self.options.load_in_4bit else 8 if self.options.load_in_8bit else 16
-        return digest_of([bits, [dataclasses.asdict(expert) for expert in prompts]])
+    def _gate_inputs(self, gate: GateMode, prompts: tuple[ExpertPrompts, ...]) -> str:
+        """A digest of what routers come from besides the sources' weights."""
+        options = self.options
+        bits = 4 if options.load_in_4bit else 8 if options.load_in_8bit else 16
+        made_of = {
+            "mode": self.config.gate_mode,
+            "prompts": [dataclasses.asdict(expert) for expert in prompts],
+            "bits": bits if "model" in gate.USES else None,
+            "seed": options.seed if "seed" in gate.USES else None,
+            "base": self.config.base_model,
+        }
+        return digest_of(made_of)
 
     def _note_what_has_no_effect(
         self, gate: GateMode, base: Donor, donors: list[Donor | None]

@@ -65,20 +65,29 @@ class State:
     def _entry(self, shard: Shard) -> Path:
         return self.directory / f"{shard.file}.json"
 
+    def is_ours(self) -> bool:
+        """Whether the directory is moemerge's to use: absent, or with nothing else's in it."""
+        if not self.directory.exists():
+            return True
+        names = {path.name for path in self.directory.iterdir()}
+        return _STARTED in names or all(
+            name == _LOCK or name.endswith((PART_SUFFIX, ".lock")) for name in names
+        )
+
     def is_free(self, shared: bool) -> bool:
         """Whether `mine` would be granted now."""
         with hold(self.directory / _LOCK, wait=False, shared=shared, create=False) as held:
             return held
 
     @contextmanager
-    def mine(self, shared: bool) -> Iterator[bool]:
+    def mine(self, shared: bool, wait: bool = False) -> Iterator[bool]:
         """Hold the output, alone or with runs that share it; False if somebody else has it."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        with hold(self.directory / _LOCK, wait=False, shared=shared) as held:
+        with hold(self.directory / _LOCK, wait=wait, shared=shared) as held:
             yield held
 
     @contextmanager
-    def claim(self, what: str, wait: bool = False) -> Iterator[bool]:
+    def claim(self, what: str, wait: bool) -> Iterator[bool]:
         """Hold one piece of the work among runs that share the output."""
         with hold(self.directory / f"{what}.lock", wait=wait) as held:
             yield held
@@ -128,7 +137,7 @@ def write_json(path: Path, data: object, scratch: Path | None = None) -> None:
 
 def as_json(data: object) -> str:
     """JSON as every file here is written."""
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(data, indent=2, ensure_ascii=True) + "\n"
 
 
 def is_inside(name: object) -> bool:

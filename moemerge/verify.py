@@ -18,7 +18,7 @@ from moemerge.checkpoint.reference import Reference
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.disk import CHUNK_BYTES, buffer
 from moemerge.errors import InputError, Problem, VerifyError
-from moemerge.output import CONFIG_FILE, MANIFEST_FILE, Manifest, read_manifest
+from moemerge.output import CONFIG_FILE, MANIFEST_FILE, MODEL_SUFFIXES, Manifest, read_manifest
 from moemerge.plan import INDEX_FILE, Plan, PlannedTensor, Shard, Source, weight_index
 from moemerge.recipe import Sources
 from moemerge.reporting import Reporter, Silent
@@ -96,6 +96,7 @@ def verify_checkpoint(
         _check_header(shard, out)
     _check_json(out / CONFIG_FILE, plan.config)
     _check_json(out / INDEX_FILE, weight_index(plan))
+    _check_strays(out, manifest)
     _check_routers(plan.shards[0], out)
     sources = _available(plan, reporter, cache_dir)
     compared = {
@@ -112,17 +113,28 @@ def verify_checkpoint(
             _check_shard(shard, out, manifest, sources, compared, advance)
         for name in manifest.files.keys() - {shard.file for shard in plan.shards}:
             _check_small_file(name, out, manifest)
+            advance((out / name).stat().st_size)
     return Verified(size, len(compared), len(list(plan.tensors)), time.monotonic() - begun)
 
 
 def _open_manifest(out: Path) -> Manifest:
     try:
         return read_manifest(out)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         what, fix = f"holds no {MANIFEST_FILE}", "name a directory that moemerge finished"
         raise InputError([Problem(str(out), what, fix)]) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        what = f"{MANIFEST_FILE} cannot be read ({error.strerror})"
+        raise InputError([Problem(str(out), what, "check its permissions")]) from error
+    except ValueError as error:
         raise VerifyError(f"{out / MANIFEST_FILE}: {error}; merge again") from error
+
+
+def _check_strays(out: Path, manifest: Manifest) -> None:
+    """Weights that nothing lists make some programs read the wrong ones."""
+    for path in sorted(out.iterdir()):
+        if path.name.endswith(MODEL_SUFFIXES) and path.name not in manifest.files:
+            raise VerifyError(f"{path}: is not of this model; move it away")
 
 
 def _check_header(shard: Shard, out: Path) -> None:

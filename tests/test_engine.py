@@ -345,9 +345,7 @@ def test_a_disk_that_fills_up_keeps_what_was_finished(
         original(self, path, nbytes, direct)
 
     monkeypatch.setattr(disk.OutputFile, "__init__", filling)
-    with pytest.raises(
-        RunError, match=r"9 shards are still to come; free \d.* run the same"
-    ):
+    with pytest.raises(RunError, match=r"9 shards are still to come; free \d.* run the same"):
         merge(config, tmp_path / "out", Options(shard_size=SMALL))
     there = set(files(tmp_path / "out"))
     assert len(there) >= 2

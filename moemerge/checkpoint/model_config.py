@@ -57,15 +57,19 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
         return config
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
-    for key in (*_NUMBERS, *_FLAGS):
+    for key in (*_NUMBERS, *_FLAGS, "rope_theta"):
         if config[key] is None:
             config[key] = DEFAULTS[family][key]
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     if config.get("head_dim") is None and type(heads) is type(hidden) is int and heads > 0:
         config["head_dim"] = hidden // heads
     _check_types(config)
+    if len(set(config.get("layer_types") or [])) <= 1:  # says no more than sliding_window does
+        config.pop("layer_types", None)
+    if family == "llama":  # transformers' Llama has no window, whatever its config.json says
+        config["sliding_window"] = None
     config["dtype"] = config["torch_dtype"] = raw.get("dtype") or raw.get("torch_dtype")
-    config.update(_rope(raw, config["rope_theta"]))
+    config.update(_rope(config))
     return config
 
 
@@ -100,15 +104,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
-def _rope(raw: dict[str, Any], default_theta: float) -> dict[str, Any]:
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """`rope_theta`, `rope_scaling` and `rope_parameters` that say the same.
 
     As in transformers 5, a `rope_scaling` that is there overrides `rope_parameters`.
     """
-    stated = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(stated, dict):
         raise ValueError(f"rope_scaling is {stated!r}, not a mapping")
-    theta = stated.get("rope_theta", raw.get("rope_theta", default_theta))
+    theta = stated.get("rope_theta")
+    theta = config["rope_theta"] if theta is None else theta
     if not _is_number(theta) or not theta > 0:
         raise ValueError(f"rope_theta is {theta!r}, not a positive number")
     kind = stated.get("rope_type", stated.get("type", "default"))

@@ -70,6 +70,8 @@ def read_header(path: Path, remote: BinaryIO | None = None) -> dict[str, Locatio
 
 
 def _read_zip(path: Path, remote: BinaryIO | None) -> dict[str, Location]:
+    if remote is None:
+        path.open("rb").close()  # is_zipfile takes what cannot be read for no zip
     if not zipfile.is_zipfile(remote or path):
         raise ValueError(
             "it is not a zip (torch's format since 1.6, or truncated): load it once with "
