@@ -16,6 +16,7 @@ from safetensors.torch import load_file, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moemerge import Options, gates, make_plan, merge, pipeline, verify_checkpoint
+from moemerge.checkpoint import normalise
 from moemerge.config import parse_config
 from moemerge.plan import Plan
 from moemerge.router_inputs import router_inputs
@@ -26,6 +27,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "llama llama3 rope": {"family": "llama", "rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0},
     "llama linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "llama head_dim": {"family": "llama", "head_dim": 16},
+    "llama window": {"family": "llama", "sliding_window": 7},
+    "llama layer types": {"sliding_window": 7, "layer_types": ["sliding_attention"] * 2},
     "llama without kv groups": {"family": "llama", "num_key_value_heads": 4},
     "mistral": {"family": "mistral", "sliding_window": None},
     "mistral window": {"family": "mistral", "sliding_window": 7},
@@ -87,6 +90,21 @@ def test_a_window_shorter_than_the_prompt_matters(tmp_path: Path) -> None:
     narrow = make_model(tmp_path / "a", family="mistral", sliding_window=7)
     wide = make_model(tmp_path / "b", family="mistral", sliding_window=None)
     assert (logits(narrow) - logits(wide)).abs().max() > 1e-2
+
+
+def test_a_base_of_rope_null_is_one_that_says_nothing(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", rope_theta=10000.0)
+    path = base / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": None}))
+    plan = make_plan(parse_config(simple_config(base, [base, base]))).plan
+    assert plan.config["rope_theta"] == plan.config["rope_parameters"]["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize(("kind", "window"), [("full_attention", None), ("sliding_attention", 7)])
+def test_layer_types_say_whether_a_mistral_has_a_window(kind: str, window: int | None) -> None:
+    raw = {"model_type": "mistral", "sliding_window": 7, "layer_types": [kind] * 32}
+    config = normalise(raw)
+    assert (config["sliding_window"], "layer_types" in config) == (window, False)
 
 
 @pytest.mark.parametrize("mode", gates.names())

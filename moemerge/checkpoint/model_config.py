@@ -64,10 +64,11 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
     if config.get("head_dim") is None and type(heads) is type(hidden) is int and heads > 0:
         config["head_dim"] = hidden // heads
     _check_types(config)
-    if len(set(config.get("layer_types") or [])) <= 1:  # says no more than sliding_window does
+    kinds = set(config.get("layer_types") or [])
+    if family == "llama" or kinds == {"full_attention"}:
+        config["sliding_window"] = None  # transformers' Llama has none, whatever is written
+    if len(kinds) <= 1:  # now said by sliding_window; where they are mixed, readers differ
         config.pop("layer_types", None)
-    if family == "llama":  # transformers' Llama has no window, whatever its config.json says
-        config["sliding_window"] = None
     config["dtype"] = config["torch_dtype"] = raw.get("dtype") or raw.get("torch_dtype")
     config.update(_rope(config))
     return config
