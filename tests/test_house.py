@@ -20,7 +20,7 @@ FLOORS = [
     ["architectures", "gates"],
     ["layout"],
     ["prepare"],
-    ["write", "verify", "card"],
+    ["write", "verify", "card", "memory"],
     ["on_ray"],
     ["pipeline"],
     ["cli"],

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moemerge.cli.options import meaningful, with_options, with_ray_address
+from moemerge.cli.options import UNHEARD, meaningful, with_options, with_ray_address
 from moemerge.cli.terminal import Terminal, count, explained, peak_memory, size
 from moemerge.errors import InputError, Problem, nearest
 from moemerge.options import Options
@@ -22,10 +22,12 @@ class DefaultToMerge(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put `merge` where no command stands, and drop what means nothing here, saying so."""
-        if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
+        own = ("--help", "-h", "--version")
+        if args and args[0] not in self.commands and args[0] not in own:
             args = ["merge", *args]
         if args[:1] in (["merge"], ["plan"]):
-            args = list(meaningful(list(with_ray_address(args))))
+            unheard = ctx.meta[UNHEARD] = []
+            args = list(meaningful(list(with_ray_address(args)), unheard))
         return super().parse_args(ctx, args)
 
 
@@ -39,6 +41,12 @@ app = typer.Typer(
     help="Make one mixture-of-experts language model out of several dense ones.\n\n"
     "`moemerge CONFIG OUT` merges; the commands below do the rest.",
 )
+
+
+MERGE_ALONE = {
+    "overwrite", "verify", "copy_tokenizer", "jobs", "direct", "checksums", "shards", "ray"
+}  # fmt: skip
+"""The options of how files are written, which `plan` takes for the sake of a command line's edit."""
 
 
 def main() -> None:
@@ -102,23 +110,28 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
 ) -> None:
     """Show what a merge of CONFIG would build; headers are read, nothing is written."""
+    from moemerge.memory import expected_peak
     from moemerge.pipeline import make_plan
 
     _check_config_path(config)
     ready = make_plan(config, options)
     made = ready.plan
+    without_effect = [flag for name, flag in options.flags.items() if name in MERGE_ALONE]
+    for flag in [*without_effect, *["--verbose"] * terminal.verbose]:
+        terminal.say(f"{flag} has no effect: plan writes nothing")
     if as_json:
         totals = {
             "parameters": made.parameters,
             "active_parameters": made.active_parameters,
             "bytes": made.nbytes,
+            "expected_peak_bytes": expected_peak(ready, options),
             "digest": made.digest,
             "notes": list(ready.notes),
         }
         print(json.dumps({**totals, **made.to_json()}, indent=1))
         return
-    for line in _describe(ready):
-        print(line)
+    for line in _describe(ready, options):
+        terminal.result(line)
     for note in ready.notes:
         terminal.say(note)
 
@@ -154,9 +167,10 @@ def _check_config_path(config: Path) -> None:
     raise InputError([Problem(str(config), "there is no such config file", fix)])
 
 
-def _describe(ready: Any) -> Iterator[str]:
+def _describe(ready: Any, options: Options) -> Iterator[str]:
     """The plan for a person."""
     from moemerge import recipe
+    from moemerge.memory import expected_peak
 
     made = ready.plan
     sources = {text: opened.tensors for text, opened in ready.checkpoints.items()}
@@ -174,6 +188,7 @@ def _describe(ready: Any) -> Iterator[str]:
         f"{size(made.nbytes)} in {len(made.shards)} shards; {len(copied)} of {len(tensors)} "
         "tensors are copied byte for byte, the others computed"
     )
+    yield f"about {size(expected_peak(ready, options))} of memory at the peak"
     yield f"base      {ready.base.model.reference.text}"
     for index, name in enumerate(made.experts):
         expert = ready.prompts[index]

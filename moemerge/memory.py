@@ -1,0 +1,46 @@
+"""How much memory a merge will take at its peak, from the plan alone.
+
+The constants were measured (`scripts/bench_memory.py`): what Python and torch hold with no work.
+"""
+
+from __future__ import annotations
+
+from moemerge import recipe
+from moemerge.disk import CHUNK_BYTES
+from moemerge.options import Options
+from moemerge.prepare import Prepared
+from moemerge.router_inputs import BATCH_TOKENS
+
+PLAIN = 75_000_000
+"""A process that copies bytes."""
+
+WITH_TORCH = 310_000_000
+"""A process that computes with torch."""
+
+WITH_TRANSFORMERS = 440_000_000
+"""A process that runs a model."""
+
+_SCRATCH = 8 * recipe.BLOCK_VALUES * 4
+
+
+def expected_peak(ready: Prepared, options: Options) -> int:
+    """Bytes of resident memory that a merge of this plan is expected to reach.
+
+    Writing takes a buffer for each thread, whatever the models' size; hidden gates take one decoder
+    layer with `lazy`, up to all of them without, and the activations of the largest batch.
+    """
+    plan, config = ready.plan, ready.base.model.config
+    sources = {text: opened.tensors for text, opened in ready.checkpoints.items()}
+    tensors = [tensor for shard in plan.shards[1:] for tensor in shard.tensors]
+    computes = not all(recipe.is_copy(t.recipe, t.dtype, sources) for t in tensors)
+    buffers = options.threads * (CHUNK_BYTES + (_SCRATCH if computes else 0))
+    if "model" not in ready.gate.USES:
+        return (WITH_TORCH if computes else PLAIN) + buffers
+    tensors_of_base = ready.base.model.tensors.items()
+    layer = sum(at.nbytes for name, at in tensors_of_base if name.startswith("model.layers.0."))
+    held = layer if options.lazy else layer * config["num_hidden_layers"]
+    prompts = [prompt for expert in ready.prompts for prompt in expert.positive + expert.negative]
+    tokens = min(sum(len(prompt.ids) for prompt in prompts), BATCH_TOKENS)
+    wide = 3 * config["intermediate_size"] + 8 * config["hidden_size"]
+    running = held + 4 * tokens * wide
+    return WITH_TRANSFORMERS + max(running, buffers)
