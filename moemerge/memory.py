@@ -43,4 +43,4 @@ def expected_peak(ready: Prepared, options: Options) -> int:
     tokens = min(sum(len(prompt.ids) for prompt in prompts), BATCH_TOKENS)
     wide = 3 * config["intermediate_size"] + 8 * config["hidden_size"]
     running = held + 4 * tokens * wide
-    return WITH_TRANSFORMERS + max(running, buffers)
+    return WITH_TRANSFORMERS + int(max(running, buffers))
