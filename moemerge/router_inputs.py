@@ -7,12 +7,13 @@ once and one layer at a time can be enough. Neither head nor logits are ever com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from moemerge import recipe
 from moemerge.checkpoint import Donor, read_rows
+from moemerge.checkpoint.model_config import DEFAULTS
 from moemerge.options import Options
 from moemerge.prompts import Prompt
 from moemerge.recipe import Sources
@@ -29,6 +30,7 @@ BATCH_TOKENS = 2048
 
 _EMBEDDING = "model.embed_tokens.weight"
 _LAYER = "model.layers.{layer}."
+_BEYOND_DEFAULTS = ("model_type", "head_dim", "rope_scaling", "rope_parameters")
 
 
 def router_inputs(
@@ -47,16 +49,17 @@ def router_inputs(
     batches = _batches(prompts)
     states = _embed_batches(base, sources, prompts, batches, dtype, device)
     layers = range(config["num_hidden_layers"])
+    names = _body(config).layers[0].state_dict().keys()
 
     def load(layer: int) -> dict[str, torch.Tensor]:
-        return _layer_weights(base, sources, layer, dtype)
+        return _layer_weights(base, sources, _LAYER.format(layer=layer), names, dtype)
 
     with (
         torch.inference_mode(),
         reporter.progress("prompts through the base model", len(layers), "layer") as advance,
     ):
-        for layer, weights in zip(layers, _in_turn(load, layers, options.lazy), strict=True):
-            body = _one_layer(config, layer, weights, device, options)
+        for weights in _in_turn(load, layers, options.lazy):
+            body = _one_layer(config, weights, device, options)
             weights.clear()
             seen: dict[int, Matrix] = {}
             for batch, state in zip(batches, states, strict=True):
@@ -148,49 +151,51 @@ def _in_turn(
 
 
 def _layer_weights(
-    base: Donor, sources: Sources, layer: int, dtype: torch.dtype
+    base: Donor, sources: Sources, prefix: str, names: Collection[str], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """The layer's tensors by their names within it."""
-    prefix = _LAYER.format(layer=layer)
+    """The layer's tensors by their `names` within it; others that a checkpoint may hold stay."""
     return {
-        name.removeprefix(prefix): recipe.load(
-            name, location.shape, recipe.of_donor(base, name), sources
+        name: recipe.load(
+            prefix + name,
+            base.model.tensors[prefix + name].shape,
+            recipe.of_donor(base, prefix + name),
+            sources,
         ).to(dtype)
-        for name, location in base.model.tensors.items()
-        if name.startswith(prefix) and not name.endswith("inv_freq")
+        for name in names
     }
 
 
 def _one_layer(
-    config: dict[str, Any],
-    layer: int,
-    weights: dict[str, torch.Tensor],
-    device: str,
-    options: Options,
+    config: dict[str, Any], weights: dict[str, torch.Tensor], device: str, options: Options
 ) -> Any:
-    """transformers' own body with this decoder layer alone and no final norm.
+    """The body with this layer's weights in its place, on the device."""
+    body = _body(config)
+    body.layers[0].load_state_dict(weights, assign=True)
+    if options.load_in_4bit or options.load_in_8bit:
+        _quantise(body.layers[0], options.load_in_4bit)
+    return body.to(device)
+
+
+def _body(config: dict[str, Any]) -> Any:
+    """transformers' own body with one decoder layer and no final norm.
 
     Built without memory on the meta device; only the rotary embedding is built for real, since its
-    buffers are computed at construction and stand in no file.
+    buffers are computed at construction and stand in no file. Of a config.json only what describes
+    the model is passed on: the rest are wishes of the program that saved it.
     """
     import torch
     from transformers import AutoConfig, AutoModel
 
-    settings = {key: value for key, value in config.items() if not key.startswith("_")}
-    settings |= {"num_hidden_layers": 1, "vocab_size": 1, "dtype": None, "torch_dtype": None}
-    settings |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    if config.get("layer_types"):
-        settings["layer_types"] = [config["layer_types"][layer]]
+    settings = {key: config[key] for key in (*DEFAULTS[config["model_type"]], *_BEYOND_DEFAULTS)}
+    settings |= {"num_hidden_layers": 1, "vocab_size": 1}
+    settings |= dict.fromkeys(("bos_token_id", "eos_token_id"))
     one = AutoConfig.for_model(**settings)
     with torch.device("meta"):
         body = AutoModel.from_config(one)
     body.rotary_emb = type(body.rotary_emb)(config=one)
     body.norm = torch.nn.Identity()
     body.embed_tokens = torch.nn.Identity()
-    body.layers[0].load_state_dict(weights, assign=True)
-    if options.load_in_4bit or options.load_in_8bit:
-        _quantise(body.layers[0], options.load_in_4bit)
-    return body.eval().to(device)
+    return body.eval()
 
 
 def _quantise(module: torch.nn.Module, four_bits: bool) -> None:
