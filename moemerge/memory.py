@@ -11,8 +11,11 @@ from moemerge.options import Options
 from moemerge.prepare import Prepared
 from moemerge.router_inputs import BATCH_TOKENS
 
-PLAIN = 75_000_000
+PLAIN = 60_000_000
 """A process that copies bytes."""
+
+WITH_PROMPTS = 30_000_000
+"""The base model's tokenizer."""
 
 WITH_TORCH = 310_000_000
 """A process that computes with torch."""
@@ -34,8 +37,10 @@ def expected_peak(ready: Prepared, options: Options) -> int:
     tensors = [tensor for shard in plan.shards[1:] for tensor in shard.tensors]
     computes = not all(recipe.is_copy(t.recipe, t.dtype, sources) for t in tensors)
     buffers = options.threads * (CHUNK_BYTES + (_SCRATCH if computes else 0))
+    buffers = min(buffers, plan.nbytes)
     if "model" not in ready.gate.USES:
-        return (WITH_TORCH if computes else PLAIN) + buffers
+        tokenizer = WITH_PROMPTS if "prompts" in ready.gate.USES else 0
+        return (WITH_TORCH if computes else PLAIN) + tokenizer + buffers
     tensors_of_base = ready.base.model.tensors.items()
     layer = sum(at.nbytes for name, at in tensors_of_base if name.startswith("model.layers.0."))
     held = layer if options.lazy else layer * config["num_hidden_layers"]

@@ -357,3 +357,40 @@ def test_torch_keeps_the_threads_it_had(config: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     merge(config, tmp_path / "out")
     assert torch.get_num_threads() == before
+
+
+def test_the_same_models_elsewhere_and_newer_give_the_same_files(
+    tmp_path: Path, babies: dict[str, Path]
+) -> None:
+    """Where sources lie and when they were copied is in the manifest alone."""
+    found = []
+    for name in ("here", "there"):
+        folder = tmp_path / name
+        for model in ("base", "first"):
+            shutil.copytree(babies[model], folder / model)
+        os.utime(folder / "first/model.safetensors", (1e9, 1e9 + len(name)))
+        text = simple_config("./base", ["./base", "./first"], per_expert="noise_scale: 0.1")
+        merge(write_config(folder / "c.yaml", text), folder / "out")
+        found.append({n: b for n, b in files(folder / "out").items() if n != "moemerge.json"})
+    assert found[0] == found[1]
+
+
+def test_peak_memory_is_what_the_plan_says(tmp_path: Path, babies: dict[str, Path]) -> None:
+    """Of whole processes, with and without torch: no more than planned, and no less than half."""
+    base, first, _ = babies.values()
+    adapter = make_adapter(tmp_path / "adapter", base)
+    for expert in (first, f"{base}+{adapter}"):
+        config = write_config(
+            tmp_path / "c.yaml", simple_config(base, [base, expert], "gate_mode: random")
+        )
+        planned = subprocess.run(
+            command("plan", config, "--json"), capture_output=True, check=True, env=ENVIRONMENT
+        )
+        said = subprocess.run(
+            command(config, tmp_path / "out", "--overwrite"),
+            capture_output=True, check=True, text=True, env=ENVIRONMENT,
+        ).stdout  # fmt: skip
+        number, unit = said.split("peak memory ")[1].split()[:2]
+        peak = float(number) * {"MB": 1e6, "GB": 1e9}[unit]
+        expected = json.loads(planned.stdout)["expected_peak_bytes"]
+        assert expected / 2 < peak < expected * 1.1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import typer
 
@@ -17,6 +19,8 @@ class Terminal:
 
     def __init__(self, quiet: bool, verbose: bool):
         self.quiet, self.verbose = quiet, verbose
+        # Hints to programmers, as many as there are layers: "inputs will be cast from ...".
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         if quiet:  # before anything imports huggingface_hub, which has bars of its own
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
@@ -92,6 +96,9 @@ def size(nbytes: int) -> str:
 
 def peak_memory() -> int:
     """The most memory that this process has held, in bytes; 0 where the system does not say."""
+    with suppress(OSError, ValueError, IndexError):  # getrusage counts what the parent held, too
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
     try:
         import resource
     except ImportError:
