@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from moemerge.errors import InputError, Problem
 
 _POWERS = {"": 0, "K": 1, "M": 2, "B": 3, "G": 3, "T": 4}
+_SPELLED = {
+    "checksums": "checksum",
+    "untrained_ok": "i-understand-this-is-not-useful-without-training",
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,9 @@ class ShardSize:
         Raises:
             InputError: a bare number, an unknown unit, or nothing at all.
         """
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMBT])|([KMGT])(i?)B)", text.strip(), re.I)
+        found = re.fullmatch(
+            r"(\d{1,15}(?:\.\d{1,15})?)\s*(?:([KMBT])|([KMGT])(i?)B)", text.strip(), re.I
+        )
         if found:
             number, count, size, binary = found.groups()
             base = 1024 if binary else 1000
@@ -46,8 +52,8 @@ class Options:
     """Every way to run a merge; none changes what the config says is made, save `seed`.
 
     `jobs` None is two a processor; `shards` is this run's share, as `0/8`; `ray` is a cluster's
-    address, `local` for one of its own. `given` names the options a person set, so that one without
-    effect can be said.
+    address, `local` for one of its own. `given` names options that a person spelled out; `flags`
+    adds those that differ from their defaults, so that one without effect can be said.
     """
 
     lazy: bool = False
@@ -75,8 +81,8 @@ class Options:
             ShardSize.parse(self.shard_size)
         except InputError as error:
             problems += error.problems
-        if self.device not in ("auto", "cpu", "cuda", "mps"):
-            fix = "write auto, cpu, cuda or mps"
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
+            fix = "write auto, cpu, cuda, cuda:1 or mps"
             problems.append(Problem("--device", f"{self.device!r} is not a device", fix))
         if self.load_in_4bit and self.load_in_8bit:
             what = "and --load-in-8bit cannot both be"
@@ -95,6 +101,19 @@ class Options:
                 problems.append(Problem("--shards", f"and --{other} cannot both be", why))
         if problems:
             raise InputError(problems)
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """Each option that a person set, and the flag to name it by."""
+        names = [f.name for f in fields(self) if f.name != "given"]
+        differ = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        return {name: self._flag(name) for name in names if name in self.given | differ}
+
+    def _flag(self, name: str) -> str:
+        if name == "device" and "cuda" in self.given:
+            return "--no-cuda" if self.device == "cpu" else "--cuda"
+        no = "no-" if getattr(self, name) is False else ""
+        return f"--{no}{_SPELLED.get(name, name).replace('_', '-')}"
 
     @property
     def threads(self) -> int:

@@ -147,13 +147,19 @@ class _Preparation:
 
     def _check_device(self, gate: GateMode | None) -> None:
         name = self.options.device
-        if gate is None or "model" not in gate.USES or name not in ("cuda", "mps"):
+        if gate is None or "model" not in gate.USES or name in ("auto", "cpu"):
             return
         import torch
 
-        there = torch.cuda if name == "cuda" else torch.backends.mps
-        if not there.is_available():
-            self.findings.problem("--device", f"there is no {name} device here", "use --device cpu")
+        kind, _, number = name.partition(":")
+        there = (
+            int(number or 0) < torch.cuda.device_count()
+            if kind == "cuda"
+            else torch.backends.mps.is_available()
+        )
+        if not there:
+            flag = self.options.flags["device"]
+            self.findings.problem(flag, f"there is no {name} device here", "use --device cpu")
 
     def _check_ray(self) -> None:
         if self.options.ray and importlib.util.find_spec("ray") is None:
@@ -184,17 +190,16 @@ class _Preparation:
     def _note_what_has_no_effect(
         self, gate: GateMode, base: Donor, donors: list[Donor | None]
     ) -> None:
-        note, given, mode = self.findings.note, self.options.given, self.config.gate_mode
+        note, flags, mode = self.findings.note, self.options.flags, self.config.gate_mode
         if "model" not in gate.USES:
             for option in ("lazy", "device", "load_in_4bit", "load_in_8bit"):
-                if option in given:
-                    flag = option.replace("_", "-")
-                    note(f"--{flag} has no effect: gate_mode: {mode} runs no model")
+                if option in flags:
+                    note(f"{flags[option]} has no effect: gate_mode: {mode} runs no model")
         noise = any(expert.noise_scale for expert in self.config.experts)
-        if "seed" in given and "seed" not in gate.USES and not noise:
+        if "seed" in flags and "seed" not in gate.USES and not noise:
             note(f"--seed has no effect: gate_mode: {mode} without noise_scale draws nothing")
         opened = self.opener.opened
-        if "cache_dir" in given and all(reference.directory for reference in opened):
+        if "cache_dir" in flags and all(reference.directory for reference in opened):
             note("--cache-dir has no effect: no source is on the Hub")
         families = {d.model.config.get("model_type") for d in [base, *donors] if d}
         if self.options.allow_crimes and len(families) == 1:

@@ -16,7 +16,7 @@ import pytest
 from babies import simple_config, write_config
 from transformers import AutoModelForCausalLM
 
-from moemerge import pipeline, verify_checkpoint
+from moemerge import Options, make_plan, pipeline, verify_checkpoint
 from moemerge.cli import app
 from moemerge.cli.options import NO_MEANING, NO_MEANING_WITH_VALUE
 from moemerge.cli.terminal import Terminal
@@ -89,7 +89,7 @@ def test_verify_exits_1_when_a_byte_changed(
 ) -> None:
     assert run(config, tmp_path / "out") == 0
     assert run("verify", tmp_path / "out") == 0
-    assert "27 of 29 tensors" not in capsys.readouterr().err
+    assert "27 of 29 tensors" in capsys.readouterr().out
     shard = tmp_path / "out/model-00002-of-00002.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -129,14 +129,52 @@ def test_mergekits_other_spellings_work(
     assert json.loads((tmp_path / "out/moemerge.json").read_text())["seed"] == 7
 
 
-@pytest.mark.parametrize("flag", ["--lazy", "--load-in-4bit", "--load-in-8bit", "--device=cpu"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--lazy", "--load-in-4bit", "--load-in-8bit", "--device=cpu", "--device=cuda:1", "--cuda",
+     "--no-cuda"],
+)  # fmt: skip
 def test_a_flag_without_effect_is_said(
     flag: str, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config.write_text(config.read_text() + "gate_mode: cheap_embed\n")
     assert run("plan", config, flag) == 0
     name = flag.partition("=")[0]
-    assert f"{name} has no effect: gate_mode: cheap_embed runs no model" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"note: {name} has no effect: gate_mode: cheap_embed runs no model" in said
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--overwrite", "--verify", "--no-verify", "--no-copy-tokenizer", "--jobs=3", "-j4",
+     "--no-direct", "--no-checksum", "--shards=0/2", "--verbose"],
+)  # fmt: skip
+def test_a_flag_without_effect_on_a_plan_is_said(
+    flag: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("plan", config, flag) == 0
+    name = flag.partition("=")[0].replace("-j4", "--jobs")
+    assert f"note: {name} has no effect: plan writes nothing\n" in capsys.readouterr().err
+
+
+def test_an_option_without_effect_is_noted_in_python_too(config: Path) -> None:
+    config.write_text(config.read_text() + "gate_mode: cheap_embed\n")
+    notes = make_plan(config, Options(lazy=True)).notes
+    assert "--lazy has no effect: gate_mode: cheap_embed runs no model" in notes
+
+
+def test_quiet_prints_errors_only(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", config, "-q", "--lazy-unpickle", "--overwrite") == 0
+    assert capsys.readouterr() == ("", "")
+    assert run("plan", config, "-q", "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["parameters"] and not said.err
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_quantised_gates_are_quiet_too(bits: str, config: Path, tmp_path: Path) -> None:
+    done = command(config, tmp_path / "out", f"--load-in-{bits}bit", "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_equal_experts_are_remarked_unless_asked_not_to(
@@ -278,6 +316,12 @@ def test_nothing_imports_torch_that_does_not_compute(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_the_groups(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(flag) == 0
+    assert "[OPTIONS] COMMAND [ARGS]" in capsys.readouterr().out
 
 
 def test_version_and_module(capsys: pytest.CaptureFixture[str]) -> None:

@@ -642,12 +642,15 @@ def test_a_bin_that_would_run_a_program_is_refused_unrun(
 OPTIONS = {
     "bare shard size": (["--shard-size", "5000000000"], "--shard-size: '5000000000'", "5GB"),
     "shard size 0": (["--shard-size", "0GB"], "--shard-size: '0GB'", "write 1B"),
+    "shard size of many digits": (["--shard-size", "9" * 400 + "GB"], "--shard-size: '999", "5GB"),
     "shard size unit": (["--shard-size", "5XB"], "--shard-size: '5XB'", "write 1B"),
     "shard size negative": (["--shard-size", "-5GB"], "--shard-size: '-5GB'", "write 1B"),
-    "device": (["--device", "tpu"], "--device: 'tpu'", "auto, cpu, cuda or mps"),
+    "device": (["--device", "tpu"], "--device: 'tpu'", "auto, cpu, cuda, cuda:1 or mps"),
+    "device number": (["--device", "cuda:x"], "--device: 'cuda:x'", "cuda:1"),
     "two quantisations": (["--load-in-4bit", "--load-in-8bit"], "--load-in-8bit", "keep one"),
     "quiet and verbose": (["--quiet", "--verbose"], "--quiet: and --verbose", "keep one"),
     "two devices": (["--cuda", "--device", "cpu"], "--cuda: and --device cpu", "keep one"),
+    "no cuda and cuda": (["--no-cuda", "--device", "cuda:1"], "--no-cuda: and", "keep one"),
     "seed": (["--seed", "-1"], "--seed: is -1", "2^63"),
 }
 
@@ -661,13 +664,13 @@ def test_options_are_refused_for(kind: str, babies: dict[str, Path], tmp_path: P
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("argv", [["--device", "cuda"], ["--cuda"]])
+@pytest.mark.parametrize("argv", [["--device", "cuda"], ["--device", "cuda:1"], ["--cuda"]])
 def test_a_device_that_is_not_there_is_refused(
     argv: list[str], babies: dict[str, Path], tmp_path: Path
 ) -> None:
     config = write(tmp_path, GOOD.replace("cheap_embed", "hidden"), babies)
     [problem] = refused(config, tmp_path / "out", *argv)
-    assert "--device: there is no cuda device here; use --device cpu" in problem
+    assert f"{argv[0]}: there is no {argv[-1].strip('-')} device here; use --device cpu" in problem
 
 
 Bad = namedtuple("Bad", "make words argv", defaults=[()])

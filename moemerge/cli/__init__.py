@@ -26,7 +26,7 @@ class DefaultToMerge(TyperGroup):
         if args and args[0] not in self.commands and args[0] not in own:
             args = ["merge", *args]
         if args[:1] in (["merge"], ["plan"]):
-            unheard = ctx.meta[UNHEARD] = []
+            unheard: list[str] = ctx.meta.setdefault(UNHEARD, [])
             args = list(meaningful(list(with_ray_address(args)), unheard))
         return super().parse_args(ctx, args)
 
@@ -46,7 +46,7 @@ app = typer.Typer(
 MERGE_ALONE = {
     "overwrite", "verify", "copy_tokenizer", "jobs", "direct", "checksums", "shards", "ray"
 }  # fmt: skip
-"""The options of how files are written, which `plan` takes for the sake of a command line's edit."""
+"""The options of how files are written; `plan` takes them, so that a command is easily edited."""
 
 
 def main() -> None:

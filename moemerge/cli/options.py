@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
@@ -47,6 +46,9 @@ def _option(kind: Any, default: Any, *names: str, help: str, **more: Any) -> ins
     )  # fmt: skip
 
 
+UNHEARD = "moemerge: mergekit's flags that mean nothing here"
+"""Where in the command's context their lines wait to be said."""
+
 _UNTRAINED = "--i-understand-this-is-not-useful-without-training"
 
 OPTIONS = {
@@ -55,9 +57,10 @@ OPTIONS = {
     "shard_size": _option(str, "5GB", "--shard-size", "--out-shard-size", metavar="SIZE",
                           help="The most a shard holds: 1B or 500M parameters, 5GB or 2GiB bytes."),
     "seed": _option(int, 0, "--seed", "--random-seed", help="Seed of random gates and noise."),
-    "device": _option(str, "auto", "--device", metavar="auto|cpu|cuda|mps",
+    "device": _option(str, "auto", "--device", metavar="auto|cpu|cuda[:N]|mps",
                       help="Where the base model runs for hidden gates."),
-    "cuda": _option(bool, False, "--cuda", hidden=True, help="The same as --device cuda."),
+    "cuda": _option(bool | None, None, "--cuda/--no-cuda", hidden=True,
+                    help="The same as --device cuda, or --device cpu."),
     "load_in_4bit": _option(bool, False, "--load-in-4bit",
                             help="Quantise the base model for hidden gates (bitsandbytes)."),
     "load_in_8bit": _option(bool, False, "--load-in-8bit",
@@ -132,17 +135,22 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             name for name in chosen if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")
         }
         quiet, verbose = chosen.pop("quiet"), chosen.pop("verbose")
+        terminal = Terminal(quiet, verbose)
         with explained():
+            for line in ctx.meta.get(UNHEARD, ()):
+                terminal.say(line)
             if quiet and verbose:
                 raise InputError([Problem("--quiet", "and --verbose cannot both be", "keep one")])
-            if chosen.pop("cuda"):
-                if "device" in given and chosen["device"] != "cuda":
-                    what = f"and --device {chosen['device']} disagree"
-                    raise InputError([Problem("--cuda", what, "keep one of them")])
-                chosen["device"] = "cuda"
-                given.add("device")
+            cuda = chosen.pop("cuda")
+            if cuda is not None:
+                if "device" not in given:
+                    chosen["device"] = "cuda" if cuda else "cpu"
+                elif chosen["device"].startswith("cuda") != cuda:
+                    flag, device = "--cuda" if cuda else "--no-cuda", chosen["device"]
+                    what = f"and --device {device} disagree"
+                    raise InputError([Problem(flag, what, "keep one of them")])
             options = Options(**chosen, given=frozenset(given))
-            command(**values, options=options, terminal=Terminal(quiet, verbose))
+            command(**values, options=options, terminal=terminal)
 
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
@@ -159,8 +167,11 @@ def with_ray_address(args: list[str]) -> Iterator[str]:
             yield "local"
 
 
-def meaningful(args: list[str]) -> Iterator[str]:
-    """The arguments without mergekit-moe's flags that mean nothing here; one line for each."""
+def meaningful(args: list[str], unheard: list[str]) -> Iterator[str]:
+    """The arguments without mergekit-moe's flags that mean nothing here, told in `unheard`.
+
+    `with_options` says the lines, once it knows whether it may.
+    """
     rest = iter(args)
     for argument in rest:
         name, equals, _ = argument.partition("=")
@@ -172,6 +183,6 @@ def meaningful(args: list[str]) -> Iterator[str]:
         elif reason is None:
             yield argument
         else:
-            print(f"note: {name} means nothing here: {reason}", file=sys.stderr)
+            unheard.append(f"{name} means nothing here: {reason}")
             if name in NO_MEANING_WITH_VALUE and not equals:
                 next(rest, None)
