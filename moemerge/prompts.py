@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,23 +36,38 @@ class ExpertPrompts:
 
 def check_prompts(config: MergeConfig, findings: Findings) -> None:
     """Record experts without prompts, and experts that no prompt tells apart."""
-    seen: dict[tuple[frozenset[str], frozenset[str]], int] = {}
     for index, expert in enumerate(config.experts):
-        where = config.where(f"experts[{index}]")
-        both = (frozenset(expert.positive_prompts), frozenset(expert.negative_prompts))
         if not expert.positive_prompts:
             findings.problem(
-                where,
+                config.where(f"experts[{index}]"),
                 f"has no positive_prompts, which gate_mode: {config.gate_mode} needs",
                 "add some, or use gate_mode: random and train the routers afterwards",
             )
-        elif both[0] == both[1]:
-            what = "its positive and negative prompts are the same"
+    texts = ((expert.positive_prompts, expert.negative_prompts) for expert in config.experts)
+    _check_apart(config, texts, findings)
+
+
+def _check_apart(
+    config: MergeConfig, experts: Iterable[tuple[Iterable[Any], Iterable[Any]]], findings: Findings
+) -> None:
+    """Record experts whose positive and negative prompts, in any order, are another's or equal.
+
+    It runs over the texts, for a base model without a tokenizer, and over their tokens.
+    """
+    seen: dict[tuple[tuple[Any, ...], tuple[Any, ...]], int] = {}
+    for index, (positive, negative) in enumerate(experts):
+        where = config.where(f"experts[{index}]")
+        both = tuple(sorted(positive)), tuple(sorted(negative))
+        if not both[0]:
+            continue  # said already
+        if both[0] == both[1]:
+            what = "its positive and negative prompts are the same, token for token"
             findings.problem(where, what, "change one of them")
         elif both in seen:
             findings.problem(
                 where,
-                f"has the same prompts as experts[{seen[both]}], so no router can choose",
+                f"has, token for token, the same prompts as experts[{seen[both]}], so no router "
+                "can choose",
                 "give each expert its own, or use gate_mode: random",
             )
         seen.setdefault(both, index)
@@ -85,13 +100,18 @@ def encode_prompts(
             else:
                 yield prompt
 
-    return tuple(
+    refused = len(findings.problems)
+    encoded = tuple(
         ExpertPrompts(
             tuple(encode(expert.positive_prompts, f"experts[{index}].positive_prompts")),
             tuple(encode(expert.negative_prompts, f"experts[{index}].negative_prompts")),
         )
         for index, expert in enumerate(config.experts)
     )
+    if len(findings.problems) == refused:  # else some are left out here
+        ids = (([p.ids for p in e.positive], [p.ids for p in e.negative]) for e in encoded)
+        _check_apart(config, ids, findings)
+    return encoded
 
 
 class Encoder:
@@ -112,14 +132,15 @@ class Encoder:
         """Encode one prompt; special tokens written in it are parsed as such.
 
         Before it stands what the tokenizer's post-processor adds, else the token that the model was
-        trained to see first (see `_first_seen`).
+        trained to see first (see `_first_seen`), unless the text itself begins with that.
         """
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         whole = self.tokenizer.encode(text, add_special_tokens=True).ids
         starts = range(len(whole) - len(ids) + 1)
         own = next((at for at in starts if whole[at : at + len(ids)] == ids), 0)
         prefix = whole[:own] or self.fallback
-        return Prompt((*prefix, *ids), len(prefix))
+        written = ids[: len(prefix)] == prefix
+        return Prompt(tuple(ids if written else prefix + ids), len(prefix))
 
 
 def _first_seen(tokenizer: Tokenizer, directory: Path) -> list[int]:
@@ -150,13 +171,11 @@ def _open(directory: Path) -> Tokenizer:
     try:
         if path.is_file():
             return Tokenizer.from_file(str(path))
-        if not (directory / "tokenizer.model").is_file():
-            raise ValueError("there is no tokenizer.json")
-        from transformers import AutoTokenizer
-
-        slow = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        return Tokenizer.from_str(slow.backend_tokenizer.to_str())
-    except ValueError:
-        raise
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ValueError(f"its tokenizer cannot be read ({error})") from error
+    if (directory / "tokenizer.model").is_file():
+        raise ValueError(
+            "there is no tokenizer.json, only a tokenizer.model (save it once with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...), with sentencepiece installed)"
+        )
+    raise ValueError("there is no tokenizer.json")

@@ -30,4 +30,4 @@ def routers(task: Task) -> list[Matrix]:
         vector: Vector = np.mean([table[i] for i in prompt.ids[prompt.own :]], axis=0)
         return vector
 
-    return [contrast(task.experts, mean)] * len(task.names)
+    return [contrast(task.experts, mean, "in every layer")] * len(task.names)
