@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 
 from moemerge import recipe
@@ -58,8 +59,10 @@ def lay_out(
         read += [_tensor(slot, base, None, dtype, options.seed) for slot in own]
     _check_sources(read, base, donors, tensors_of, findings)
     _check_left_over(tensors, base, donors, findings)
+    if config.dtype is None:
+        _note_what_is_narrowed(tensors, base, donors, tensors_of, dtype, findings)
     return Plan(
-        architecture=config.architecture or "mixtral",
+        architecture=(config.architecture or "mixtral").lower(),
         gate_mode=config.gate_mode,
         gate_inputs=gate_inputs,
         seed=options.seed,
@@ -89,11 +92,16 @@ def check_dtype(config: MergeConfig, findings: Findings) -> None:
 
 
 def _dtype(config: MergeConfig, base: Donor, slots: list[Slot]) -> str:
-    """The config's dtype, else that of the base model's first tensor."""
+    """The config's dtype, else the one that most bytes of the base model's part are in."""
     if config.dtype:
         return _DTYPES[config.dtype.removeprefix("torch.")]
-    first = base.model.tensors.get(slots[0].source or "")
-    return first.dtype if first and first.dtype in _LONG_NAMES else "BF16"
+    sizes: Counter[str] = Counter()
+    for slot in slots:
+        found = base.model.tensors.get(slot.source or "")
+        if slot.expert is None and found:
+            sizes[found.dtype] += found.nbytes
+    most = max(sizes, key=sizes.__getitem__, default="BF16")
+    return "F32" if most == "F64" else most if most in _LONG_NAMES else "BF16"
 
 
 def _tensor(
@@ -151,12 +159,36 @@ def _check_sources(
         findings.problem(who.where, f"{names[0]} {what}{more}", fix)
 
 
+def _note_what_is_narrowed(
+    tensors: list[PlannedTensor],
+    base: Donor,
+    donors: list[Donor],
+    sources: recipe.Sources,
+    dtype: str,
+    findings: Findings,
+) -> None:
+    """Say, once a donor, which of its values the dtype that nobody chose cannot hold exactly."""
+    narrowed: dict[int | None, set[str]] = {}
+    lossy = {"F64"} if dtype == "F32" else {"F64", *_LONG_NAMES} - {dtype}
+    for tensor in tensors:
+        read = next(recipe.reads(tensor.recipe))
+        found = sources[read.source].get(read.tensor)
+        if found and found.dtype in lossy:
+            narrowed.setdefault(tensor.expert, set()).add(found.dtype)
+    for expert, dtypes in narrowed.items():
+        who = base if expert is None else donors[expert]
+        kinds = " and ".join(sorted(_LONG_NAMES.get(kind, "float64") for kind in dtypes))
+        keep = "the widest there is" if dtype == "F32" else "set dtype: float32 to keep them"
+        findings.note(f"{who.name}: {kinds} tensors are written as {_LONG_NAMES[dtype]}; {keep}")
+
+
 def _check_left_over(
     tensors: list[PlannedTensor], base: Donor, donors: list[Donor], findings: Findings
 ) -> None:
     """Say what of the adapters and of the base model's body is not used."""
     used = {read for tensor in tensors for read in recipe.reads(tensor.recipe)}
-    for donor in donors:
+    body_only = "(attention, norms, embeddings): those parts are the base model's"
+    for donor in (base, *donors):
         if donor.adapter is None:
             continue
         text = donor.adapter.checkpoint.reference.text
@@ -164,9 +196,9 @@ def _check_left_over(
         names |= set(donor.adapter.replacements.values())
         unused = sum(recipe.Read(text, name) not in used for name in names)
         if unused:
+            why = "(MLPs): those parts are the experts'" if donor is base else body_only
             findings.note(
-                f"{donor.name}: {unused} of the adapter's {len(names)} changes are not used "
-                "(attention, norms, embeddings): those parts are the base model's"
+                f"{donor.name}: {unused} of the adapter's {len(names)} changes are not used {why}"
             )
     body = {read.tensor for read in used if read.source == base.model.reference.text}
     if base.adapter:
