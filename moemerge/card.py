@@ -64,7 +64,7 @@ def render(config: MergeConfig, plan: Plan, checkpoints: dict[str, Checkpoint]) 
             "## Config",
             "",
             "```yaml",
-            config.text.strip(),
+            config.as_yaml().strip(),
             "```",
             "",
         ]

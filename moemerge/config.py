@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import numbers
+import os
 import typing
-from dataclasses import MISSING, dataclass, field, fields, replace
+from contextlib import suppress
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import yaml
 
-from moemerge.errors import Findings, nearest
+from moemerge.errors import Findings, InputError, nearest
 
-SourceText = typing.NewType("SourceText", str)
+SourceText: TypeAlias = Annotated[str, "source"]
 """A source as the config names it: `path`, `user/name@revision`, `model+adapter`."""
 
 
@@ -30,6 +33,9 @@ class Expert:
     noise_scale: float = 0.0
     residual_scale: float = 1.0
     name: str = ""
+
+    def __post_init__(self) -> None:
+        _hold_types(self)
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,91 @@ class MergeConfig:
         default_factory=dict, compare=False, repr=False, metadata={"internal": True}
     )
 
+    def __post_init__(self) -> None:
+        _hold_types(self)
+
+    def as_yaml(self) -> str:
+        """This config as YAML: the text it was read from while that says the same, else anew."""
+        with suppress(InputError):
+            if parse_config(self.text) == self:
+                return self.text
+        return str(yaml.safe_dump(_changed(self), sort_keys=False, allow_unicode=True))
+
     def where(self, key: str) -> str:
         """`config.yaml:7: experts[1].source_model`, or the nearest enclosing line known."""
         at = key
         while at and at not in self.lines:
             at = at[: max(at.rfind("."), at.rfind("["), 0)]
         return f"{self.file}:{self.lines[at]}: {key}" if at else f"{self.file}: {key}"
+
+
+def _hold_types(record: Expert | MergeConfig) -> None:
+    """Hold a record made in Python to its fields' types; lists become tuples, paths text."""
+    findings = Findings()
+    hints = typing.get_type_hints(type(record), include_extras=True)
+    for f in _spoken(record):
+        at = f"{type(record).__name__}.{f.name}"
+        value = _held(getattr(record, f.name), hints[f.name], at, findings)
+        object.__setattr__(record, f.name, value)
+    findings.refuse()
+
+
+def _held(value: Any, hint: Any, at: str, findings: Findings) -> Any:
+    """The value as `hint`; a problem if it is not that."""
+    hint, optional = _without_none(hint)
+    if value is None and optional:
+        return None
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, list | tuple):
+            inner = typing.get_args(hint)[0]
+            return tuple(
+                _held(item, inner, f"{at}[{index}]", findings) for index, item in enumerate(value)
+            )
+        expected = "a list"
+    elif hint == SourceText:
+        if isinstance(value, str | os.PathLike):
+            return os.fspath(value)
+        expected = "text or a path"
+    elif hint is int:
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            return int(value)
+        expected = "a whole number"
+    elif hint is float:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            with suppress(OverflowError):
+                return float(value)
+        expected = "a number"
+    else:
+        if isinstance(value, hint):
+            return value
+        expected = "text" if hint is str else f"an {hint.__name__}"
+    findings.problem(at, f"is {value!r}", f"write {expected}")
+    return value
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """A type without its `| None`, and whether it had one."""
+    arguments = typing.get_args(hint)
+    if type(None) in arguments:
+        return next(argument for argument in arguments if argument is not type(None)), True
+    return hint, False
+
+
+def _spoken(record: Any) -> list[Field[Any]]:
+    """The fields that a config can say, of a record or its class."""
+    return [f for f in fields(record) if not f.metadata.get("internal")]
+
+
+def _changed(record: Expert | MergeConfig) -> dict[str, Any]:
+    """What differs from the defaults, as plain data."""
+    found = {}
+    for f in _spoken(record):
+        value = getattr(record, f.name)
+        if isinstance(value, tuple):
+            value = [_changed(item) if isinstance(item, Expert) else item for item in value]
+        if value != (list(f.default) if isinstance(f.default, tuple) else f.default):
+            found[f.name] = value
+    return found
 
 
 def load_config(path: str | Path) -> MergeConfig:
@@ -126,13 +211,13 @@ class _Reader:
         self.findings.problem(f"{where}: {key}" if key else where, what, fix)
 
     def mapping(self, node: yaml.Node | None, into: type[Any], at: str) -> Any:
-        """Build dataclass `into`; after any problem what is returned is never used."""
+        """Build dataclass `into`; None after any problem."""
         if not isinstance(node, yaml.MappingNode):
             assert node is not None
             self.problem(node, at, f"is {_kind(node)}", f"write {into.__name__} as `key: value`")
             return None
-        hints = typing.get_type_hints(into)
-        known = {f.name: f for f in fields(into) if not f.metadata.get("internal")}
+        hints = typing.get_type_hints(into, include_extras=True)
+        known = {f.name: f for f in _spoken(into)}
         values: dict[str, Any] = {}
         for key, child in self.pairs(node, at):
             path = f"{at}.{key}" if at else key
@@ -145,8 +230,7 @@ class _Reader:
             required = f.default is MISSING and f.default_factory is MISSING
             if required and name not in values:
                 self.problem(node, at, f"{name} is missing", f"add `{name}: ...`")
-                values[name] = None
-        return into(**values)
+        return None if self.findings.problems else into(**values)
 
     def pairs(self, node: yaml.MappingNode, at: str) -> list[tuple[str, yaml.Node]]:
         """The node's keys and values; `<<` merges are resolved, duplicates refused."""
@@ -173,13 +257,10 @@ class _Reader:
 
     def value(self, node: yaml.Node, hint: Any, at: str) -> Any:
         """One value of type `hint`."""
-        arguments = typing.get_args(hint)
-        if type(None) in arguments:
-            hint = next(argument for argument in arguments if argument is not type(None))
-            arguments = typing.get_args(hint)
+        hint, _ = _without_none(hint)
         if typing.get_origin(hint) is tuple:
-            return self.sequence(node, arguments[0], at)
-        if hint is SourceText:
+            return self.sequence(node, typing.get_args(hint)[0], at)
+        if hint == SourceText:
             return self.source(node, at)
         if hint in (int, float):
             return self.number(node, hint, at)
@@ -272,6 +353,14 @@ def check_values(config: MergeConfig, findings: Findings) -> None:
     names: dict[str, str] = {}
     for index, expert in enumerate(config.experts):
         at = f"experts[{index}]"
+        for name in ("noise_scale", "residual_scale"):
+            scale = getattr(expert, name)
+            if not abs(scale) <= 1e30:
+                findings.problem(
+                    config.where(f"{at}.{name}"),
+                    f"is {scale:g}",
+                    "write a number between -1e30 and 1e30",
+                )
         if expert.noise_scale < 0:
             findings.problem(
                 config.where(f"{at}.noise_scale"),

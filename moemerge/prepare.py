@@ -100,13 +100,13 @@ class _Preparation:
 
     def _donors(self) -> list[Donor | None]:
         donors: list[Donor | None] = []
-        taken: set[str] = set()
+        taken = {expert.name for expert in self.config.experts}
         for index, expert in enumerate(self.config.experts):
             where = self.config.where(f"experts[{index}].source_model")
             donor = self.opener.donor(expert.source_model, where, expert.name)
             if donor:
                 name, number = donor.name, 2
-                while name in taken:
+                while name in taken and not expert.name:
                     name, number = f"{donor.name}-{number}", number + 1
                 taken.add(name)
                 donor = Donor(donor.where, name, donor.model, donor.adapter)
