@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from moemerge.errors import DiskFull, RunError
 from moemerge.gates import Task
 from moemerge.options import Options
 from moemerge.output import Manifest
-from moemerge.plan import ROUTERS, Plan, Shard
+from moemerge.plan import ROUTERS, Plan, PlannedTensor, Shard
 from moemerge.prepare import Prepared, prepare
 from moemerge.reporting import Reporter, Silent
 from moemerge.shard_file import file_checksum
@@ -90,6 +92,7 @@ class _Merge:
     ):
         self.config, self.out, self.options, self.reporter = config, out, options, reporter
         self.ready, self.plan, self.state = ready, ready.plan, State(out)
+        self.stopped = threading.Event()
 
     def run(self) -> Merged:
         begun = time.monotonic()
@@ -123,8 +126,22 @@ class _Merge:
         """Everything up to a whole directory: the bytes written here, the shards still missing."""
         plan, options = self.plan, self.options
         output.begin(self.out, plan, output.file_names(plan, self.ready.carried), options)
-        self._make_routers(sources)
-        written = self._write_shards(sources)
+        part, parts = options.share or (0, 1)
+        mine = list(plan.shards[part::parts])
+        if "model" in self.ready.gate.USES and self._only_copies(mine, sources):
+            routers, others = mine[: part == 0], mine[part == 0 :]
+            with ThreadPoolExecutor(1) as beside:  # the disk is busy while the model runs
+                try:
+                    writing = beside.submit(self._write_shards, others, sources)
+                    self._make_routers(sources)
+                    written = writing.result()
+                except BaseException:
+                    self.stopped.set()
+                    raise
+            written += self._write_shards(routers, sources)
+        else:
+            self._make_routers(sources)
+            written = self._write_shards(mine, sources)
         missing = sum(not self.state.entry(shard) for shard in plan.shards)
         if not options.shards:
             self._finish(sources)
@@ -165,23 +182,35 @@ class _Merge:
                 save_routers(shard, self.ready.gate.routers(task), self.state.routers)
         sources[ROUTERS] = read_header(self.state.routers)
 
-    def _write_shards(self, sources: Tensors) -> int:
-        """Write what this run is to write and is not there; returns the bytes written."""
-        part, parts = self.options.share or (0, 1)
-        mine = self.plan.shards[part::parts]
-        todo = [shard for shard in mine if not self._is_done(shard)]
-        if len(todo) < len(mine):
-            self.reporter.say(f"going on: {len(mine) - len(todo)} of {len(mine)} shards are there")
+    def _only_copies(self, shards: list[Shard], sources: Tensors) -> bool:
+        """Whether writing the shards, but for the routers, computes nothing."""
+        tensors = [t for shard in shards for t in shard.tensors if not _is_router(t)]
+        return not self.options.ray and all(
+            recipe.is_copy(t.recipe, t.dtype, sources) for t in tensors
+        )
+
+    def _write_shards(self, shards: list[Shard], sources: Tensors) -> int:
+        """Write those of the shards that are not there; returns the bytes written."""
+        todo = [shard for shard in shards if not self._is_done(shard)]
+        if len(todo) < len(shards):
+            there = len(shards) - len(todo)
+            self.reporter.say(f"going on: {there} of {len(shards)} shards are there")
         how = self._how()
         with self.reporter.progress("writing", sum(s.nbytes for s in todo), "B") as advance:
+
+            def step(nbytes: int) -> None:
+                if self.stopped.is_set():
+                    raise RunError(f"{self.out}: stopped")
+                advance(nbytes)
+
             if self.options.ray:
                 from moemerge.on_ray import write_shards
 
                 for shard, entry in write_shards(todo, sources, self.out, how, self.options.ray):
-                    advance(shard.nbytes)
+                    step(shard.nbytes)
                     self._done(shard, entry)
                 return sum(shard.nbytes for shard in todo)
-            return sum(self._write_claimed(todo, sources, how, advance))
+            return sum(self._write_claimed(todo, sources, how, step))
 
     def _how(self) -> How:
         options, say = self.options, self.reporter.say
@@ -241,7 +270,11 @@ class _Merge:
             size = (out / name).stat().st_size
             files[name.as_posix()] = {"bytes": size, "xxh3": file_checksum(out / name)}
         files |= {name: {} for name in output.OWN_FILES}
-        output.finish(out, Manifest(self.config.text, plan, files))
+        output.finish(out, Manifest(self.config.as_yaml(), plan, files))
+
+
+def _is_router(tensor: PlannedTensor) -> bool:
+    return any(read.source == ROUTERS for read in recipe.reads(tensor.recipe))
 
 
 def _layers(donor: Donor) -> Iterator[tuple[str, Checkpoint]]:

@@ -125,17 +125,27 @@ def fill(
         _compute(view, start, name, shape, dtype, recipe, sources)
 
 
-def load(name: str, shape: tuple[int, ...], recipe: Recipe, sources: Sources) -> torch.Tensor:
-    """The whole tensor, in its source's dtype where it is a bare read, else in float32."""
+def load(
+    name: str,
+    shape: tuple[int, ...],
+    recipe: Recipe,
+    sources: Sources,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The whole tensor, in its source's dtype where it is a bare read, else in float32.
+
+    `into` is an earlier result for a tensor of the same kind, whose memory is used again: pages
+    that are new to a process cost more than reading into them.
+    """
     import torch
 
-    if isinstance(recipe, Read):
-        location = sources[recipe.source][recipe.tensor]
-        return _read(location, range(shape[0]), math.prod(shape[1:])).reshape(shape)
-    made = torch.empty(shape)
-    view = made.view(torch.uint8).numpy().reshape(-1).data
-    _compute(view, 0, name, shape, "F32", recipe, sources)
-    return made
+    read = recipe if isinstance(recipe, Read) else None
+    dtype = sources[read.source][read.tensor].dtype if read else "F32"
+    if into is None or (into.shape, into.dtype) != (shape, _torch_dtype(dtype)):
+        into = torch.empty(shape, dtype=_torch_dtype(dtype))
+    view = into.view(torch.uint8).numpy().reshape(-1).data
+    fill(view, 0, name, shape, dtype, recipe, sources)
+    return into
 
 
 def generator(seed: int, name: str, block: int) -> np.random.Generator:

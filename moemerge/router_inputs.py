@@ -51,8 +51,11 @@ def router_inputs(
     layers = range(config["num_hidden_layers"])
     names = _body(config).layers[0].state_dict().keys()
 
+    memory: dict[str, torch.Tensor] = {}  # of one layer, used again for the next
+
     def load(layer: int) -> dict[str, torch.Tensor]:
-        return _layer_weights(base, sources, _LAYER.format(layer=layer), names, dtype)
+        again = memory if options.lazy else {}
+        return _layer_weights(base, sources, _LAYER.format(layer=layer), names, dtype, again)
 
     with (
         torch.inference_mode(),
@@ -151,18 +154,23 @@ def _in_turn(
 
 
 def _layer_weights(
-    base: Donor, sources: Sources, prefix: str, names: Collection[str], dtype: torch.dtype
+    base: Donor,
+    sources: Sources,
+    prefix: str,
+    names: Collection[str],
+    dtype: torch.dtype,
+    memory: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """The layer's tensors by their `names` within it; others that a checkpoint may hold stay."""
-    return {
-        name: recipe.load(
+    for name in names:
+        memory[name] = recipe.load(
             prefix + name,
             base.model.tensors[prefix + name].shape,
             recipe.of_donor(base, prefix + name),
             sources,
-        ).to(dtype)
-        for name in names
-    }
+            into=memory.get(name),
+        )
+    return {name: memory[name].to(dtype) for name in names}
 
 
 def _one_layer(
