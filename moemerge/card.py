@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from moemerge.checkpoint import Checkpoint
 from moemerge.config import MergeConfig
 from moemerge.plan import Plan
+from moemerge.reporting import count
 from moemerge.version import __version__
 
 _LOADING = """\
@@ -36,11 +39,12 @@ def render(config: MergeConfig, plan: Plan, checkpoints: dict[str, Checkpoint]) 
         tags=["moe", "merge", "moemerge", plan.architecture],
     )
     rows = [
-        f"| {index} | {name} | {_prompts(expert.positive_prompts)} | "
+        f"| {index} | {_shown(name)} | {_prompts(expert.positive_prompts)} | "
         f"{_prompts(expert.negative_prompts)} |"
         for index, (name, expert) in enumerate(zip(plan.experts, config.experts, strict=True))
     ]
-    total, active = plan.parameters / 1e9, plan.active_parameters / 1e9
+    text = config.as_yaml().strip()
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return "\n".join(
         [
             "---",
@@ -48,7 +52,7 @@ def render(config: MergeConfig, plan: Plan, checkpoints: dict[str, Checkpoint]) 
             "---",
             f"# A mixture of {len(plan.experts)} experts",
             "",
-            f"{total:.3g}B parameters, {active:.3g}B active a token "
+            f"{count(plan.parameters)} parameters, {count(plan.active_parameters)} active a token "
             f"({plan.experts_per_token} of {len(plan.experts)} experts), in {plan.architecture} "
             f"format, made with moemerge {__version__}. Attention, norms and embeddings are the "
             f"base model's, each expert's MLPs its own; routers: `{plan.gate_mode}`.",
@@ -63,14 +67,20 @@ def render(config: MergeConfig, plan: Plan, checkpoints: dict[str, Checkpoint]) 
             "",
             "## Config",
             "",
-            "```yaml",
-            config.as_yaml().strip(),
-            "```",
+            f"{fence}yaml",
+            text,
+            fence,
             "",
         ]
     )
 
 
 def _prompts(prompts: tuple[str, ...]) -> str:
-    shown = [prompt if len(prompt) <= 60 else prompt[:57] + "..." for prompt in prompts]
-    return "; ".join(" ".join(prompt.split()).replace("|", "\\|") for prompt in shown) or "-"
+    return "; ".join(map(_shown, prompts)) or "-"
+
+
+def _shown(text: str) -> str:
+    """Some text in a table's cell: one short line, and nothing in it is markup."""
+    text = " ".join(text.split())
+    short = text if len(text) <= 60 else text[:57] + "..."
+    return re.sub(r"([\\`|<\[*])", r"\\\1", short)

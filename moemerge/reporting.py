@@ -35,3 +35,19 @@ class Silent:
     def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
         """Count nothing."""
         yield lambda step: None
+
+
+def count(parameters: int) -> str:
+    """Parameters for a person: 24.15B."""
+    for power, unit in ((9, "B"), (6, "M"), (3, "K")):
+        if parameters >= 10**power:
+            return f"{parameters / 10**power:.2f}{unit}"
+    return str(parameters)
+
+
+def size(nbytes: int) -> str:
+    """Bytes for a person: 48.3 GB."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "KB")):
+        if nbytes >= 10**power:
+            return f"{nbytes / 10**power:.1f} {unit}"
+    return f"{nbytes} B"

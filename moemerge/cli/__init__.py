@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +14,10 @@ import typer
 from typer.core import TyperGroup
 
 from moemerge.cli.options import UNHEARD, meaningful, with_options, with_ray_address
-from moemerge.cli.terminal import Terminal, count, explained, peak_memory, size
+from moemerge.cli.terminal import INTERRUPTED, Terminal, explained, peak_memory
 from moemerge.errors import InputError, Problem, nearest
 from moemerge.options import Options
+from moemerge.reporting import count, size
 from moemerge.version import __version__
 
 
@@ -50,8 +54,25 @@ MERGE_ALONE = {
 
 
 def main() -> None:
-    """Run the command line; the console script."""
-    app(prog_name="moemerge")
+    """Run the command line; the console script. What is interrupted ends with 130 and one line."""
+    for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal's encoding cannot
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        app(prog_name="moemerge")
+    except Exception:  # an import that Ctrl-C cuts off may end as any error
+        if not interrupts:
+            raise
+        print(INTERRUPTED, file=sys.stderr)
+        sys.exit(130)
 
 
 def _version(wanted: bool) -> None:
@@ -157,7 +178,13 @@ def verify(
 
 
 def _check_config_path(config: Path) -> None:
-    if config.exists():
+    try:
+        config.stat()
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return  # reading it will say what is wrong
+    else:
         return
     commands = [
         command.callback.__name__ for command in app.registered_commands if command.callback

@@ -13,6 +13,8 @@ import typer
 
 from moemerge.errors import InputError, MoemergeError, one_line
 
+INTERRUPTED = "interrupted; run the same command again to go on"
+
 
 class Terminal:
     """The listener that prints: lines and bars to standard error, results to standard output."""
@@ -74,24 +76,8 @@ def explained() -> Iterator[None]:
         print(one_line(f"error: {error}"), file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         raise typer.Exit(130) from None
-
-
-def count(parameters: int) -> str:
-    """Parameters for a person: 24.15B."""
-    for power, unit in ((9, "B"), (6, "M"), (3, "K")):
-        if parameters >= 10**power:
-            return f"{parameters / 10**power:.2f}{unit}"
-    return str(parameters)
-
-
-def size(nbytes: int) -> str:
-    """Bytes for a person: 48.3 GB."""
-    for power, unit in ((9, "GB"), (6, "MB"), (3, "KB")):
-        if nbytes >= 10**power:
-            return f"{nbytes / 10**power:.1f} {unit}"
-    return f"{nbytes} B"
 
 
 def peak_memory() -> int:
