@@ -37,10 +37,12 @@ def run(*args: object) -> int:
     return int(stopped.value.code or 0)
 
 
-def command(*args: object, **more: Any) -> subprocess.CompletedProcess[str]:
+def command(
+    *args: object, env: dict[str, str] | None = None, **more: Any
+) -> subprocess.CompletedProcess[str]:
     """The command as a process of its own."""
     line = [sys.executable, "-m", "moemerge", *map(str, args)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     return subprocess.run(line, capture_output=True, text=True, env=env, **more)
 
 
@@ -175,6 +177,34 @@ def test_quiet_prints_errors_only(config: Path, capsys: pytest.CaptureFixture[st
 def test_quantised_gates_are_quiet_too(bits: str, config: Path, tmp_path: Path) -> None:
     done = command(config, tmp_path / "out", f"--load-in-{bits}bit", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_path_that_the_terminal_cannot_show_is_escaped(config: Path, tmp_path: Path) -> None:
+    named = tmp_path / "größe.yaml"
+    model = (tmp_path / "bär").absolute()
+    base = config.read_text().split()[1]
+    model.symlink_to(base)
+    named.write_text(config.read_text().replace(base, str(model)), encoding="utf-8")
+    done = command("plan", named, env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "b\\xe4r" in done.stdout
+
+
+def test_an_import_that_ctrl_c_cuts_off_ends_with_one_line(config: Path, tmp_path: Path) -> None:
+    """A real SIGINT, in the middle of an import that makes its own error of it."""
+    (tmp_path / "numpy.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n    raise ImportError('broken') from None\n"
+    )
+    (tmp_path / "run.py").write_text("from moemerge.cli import main\nmain()\n")
+    config.write_text(config.read_text() + "gate_mode: random\n")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "run.py", config, tmp_path / "out", "--quiet"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 130
+    assert done.stderr == "interrupted; run the same command again to go on\n"
 
 
 def test_equal_experts_are_remarked_unless_asked_not_to(

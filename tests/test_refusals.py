@@ -234,6 +234,22 @@ def test_a_config_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert "none.yaml: there is no such config file; name a YAML file" in problem
 
 
+@pytest.mark.parametrize("name", ["config.yaml/below.yaml", "x" * 300])
+def test_a_config_at_no_readable_place_is_refused(
+    name: str, babies: dict[str, Path], tmp_path: Path
+) -> None:
+    write(tmp_path, GOOD, babies)
+    [problem] = refused("plan", tmp_path / name)
+    assert "cannot be read (" in problem
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anywhere")
+def test_a_config_in_a_locked_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0)
+    [problem] = refused("plan", tmp_path / "locked" / "config.yaml")
+    assert "cannot be read (Permission denied)" in problem
+
+
 def test_a_config_that_is_a_directory_is_refused(tmp_path: Path) -> None:
     [problem] = refused(tmp_path, tmp_path / "out")
     assert f"{tmp_path}: cannot be read" in problem
