@@ -14,15 +14,26 @@ import typer
 from typer.core import TyperGroup
 
 from moemerge.cli.options import UNHEARD, meaningful, with_options, with_ray_address
-from moemerge.cli.terminal import INTERRUPTED, Terminal, explained, peak_memory
+from moemerge.cli.terminal import Terminal, explained, peak_memory
 from moemerge.errors import InputError, Problem, nearest
 from moemerge.options import Options
 from moemerge.reporting import count, size
 from moemerge.version import __version__
 
+INTERRUPTED = "interrupted; run the same command again to go on"
+
 
 class DefaultToMerge(TyperGroup):
     """`moemerge CONFIG OUT` is `moemerge merge CONFIG OUT`."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        """Run, and say one line if Ctrl-C ended it, wherever it came."""
+        try:
+            return super().main(*args, **more)
+        except SystemExit as end:
+            if end.code == 130:
+                print(INTERRUPTED, file=sys.stderr)
+            raise
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put `merge` where no command stands, and drop what means nothing here, saying so."""

@@ -13,8 +13,6 @@ import typer
 
 from moemerge.errors import InputError, MoemergeError, one_line
 
-INTERRUPTED = "interrupted; run the same command again to go on"
-
 
 class Terminal:
     """The listener that prints: lines and bars to standard error, results to standard output."""
@@ -76,7 +74,6 @@ def explained() -> Iterator[None]:
         print(one_line(f"error: {error}"), file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
         raise typer.Exit(130) from None
 
 
