@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from moemerge import Options, make_plan, pipeline, verify_checkpoint
 from moemerge.cli import app
-from moemerge.cli.options import NO_MEANING, NO_MEANING_WITH_VALUE
+from moemerge.cli.options import NO_MEANING, NO_MEANING_WITH_VALUE, with_ray_address
 from moemerge.cli.terminal import Terminal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -357,3 +357,30 @@ def test_help_is_the_groups(flag: str, capsys: pytest.CaptureFixture[str]) -> No
 def test_version_and_module(capsys: pytest.CaptureFixture[str]) -> None:
     done = command("--version")
     assert (done.returncode, done.stdout.split()[0]) == (0, "moemerge")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--ray", "c.yaml", "out"], ["--ray", "local", "c.yaml", "out"]),
+        (["c.yaml", "out", "--ray"], ["c.yaml", "out", "--ray", "local"]),
+        (["--ray", "auto", "c.yaml"], ["--ray", "auto", "c.yaml"]),
+        (["--ray", "10.0.0.1:6379", "c.yaml"], ["--ray", "10.0.0.1:6379", "c.yaml"]),
+        (["--ray", "ray://head:10001", "c.yaml"], ["--ray", "ray://head:10001", "c.yaml"]),
+    ],
+)
+def test_ray_needs_no_address(given: list[str], meant: list[str]) -> None:
+    assert list(with_ray_address(given)) == meant
+
+
+def test_shares_say_what_is_still_to_come(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [config, tmp_path / "out", "--shard-size", "20KB", "--shards"]
+    assert run(*line, "1/2") == 0
+    assert "are still to come from the other shares" in capsys.readouterr().out
+    assert run(*line, "0/2") == 0
+    assert "verified" in capsys.readouterr().out
+    assert run(*line, "2/2") == 2
+    assert "'2/2' is no share" in capsys.readouterr().err
+    assert run(*line, "0/2", "--overwrite") == 2
