@@ -30,7 +30,7 @@ def expected_peak(ready: Prepared, options: Options) -> int:
     """Bytes of resident memory that a merge of this plan is expected to reach.
 
     Writing takes a buffer for each thread, whatever the models' size; hidden gates take one decoder
-    layer with `lazy`, up to all of them without, and the activations of the largest batch.
+    layer with `lazy`, two without, and the activations of the largest batch.
     """
     plan, config = ready.plan, ready.base.model.config
     sources = {text: opened.tensors for text, opened in ready.checkpoints.items()}
@@ -43,7 +43,7 @@ def expected_peak(ready: Prepared, options: Options) -> int:
         return (WITH_TORCH if computes else PLAIN) + tokenizer + buffers
     tensors_of_base = ready.base.model.tensors.items()
     layer = sum(at.nbytes for name, at in tensors_of_base if name.startswith("model.layers.0."))
-    held = layer if options.lazy else layer * config["num_hidden_layers"]
+    held = layer if options.lazy else 2 * layer
     prompts = [prompt for expert in ready.prompts for prompt in expert.positive + expert.negative]
     tokens = min(sum(len(prompt.ids) for prompt in prompts), BATCH_TOKENS)
     wide = 3 * config["intermediate_size"] + 8 * config["hidden_size"]

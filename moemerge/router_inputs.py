@@ -38,8 +38,8 @@ def router_inputs(
 ) -> Iterator[list[Matrix]]:
     """Yield, for each layer, what its router sees at each prompt's own tokens: (T, D) per prompt.
 
-    With `options.lazy` one layer's weights are in memory at a time; without, the layers to come are
-    read while others compute, up to the whole model. The values are the same, bit for bit.
+    With `options.lazy` one layer's weights are in memory at a time; without, two: the next is read
+    while one computes. The values are the same, bit for bit.
     """
     import torch
 
@@ -51,10 +51,11 @@ def router_inputs(
     layers = range(config["num_hidden_layers"])
     names = _body(config).layers[0].state_dict().keys()
 
-    memory: dict[str, torch.Tensor] = {}  # of one layer, used again for the next
+    # Of a layer that is done, used again for one to come.
+    memory: list[dict[str, torch.Tensor]] = [{}] if options.lazy else [{}, {}]
 
     def load(layer: int) -> dict[str, torch.Tensor]:
-        again = memory if options.lazy else {}
+        again = memory[layer % len(memory)]
         return _layer_weights(base, sources, _LAYER.format(layer=layer), names, dtype, again)
 
     with (
@@ -140,17 +141,17 @@ def _embed_batches(
 def _in_turn(
     load: Callable[[int], dict[str, torch.Tensor]], layers: range, lazy: bool
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Each layer's weights when it is its turn; read ahead in a thread unless `lazy`."""
+    """Each layer's weights when it is its turn; the next one's read ahead unless `lazy`."""
     if lazy:
         yield from map(load, layers)
         return
     with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(load, layer) for layer in layers]
-        try:
-            while ahead:
-                yield ahead.pop(0).result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        ahead = pool.submit(load, layers[0])
+        for layer in layers:
+            weights = ahead.result()
+            if layer + 1 in layers:
+                ahead = pool.submit(load, layer + 1)
+            yield weights
 
 
 def _layer_weights(

@@ -53,7 +53,7 @@ _UNTRAINED = "--i-understand-this-is-not-useful-without-training"
 
 OPTIONS = {
     "lazy": _option(bool, False, "--lazy", help="Low memory: hidden gates hold one decoder layer "
-                    "of the base model at a time."),
+                    "of the base model at a time, not two."),
     "shard_size": _option(str, "5GB", "--shard-size", "--out-shard-size", metavar="SIZE",
                           help="The most a shard holds: 1B or 500M parameters, 5GB or 2GiB bytes."),
     "seed": _option(int, 0, "--seed", "--random-seed", help="Seed of random gates and noise."),
