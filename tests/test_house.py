@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moemerge"
 FLOORS = [
     ["version", "errors"],
-    ["reporting", "config", "options", "disk"],
+    ["reporting", "yaml_reader", "options", "disk"],
+    ["config"],
     ["checkpoint"],
     ["recipe"],
     ["plan"],
