@@ -194,7 +194,7 @@ def begin(out: Path, plan: Plan, files: Iterable[str], options: Options) -> None
     model; then only files that a manifest or an interrupted merge lists. Hold the state's lock.
     """
     state, files = State(out), tuple(files)
-    with writing(out):
+    with writing(out), state.claim("begin", wait=True):
         if options.overwrite or not state.started():
             old = _listed(out)
             state.start(plan.run_digest, {*old, *files})
@@ -264,7 +264,7 @@ def finish(out: Path, manifest: Manifest) -> None:
             (CONFIG_FILE, manifest.plan.config),
         ):
             write_json(out / name, data, scratch=state.directory)
-        shutil.rmtree(state.directory)
+        state.remove()
 
 
 @contextmanager

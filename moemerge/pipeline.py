@@ -107,9 +107,10 @@ class _Merge:
                     written, missing = self._write(sources)
             if shared and not missing:
                 with self._held(shared=False, wait=True):  # until the other shares have let go
-                    if not output.is_finished(self.out, self.plan):
+                    if output.is_finished(self.out, self.plan):
+                        self.state.remove()
+                    else:
                         self._finish(sources)
-                    shutil.rmtree(self.state.directory, ignore_errors=True)
         seconds = time.monotonic() - begun
         return Merged(self.plan, self.out, self.ready.notes, seconds, written, missing)
 

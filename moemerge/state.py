@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -49,6 +49,18 @@ class State:
         for path in self.directory.iterdir():
             if path.suffix == PART_SUFFIX or (all and path.name not in (_STARTED, _LOCK)):
                 path.unlink()
+
+    def remove(self) -> None:
+        """Remove the directory, with what tells whose it is last: dying here leaves no riddle.
+
+        A run that waits for the lock may put it back meanwhile; that one then removes it.
+        """
+        with suppress(FileNotFoundError):
+            names = {path.name for path in self.directory.iterdir()} - {_STARTED, _LOCK}
+            for name in (*names, _STARTED, _LOCK):
+                (self.directory / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.directory.rmdir()
 
     def entry(self, shard: Shard) -> dict[str, Any]:
         """A finished shard's manifest entry; empty if it is not finished."""

@@ -186,6 +186,34 @@ def stop_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return written
 
 
+def test_killed_while_it_clears_up_it_is_a_finished_model(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, original = tmp_path / "out", Path.unlink
+    for survivors in range(4):
+        seen: list[Path] = []
+
+        def mortal(
+            path: Path,
+            missing_ok: bool = False,
+            seen: list[Path] = seen,
+            survivors: int = survivors,
+        ) -> None:
+            if (out / "config.json").exists() and path.parent.name == ".moemerge":
+                seen.append(path)
+                if len(seen) > survivors:
+                    raise Stop
+            original(path, missing_ok=missing_ok)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "unlink", mortal)
+            with pytest.raises(Stop):
+                merge(config, out, Options(shard_size=SMALL, overwrite=survivors > 0))
+        verify_checkpoint(out)
+        with pytest.raises(InputError, match="holds a finished model"):
+            merge(config, out, Options(shard_size=SMALL))
+
+
 def test_the_next_run_goes_on_from_finished_shards_and_routers(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,7 +324,7 @@ def test_shares_written_at_once_complete_the_output(config: Path, tmp_path: Path
         for part in (0, 1, 0, 1)
     ]  # fmt: skip
     said = [run.communicate() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0, 0], said
+    assert [run.returncode for run in runs] == [0, 0, 0, 0], "".join(err for _, err in said)
     assert files(out) == files(tmp_path / "whole")
 
 
