@@ -35,8 +35,9 @@ def expected_peak(ready: Prepared, options: Options) -> int:
     plan, config = ready.plan, ready.base.model.config
     sources = {text: opened.tensors for text, opened in ready.checkpoints.items()}
     tensors = [tensor for shard in plan.shards[1:] for tensor in shard.tensors]
-    computes = not all(recipe.is_copy(t.recipe, t.dtype, sources) for t in tensors)
-    buffers = options.threads * (CHUNK_BYTES + (_SCRATCH if computes else 0))
+    computes = any(recipe.computes(t.recipe) for t in tensors)
+    copies = all(recipe.is_copy(t.recipe, t.dtype, sources) for t in tensors)
+    buffers = options.threads * (CHUNK_BYTES + (0 if copies else _SCRATCH))
     buffers = min(buffers, plan.nbytes)
     if "model" not in ready.gate.USES:
         tokenizer = WITH_PROMPTS if "prompts" in ready.gate.USES else 0

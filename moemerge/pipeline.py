@@ -21,7 +21,7 @@ from moemerge.errors import DiskFull, RunError
 from moemerge.gates import Task
 from moemerge.options import Options
 from moemerge.output import Manifest
-from moemerge.plan import ROUTERS, Plan, PlannedTensor, Shard
+from moemerge.plan import ROUTERS, Plan, Shard
 from moemerge.prepare import Prepared, prepare
 from moemerge.reporting import Reporter, Silent
 from moemerge.shard_file import file_checksum
@@ -129,7 +129,7 @@ class _Merge:
         output.begin(self.out, plan, output.file_names(plan, self.ready.carried), options)
         part, parts = options.share or (0, 1)
         mine = list(plan.shards[part::parts])
-        if "model" in self.ready.gate.USES and self._only_copies(mine, sources):
+        if "model" in self.ready.gate.USES and self._only_reads(mine):
             routers, others = mine[: part == 0], mine[part == 0 :]
             with ThreadPoolExecutor(1) as beside:  # the disk is busy while the model runs
                 try:
@@ -183,12 +183,11 @@ class _Merge:
                 save_routers(shard, self.ready.gate.routers(task), self.state.routers)
         sources[ROUTERS] = read_header(self.state.routers)
 
-    def _only_copies(self, shards: list[Shard], sources: Tensors) -> bool:
-        """Whether writing the shards, but for the routers, computes nothing."""
-        tensors = [t for shard in shards for t in shard.tensors if not _is_router(t)]
-        return not self.options.ray and all(
-            recipe.is_copy(t.recipe, t.dtype, sources) for t in tensors
-        )
+    def _only_reads(self, shards: list[Shard]) -> bool:
+        """Whether writing the shards computes nothing, so that it needs the disk more than a core.
+        """
+        recipes = [t.recipe for shard in shards for t in shard.tensors]
+        return not self.options.ray and not any(map(recipe.computes, recipes))
 
     def _write_shards(self, shards: list[Shard], sources: Tensors) -> int:
         """Write those of the shards that are not there; returns the bytes written."""
@@ -272,10 +271,6 @@ class _Merge:
             files[name.as_posix()] = {"bytes": size, "xxh3": file_checksum(out / name)}
         files |= {name: {} for name in output.OWN_FILES}
         output.finish(out, Manifest(self.config.as_yaml(), plan, files))
-
-
-def _is_router(tensor: PlannedTensor) -> bool:
-    return any(read.source == ROUTERS for read in recipe.reads(tensor.recipe))
 
 
 def _layers(donor: Donor) -> Iterator[tuple[str, Checkpoint]]:

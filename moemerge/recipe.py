@@ -1,8 +1,9 @@
 """How one output tensor is made of source tensors; the only arithmetic on weights.
 
 A recipe is a small frozen tree. One that is a bare `Read` in the output's dtype is a byte copy and
-never becomes a tensor; every other is computed in float32 over fixed blocks of rows, so that its
-bytes depend on nothing but itself, and converted to the output's dtype at the end.
+never becomes a tensor; in another dtype it is converted on its way; every other recipe is computed
+in float32 over fixed blocks of rows, so that its bytes depend on nothing but itself, and converted
+to the output's dtype at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moemerge.checkpoint import ITEMSIZE, Donor, Location, read_bytes, read_into
+from moemerge.checkpoint import ITEMSIZE, Donor, Location, numpy_dtype, read_bytes, read_into
 from moemerge.errors import ReadError
 
 if TYPE_CHECKING:
@@ -92,6 +93,11 @@ def reads(recipe: Recipe) -> Iterator[Read]:
     if isinstance(recipe, LowRank):
         yield recipe.down
         yield recipe.up
+
+
+def computes(recipe: Recipe) -> bool:
+    """Whether the recipe is arithmetic, for which torch is needed."""
+    return not isinstance(recipe, Read)
 
 
 def is_copy(recipe: Recipe, dtype: str, sources: Sources) -> bool:
@@ -182,18 +188,18 @@ def from_json(data: dict[str, Any]) -> Recipe:
 
 
 def _convert(view: memoryview, start: int, dtype: str, recipe: Read, location: Location) -> None:
-    """A bare read in another dtype: value by value, so it needs no fixed blocks."""
-    import torch
+    """A bare read in another dtype: value by value, so it needs no fixed blocks, and no torch."""
+    import numpy as np
 
-    target = torch.frombuffer(view, dtype=_torch_dtype(dtype))
-    first, kind = start // ITEMSIZE[dtype], _torch_dtype(location.dtype)
+    target, kind = np.frombuffer(view, numpy_dtype(dtype)), numpy_dtype(location.dtype)
+    first = start // ITEMSIZE[dtype]
     for at in range(0, len(target), BLOCK_VALUES):
         part = target[at : at + BLOCK_VALUES]
         raw = _scratch(len(part) * kind.itemsize)
         read_into(location, (first + at) * kind.itemsize, raw)
-        values = torch.frombuffer(raw, dtype=kind)
-        _refuse_what_does_not_fit(values, dtype, recipe)
-        part.copy_(values)
+        with np.errstate(over="ignore", invalid="ignore"):
+            part[...] = np.frombuffer(raw, kind)
+        _refuse_what_is_not_finite(part.view(f"u{part.itemsize}"), dtype, recipe)
 
 
 def _compute(
@@ -215,19 +221,26 @@ def _compute(
     for block in range(start // block_bytes, -(-end // block_bytes)):
         of_block = range(block * step, min((block + 1) * step, rows))
         value = _evaluate(recipe, name, block, of_block, width, sources, whole)
-        _refuse_what_does_not_fit(value, dtype, next(reads(recipe)))
-        data = value.to(_torch_dtype(dtype)).view(torch.uint8).numpy().reshape(-1).data
+        done = value.to(_torch_dtype(dtype)).view(torch.uint8).numpy().reshape(-1)
+        _refuse_what_is_not_finite(done.view(f"u{ITEMSIZE[dtype]}"), dtype, next(reads(recipe)))
+        data = done.data
         offset = block * block_bytes
         low, high = max(start, offset), min(end, offset + len(data))
         view[low - start : high - start] = data[low - offset : high - offset]
 
 
-def _refuse_what_does_not_fit(values: torch.Tensor, dtype: str, read: Read) -> None:
-    import torch
+_INFINITY = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+"""By its bits; those of every NaN are higher."""
 
-    low, high = torch.aminmax(values)  # NaN comes through
-    most = torch.finfo(_torch_dtype(dtype)).max
-    if not (-most <= low.item() and high.item() <= most):
+
+def _refuse_what_is_not_finite(
+    bits: np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]], dtype: str, read: Read
+) -> None:
+    """Check computed values by their bits: twice as fast as by value, and for bfloat16 far more."""
+    infinity, sign = _INFINITY[dtype], 1 << (8 * bits.itemsize - 1)
+    if bits.size and (
+        bits.view(f"i{bits.itemsize}").max() >= infinity or bits.max() >= sign + infinity
+    ):
         raise ReadError(
             f"{read.source}: {read.tensor} holds NaN or Inf, or a value that {dtype} cannot hold; "
             "use another model or dtype"

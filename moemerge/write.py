@@ -15,7 +15,7 @@ from moemerge.disk import OutputFile, buffer
 from moemerge.errors import RunError
 from moemerge.output import writing
 from moemerge.plan import PlannedTensor, Shard, file_header
-from moemerge.recipe import Read, Sources, is_copy
+from moemerge.recipe import Read, Sources, computes, is_copy
 from moemerge.shard_file import ShardFile, checksum, chunk_digest, chunks, threads
 from moemerge.state import PART_SUFFIX, STATE_DIRECTORY
 
@@ -56,8 +56,10 @@ def write_shard(
             advance(nbytes)
 
     try:
-        computes = not all(is_copy(t.recipe, t.dtype, sources) for t in shard.tensors)
-        with writing(out), threads(how.jobs, computes) as pool:
+        with (
+            writing(out),
+            threads(how.jobs, any(computes(t.recipe) for t in shard.tensors)) as pool,
+        ):
             output = OutputFile(part, file.nbytes, how.direct and how.checksums)
             entry: dict[str, Any] = {"bytes": file.nbytes}
             if how.checksums:
