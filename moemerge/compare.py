@@ -10,25 +10,33 @@ from moemerge.checkpoint import Donor
 from moemerge.errors import Findings
 
 _MUST_AGREE = ("num_hidden_layers", "hidden_size", "intermediate_size", "hidden_act")
+_ATTENTION_STAYS = "its attention is not used"
 _MAY_DIFFER = {
     "vocab_size": "its embeddings are not used",
-    "rope_parameters": "its attention is not used",
-    "num_attention_heads": "its attention is not used",
-    "num_key_value_heads": "its attention is not used",
-    "head_dim": "its attention is not used",
-    "sliding_window": "its attention is not used",
+    "rope_parameters": _ATTENTION_STAYS,
+    "num_attention_heads": _ATTENTION_STAYS,
+    "num_key_value_heads": _ATTENTION_STAYS,
+    "head_dim": _ATTENTION_STAYS,
+    "sliding_window": _ATTENTION_STAYS,
     "rms_norm_eps": "the base's applies",
 }
 
 
 def compare(
-    base: Donor, expert: Donor, where: str, findings: Findings, allow_crimes: bool = False
+    base: Donor,
+    expert: Donor,
+    where: str,
+    findings: Findings,
+    allow_crimes: bool = False,
+    attention: bool = False,
+    runs: bool = False,
 ) -> None:
     """Record every difference between the base model and one expert.
 
     Depth, width, activation and family decide whether the expert's MLPs see in the base's body what
     they saw in their own: a difference there is a problem. Everything else of the expert stays
-    behind, so a difference is a note.
+    behind, so a difference is a note; but where its `attention` is averaged with others', that must
+    agree too, and where the expert itself `runs`, its tokens must be the base model's.
     """
     ours, theirs = base.model.config, expert.model.config
     family, other = ours.get("model_type"), theirs.get("model_type")
@@ -46,13 +54,32 @@ def compare(
                 "every expert must match the base",
             )
     for key, why in _MAY_DIFFER.items():
-        if theirs.get(key) != ours.get(key):
+        if theirs.get(key) == ours.get(key):
+            continue
+        if attention and why == _ATTENTION_STAYS:
+            findings.problem(
+                where,
+                f"{key} is {_short(theirs.get(key))}, the base model's is {_short(ours.get(key))}",
+                "such attentions have no average: use body: base",
+            )
+        else:
             findings.note(
                 f"{expert.name}: {key} is {_short(theirs.get(key))}, the base model's is "
                 f"{_short(ours.get(key))}; {why}"
             )
-    if line := _compare_vocabularies(base.model.directory, expert.model.directory):
+    line = _compare_vocabularies(base.model.directory, expert.model.directory)
+    if line and runs:
+        fix = "its text would be read as another: use gate_mode: ridge with prompts"
+        findings.problem(where, line, fix)
+    elif line:
         findings.note(f"{expert.name}: {line}")
+
+
+def same_vocabulary(base: Donor, expert: Donor) -> bool:
+    """Whether each token has one id, and its row one place, in both models."""
+    sizes = {donor.model.config.get("vocab_size") for donor in (base, expert)}
+    line = _compare_vocabularies(base.model.directory, expert.model.directory)
+    return len(sizes) == 1 and line is None
 
 
 def _compare_vocabularies(base: Path, expert: Path) -> str | None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import numbers
 import os
 import typing
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from moemerge.errors import Findings, InputError
-from moemerge.yaml_reader import Reader, SourceText, compose, spoken, without_none
+from moemerge.errors import Findings, InputError, nearest
+from moemerge.yaml_reader import Choices, Reader, SourceText, compose, spoken, without_none
+
+DEFAULT_GATE_MODE = "ridge"
+BODIES = ("base", "average")
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,9 @@ class Expert:
     """One dense model whose MLPs become an expert, and the prompts that should find it.
 
     `noise_scale` is the standard deviation of Gaussian noise added to its MLPs; `residual_scale`
-    multiplies its down projections, and so all that it adds to the residual stream.
+    multiplies its down projections, and so all that it adds to the residual stream. `calibration`
+    names a text or jsonl file, a directory or a dataset on the Hub whose documents are for it too;
+    `body_weight` is its weight where the body is the experts' average.
     """
 
     source_model: SourceText
@@ -30,6 +36,8 @@ class Expert:
     noise_scale: float = 0.0
     residual_scale: float = 1.0
     name: str = ""
+    calibration: str | None = None
+    body_weight: float = 1.0
 
     def __post_init__(self) -> None:
         _hold_types(self)
@@ -41,11 +49,15 @@ class MergeConfig:
     `folder`, where relative sources may stand too; `lines` its line numbers.
 
     `dtype` None is the base model's; `experts_per_token` None is 2, or 1 for a single expert.
+    `gate` holds the gate mode's own options, and `mode`, for which `gate_mode` is short. `body` is
+    whose attention, norms and embeddings there are: the `base` model's or the experts' `average`.
     """
 
     base_model: SourceText
     experts: tuple[Expert, ...]
-    gate_mode: str = "hidden"
+    gate_mode: str | None = None
+    gate: Choices = field(default_factory=dict)
+    body: str = "base"
     dtype: str | None = None
     experts_per_token: int | None = None
     shared_experts: tuple[Expert, ...] = ()
@@ -59,6 +71,11 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         _hold_types(self)
+
+    @property
+    def mode(self) -> str:
+        """The gate mode, wherever it is said."""
+        return str(self.gate.get("mode") or self.gate_mode or DEFAULT_GATE_MODE)
 
     def as_yaml(self) -> str:
         """This config as YAML: the text it was read from while that says the same, else anew."""
@@ -81,13 +98,13 @@ def _hold_types(record: Expert | MergeConfig) -> None:
     hints = typing.get_type_hints(type(record), include_extras=True)
     for f in spoken(record):
         at = f"{type(record).__name__}.{f.name}"
-        value = _held(getattr(record, f.name), hints[f.name], at, findings)
+        value = held(getattr(record, f.name), hints[f.name], at, findings)
         object.__setattr__(record, f.name, value)
     findings.refuse()
 
 
-def _held(value: Any, hint: Any, at: str, findings: Findings) -> Any:
-    """The value as `hint`; a problem if it is not that."""
+def held(value: Any, hint: Any, at: str, findings: Findings) -> Any:
+    """The value as a field of type `hint` holds it; a problem, recorded at `at`, if it is not."""
     hint, optional = without_none(hint)
     if value is None and optional:
         return None
@@ -95,9 +112,17 @@ def _held(value: Any, hint: Any, at: str, findings: Findings) -> Any:
         if isinstance(value, list | tuple):
             inner = typing.get_args(hint)[0]
             return tuple(
-                _held(item, inner, f"{at}[{index}]", findings) for index, item in enumerate(value)
+                held(item, inner, f"{at}[{index}]", findings) for index, item in enumerate(value)
             )
         expected = "a list"
+    elif hint == Choices:
+        if isinstance(value, Mapping):
+            return {str(key): item for key, item in value.items() if item is not None}
+        expected = "a mapping"
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+        expected = "true or false"
     elif hint == SourceText:
         if isinstance(value, str | os.PathLike):
             return os.fspath(value)
@@ -126,7 +151,8 @@ def _changed(record: Expert | MergeConfig) -> dict[str, Any]:
         value = getattr(record, f.name)
         if isinstance(value, tuple):
             value = [_changed(item) if isinstance(item, Expert) else item for item in value]
-        if value != (list(f.default) if isinstance(f.default, tuple) else f.default):
+        default = {} if f.default is MISSING else f.default
+        if value != (list(default) if isinstance(default, tuple) else default):
             found[f.name] = value
     return found
 
@@ -177,6 +203,15 @@ def check_values(config: MergeConfig, findings: Findings) -> None:
             f"is {count} with {len(config.experts)} experts",
             f"write a number from 1 to {len(config.experts)}",
         )
+    said = config.gate.get("mode")
+    if said is not None and config.gate_mode is not None and said != config.gate_mode:
+        what = f"is {said!r}, gate_mode is {config.gate_mode!r}"
+        findings.problem(config.where("gate.mode"), what, "keep one of them")
+    if config.body not in BODIES:
+        what = f"{config.body!r} is no body"
+        findings.problem(config.where("body"), what, nearest(config.body, BODIES))
+    elif config.experts and not sum(expert.body_weight for expert in config.experts) > 0:
+        findings.problem(config.where("experts"), "have no body_weight above 0", "give one")
     names: dict[str, str] = {}
     for index, expert in enumerate(config.experts):
         at = f"experts[{index}]"
@@ -188,6 +223,11 @@ def check_values(config: MergeConfig, findings: Findings) -> None:
                     f"is {scale:g}",
                     "write a number between -1e30 and 1e30",
                 )
+        if not 0 <= expert.body_weight <= 1e30:
+            what = f"is {expert.body_weight:g}"
+            findings.problem(config.where(f"{at}.body_weight"), what, "a weight is 0 or more")
+        elif expert.body_weight != 1 and config.body == "base":
+            findings.note(f"{at}.body_weight has no effect: body is base")
         if expert.noise_scale < 0:
             findings.problem(
                 config.where(f"{at}.noise_scale"),

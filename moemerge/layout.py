@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from moemerge import recipe
 from moemerge.architectures import Architecture, Slot
+from moemerge.body import Body
 from moemerge.checkpoint import FLOATS, ITEMSIZE, Checkpoint, Donor
 from moemerge.config import Expert, MergeConfig
 from moemerge.errors import Findings, nearest
@@ -22,20 +23,21 @@ def lay_out(
     config: MergeConfig,
     options: Options,
     architecture: Architecture,
-    base: Donor,
+    body: Body,
     donors: list[Donor],
     opened: Iterable[Checkpoint],
     findings: Findings,
-    runs_base: bool,
+    uses: Collection[str],
     gate_inputs: str,
 ) -> Plan:
     """The plan: every slot of the architecture with its recipe, cut into shards.
 
     Tensors that are missing, of another shape, quantised or left over are recorded; a plan with
-    recorded problems must not be run. `runs_base`: the base model's MLPs are needed too;
-    `gate_inputs` is the digest of what routers are made from.
+    recorded problems must not be run. `uses` is the gate mode's: running a model needs tensors
+    that are not in the output; `gate_inputs` is the digest of what routers are made from.
     """
-    model, count = base.model.config, len(donors)
+    base, count = body.base, len(donors)
+    model = base.model.config
     per_token = config.experts_per_token or min(2, count)
     slots = list(architecture.slots(model, count))
     dtype = _dtype(config, base, slots)
@@ -43,7 +45,7 @@ def lay_out(
     tensors = [
         _tensor(
             slot,
-            base if slot.expert is None else donors[slot.expert],
+            body if slot.expert is None else donors[slot.expert],
             None if slot.expert is None else config.experts[slot.expert],
             dtype,
             options.seed,
@@ -53,17 +55,23 @@ def lay_out(
     ]
     sources = tuple(map(_source, opened))
     tensors_of = {checkpoint.reference.text: checkpoint.tensors for checkpoint in opened}
-    read = list(tensors)
-    if runs_base:  # whose own MLPs are then read too, though they are not in the output
+    _check_sources(tensors, base, donors, tensors_of, findings)
+    if "model" in uses:
         own = (dataclasses.replace(slot, expert=None) for slot in slots if slot.expert == 0)
-        read += [_tensor(slot, base, None, dtype, options.seed) for slot in own]
-    _check_sources(read, base, donors, tensors_of, findings)
-    _check_left_over(tensors, base, donors, findings)
+        mlps = [_tensor(slot, body, None, dtype, options.seed) for slot in own]
+        _check_sources(mlps, base, donors, tensors_of, findings)
+    if "experts" in uses:
+        for number, donor in enumerate(donors):
+            dense = (slot for slot in architecture.slots(donor.model.config, 1) if slot.source)
+            own = (dataclasses.replace(slot, expert=number) for slot in dense)
+            whole = [_tensor(slot, donor, None, dtype, options.seed) for slot in own]
+            _check_sources(whole, base, donors, tensors_of, findings)
+    _check_left_over(tensors, body, donors, findings)
     if config.dtype is None:
         _note_what_is_narrowed(tensors, base, donors, tensors_of, dtype, findings)
     return Plan(
         architecture=(config.architecture or "mixtral").lower(),
-        gate_mode=config.gate_mode,
+        gate_mode=config.mode,
         gate_inputs=gate_inputs,
         seed=options.seed,
         dtype=dtype,
@@ -105,9 +113,10 @@ def _dtype(config: MergeConfig, base: Donor, slots: list[Slot]) -> str:
 
 
 def _tensor(
-    slot: Slot, donor: Donor, expert: Expert | None, dtype: str, seed: int
+    slot: Slot, donor: Donor | Body, expert: Expert | None, dtype: str, seed: int
 ) -> PlannedTensor:
-    made = recipe.of_donor(donor, slot.source or "")
+    name = slot.source or ""
+    made = donor.recipe(name) if isinstance(donor, Body) else recipe.of_donor(donor, name)
     if expert and expert.noise_scale:
         made = recipe.Noise(made, expert.noise_scale, seed)
     if expert and slot.residual and expert.residual_scale != 1:
@@ -136,8 +145,7 @@ def _check_sources(
 ) -> None:
     """Record, once a donor and kind, the tensors that are missing or not what they should be."""
     wrong: dict[tuple[int | None, str, str], list[str]] = {}
-    for tensor in tensors:
-        read = next(recipe.reads(tensor.recipe))
+    for tensor, read in [(t, read) for t in tensors for read in recipe.firsts(t.recipe)]:
         found = sources[read.source].get(read.tensor)
         if found is None:
             kind = ("is missing", "download or save the model again")
@@ -152,7 +160,11 @@ def _check_sources(
             kind = ("has a bias, which the output has no place for", "use a model without biases")
         else:
             continue
-        wrong.setdefault((tensor.expert, *kind), []).append(read.tensor)
+        expert = tensor.expert
+        if expert is None and read.source != base.model.reference.text:  # a part of an average
+            texts = [donor.model.reference.text for donor in donors]
+            expert = texts.index(read.source) if read.source in texts else None
+        wrong.setdefault((expert, *kind), []).append(read.tensor)
     for (expert, what, fix), names in wrong.items():
         who = base if expert is None else donors[expert]
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
@@ -171,10 +183,10 @@ def _note_what_is_narrowed(
     narrowed: dict[int | None, set[str]] = {}
     lossy = {"F64"} if dtype == "F32" else {"F64", *_LONG_NAMES} - {dtype}
     for tensor in tensors:
-        read = next(recipe.reads(tensor.recipe))
-        found = sources[read.source].get(read.tensor)
-        if found and found.dtype in lossy:
-            narrowed.setdefault(tensor.expert, set()).add(found.dtype)
+        for read in recipe.firsts(tensor.recipe):
+            found = sources[read.source].get(read.tensor)
+            if found and found.dtype in lossy:
+                narrowed.setdefault(tensor.expert, set()).add(found.dtype)
     for expert, dtypes in narrowed.items():
         who = base if expert is None else donors[expert]
         kinds = " and ".join(sorted(_LONG_NAMES.get(kind, "float64") for kind in dtypes))
@@ -183,9 +195,10 @@ def _note_what_is_narrowed(
 
 
 def _check_left_over(
-    tensors: list[PlannedTensor], base: Donor, donors: list[Donor], findings: Findings
+    tensors: list[PlannedTensor], made: Body, donors: list[Donor], findings: Findings
 ) -> None:
     """Say what of the adapters and of the base model's body is not used."""
+    base = made.base
     used = {read for tensor in tensors for read in recipe.reads(tensor.recipe)}
     body_only = "(attention, norms, embeddings): those parts are the base model's"
     for donor in (base, *donors):
@@ -210,6 +223,6 @@ def _check_left_over(
     )
     if base.model.config.get("tie_word_embeddings"):
         stray = [name for name in stray if name != "lm_head.weight"]
-    if stray:
+    if stray and not made.experts:
         more = f" (and {len(stray) - 1} more)" if len(stray) > 1 else ""
         findings.note(f"base: {stray[0]} is not used{more}")

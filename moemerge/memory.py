@@ -6,6 +6,7 @@ The constants were measured (`scripts/bench_memory.py`): what Python and torch h
 from __future__ import annotations
 
 from moemerge import recipe
+from moemerge.dense import model_bytes
 from moemerge.disk import CHUNK_BYTES
 from moemerge.options import Options
 from moemerge.prepare import Prepared
@@ -39,13 +40,16 @@ def expected_peak(ready: Prepared, options: Options) -> int:
     copies = all(recipe.is_copy(t.recipe, t.dtype, sources) for t in tensors)
     buffers = options.threads * (CHUNK_BYTES + (0 if copies else _SCRATCH))
     buffers = min(buffers, plan.nbytes)
+    if "experts" in ready.gate.USES and not options.lazy:
+        dense = max(model_bytes(donor.model.tensors.values()) for donor in ready.donors)
+        return WITH_TRANSFORMERS + int(max(dense, buffers))
     if "model" not in ready.gate.USES:
         tokenizer = WITH_PROMPTS if "prompts" in ready.gate.USES else 0
         return (WITH_TORCH if computes else PLAIN) + tokenizer + buffers
     tensors_of_base = ready.base.model.tensors.items()
     layer = sum(at.nbytes for name, at in tensors_of_base if name.startswith("model.layers.0."))
     held = layer if options.lazy else 2 * layer
-    prompts = [prompt for expert in ready.prompts for prompt in expert.positive + expert.negative]
+    prompts = [prompt for expert in ready.prompts for prompt in expert.own + expert.negative]
     tokens = min(sum(len(prompt.ids) for prompt in prompts), BATCH_TOKENS)
     wide = 3 * config["intermediate_size"] + 8 * config["hidden_size"]
     running = held + 4 * tokens * wide

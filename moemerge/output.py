@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,15 @@ class Manifest:
     """What a finished directory says of itself: the config, the plan, and its files' checksums.
 
     `files` maps each name to its `bytes` and `xxh3` (64 bits, hex); `OWN_FILES`, which the plan
-    decides or a person may edit, have neither.
+    decides or a person may edit, have neither. `routing` is how the routers do on the prompts,
+    `folder` where the config file stood, to which its relative paths relate.
     """
 
     config: str
     plan: Plan
     files: dict[str, dict[str, Any]]
+    routing: dict[str, Any] = field(default_factory=dict)
+    folder: str | None = None
     version: str = __version__
 
     def to_json(self) -> dict[str, Any]:
@@ -55,8 +58,10 @@ class Manifest:
             "plan_digest": self.plan.digest,
             "seed": self.plan.seed,
             "config": self.config,
+            "folder": self.folder,
             "sources": plan.pop("sources"),
             "files": self.files,
+            "routing": self.routing,
             "plan": plan,
         }
 
@@ -79,7 +84,14 @@ def read_manifest(out: Path) -> Manifest:
                 raise ValueError(f"its entry of {shard.file} is not the plan's")
         if plan.digest != data["plan_digest"]:
             raise ValueError("its plan is not the one its digest was made from")
-        return Manifest(data["config"], plan, files, data["moemerge"])
+        return Manifest(
+            data["config"],
+            plan,
+            files,
+            dict(data.get("routing", {})),
+            data.get("folder"),
+            data["moemerge"],
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it lacks or mistypes {error}") from error
 

@@ -12,24 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moemerge import card, checkpoint, output, recipe
-from moemerge.checkpoint import Checkpoint, Donor, Location
+from moemerge import card, output, recipe
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.config import MergeConfig, load_config
 from moemerge.disk import takes_direct
 from moemerge.errors import DiskFull, RunError
-from moemerge.gates import Task
 from moemerge.options import Options
 from moemerge.output import Manifest
 from moemerge.plan import ROUTERS, Plan, Shard
 from moemerge.prepare import Prepared, prepare
 from moemerge.reporting import Reporter, Silent
+from moemerge.routers import Tensors, fetch, make_routers, report_of
 from moemerge.shard_file import file_checksum
 from moemerge.state import State
 from moemerge.verify import is_whole, verify_shards
-from moemerge.write import How, save_routers, write_shard
-
-Tensors = dict[str, dict[str, Location]]
+from moemerge.write import How, write_shard
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,8 @@ class Merged:
     """What a run did: its plan, the notes a person should read, and what it took.
 
     `written` is what this run itself wrote, in bytes. Where several runs share the work, `missing`
-    counts the shards that others have yet to finish; the model is whole when it is 0.
+    counts the shards that others have yet to finish; the model is whole when it is 0. `routing` is
+    how the routers do on the prompts, held out (see `routing_stats.summary`); empty if not known.
     """
 
     plan: Plan
@@ -46,6 +44,7 @@ class Merged:
     seconds: float
     written: int
     missing: int
+    routing: dict[str, Any]
 
 
 def make_plan(config: MergeConfig | str | Path, options: Options | None = None) -> Prepared:
@@ -83,14 +82,12 @@ def merge(
     config = _config(config)
     options = options or Options()
     ready = prepare(config, options, Path(out))
-    return _Merge(config, Path(out), options, reporter or Silent(), ready).run()
+    return _Merge(Path(out), options, reporter or Silent(), ready).run()
 
 
 class _Merge:
-    def __init__(
-        self, config: MergeConfig, out: Path, options: Options, reporter: Reporter, ready: Prepared
-    ):
-        self.config, self.out, self.options, self.reporter = config, out, options, reporter
+    def __init__(self, out: Path, options: Options, reporter: Reporter, ready: Prepared):
+        self.out, self.options, self.reporter = out, options, reporter
         self.ready, self.plan, self.state = ready, ready.plan, State(out)
         self.stopped = threading.Event()
 
@@ -101,7 +98,7 @@ class _Merge:
         shared = bool(self.options.shards)
         written = missing = 0
         if not (shared and output.is_finished(self.out, self.plan)):
-            sources = self._fetch()
+            sources = fetch(self.ready, self.options, self.reporter)
             with self._held(shared):
                 if not (shared and output.is_finished(self.out, self.plan)):
                     written, missing = self._write(sources)
@@ -112,7 +109,8 @@ class _Merge:
                     else:
                         self._finish(sources)
         seconds = time.monotonic() - begun
-        return Merged(self.plan, self.out, self.ready.notes, seconds, written, missing)
+        routing = {} if missing else output.read_manifest(self.out).routing
+        return Merged(self.plan, self.out, self.ready.notes, seconds, written, missing, routing)
 
     @contextmanager
     def _held(self, shared: bool, wait: bool = False) -> Iterator[None]:
@@ -148,44 +146,15 @@ class _Merge:
             self._finish(sources)
         return written, missing
 
-    def _fetch(self) -> Tensors:
-        """Every source's tensors, with the files that the plan reads from the Hub downloaded."""
-        ready = self.ready
-        needed: dict[str, set[str]] = {text: set() for text in ready.checkpoints}
-        for tensor in self.plan.tensors:
-            for read in recipe.reads(tensor.recipe):
-                if read.source != ROUTERS:
-                    needed[read.source].add(read.tensor)
-        if "model" in ready.gate.USES:
-            for text, opened in _layers(ready.base):
-                needed[text] |= opened.tensors.keys()
-        found = {}
-        for text, opened in ready.checkpoints.items():
-            if {opened.tensors[name].file.name for name in needed[text]} & set(opened.absent):
-                self.reporter.say(f"{text}: downloading what is needed into the Hub's cache")
-            opened = checkpoint.fetch(opened, needed[text], self.options.cache_dir)
-            found[text] = opened.tensors
-        return found
-
     def _make_routers(self, sources: Tensors) -> None:
         """Compute the routers, unless a run before or beside this one has."""
-        shard = self.plan.shards[0]
         with self.state.claim("routers", wait=True):
             if not self.state.routers.exists():
-                task = Task(
-                    names=[tensor.name for tensor in shard.tensors],
-                    base=self.ready.base,
-                    sources=sources,
-                    experts=self.ready.prompts,
-                    options=self.options,
-                    reporter=self.reporter,
-                )
-                save_routers(shard, self.ready.gate.routers(task), self.state.routers)
+                make_routers(self.ready, sources, self.options, self.reporter, self.state.routers)
         sources[ROUTERS] = read_header(self.state.routers)
 
     def _only_reads(self, shards: list[Shard]) -> bool:
-        """Whether writing the shards computes nothing, so that it needs the disk more than a core.
-        """
+        """Whether writing the shards computes nothing, so that it needs the disk most."""
         recipes = [t.recipe for shard in shards for t in shard.tensors]
         return not self.options.ray and not any(map(recipe.computes, recipes))
 
@@ -260,7 +229,8 @@ class _Merge:
     def _finish(self, sources: Tensors) -> None:
         out, plan, ready = self.out, self.plan, self.ready
         output.carry(ready.base.model.directory, out, ready.carried)
-        text = card.render(self.config, plan, ready.checkpoints)
+        report = report_of(self.state.routers)
+        text = card.render(ready.config, plan, ready.checkpoints, report)
         with output.writing(out):
             (out / output.CARD_FILE).write_text(text, encoding="utf-8")
         if self.options.verify:
@@ -270,14 +240,7 @@ class _Merge:
             size = (out / name).stat().st_size
             files[name.as_posix()] = {"bytes": size, "xxh3": file_checksum(out / name)}
         files |= {name: {} for name in output.OWN_FILES}
-        output.finish(out, Manifest(self.config.as_yaml(), plan, files))
-
-
-def _layers(donor: Donor) -> Iterator[tuple[str, Checkpoint]]:
-    """The checkpoints that a donor's tensors are read from."""
-    yield donor.model.reference.text, donor.model
-    if donor.adapter:
-        yield donor.adapter.checkpoint.reference.text, donor.adapter.checkpoint
+        output.finish(out, Manifest(ready.config.as_yaml(), plan, files, report, ready.folder))
 
 
 def _config(config: MergeConfig | str | Path) -> MergeConfig:

@@ -4,33 +4,59 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moemerge import architectures, gates, output
 from moemerge.architectures import Architecture
+from moemerge.body import Body
+from moemerge.calibration import read_documents
 from moemerge.checkpoint import Checkpoint, Donor, Opener
-from moemerge.compare import compare
-from moemerge.config import MergeConfig, check_values
+from moemerge.compare import compare, same_vocabulary
+from moemerge.config import MergeConfig, check_values, held
+from moemerge.dense import available_memory, model_bytes
 from moemerge.errors import Findings, nearest
 from moemerge.gates import GateMode
 from moemerge.layout import check_dtype, lay_out
 from moemerge.options import Options
 from moemerge.plan import Plan, digest_of
-from moemerge.prompts import ExpertPrompts, check_prompts, encode_prompts
+from moemerge.prompts import (
+    Encoder,
+    ExpertPrompts,
+    check_prompts,
+    encode_prompts,
+    open_encoder,
+)
+from moemerge.reporting import size
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A merge that can begin: its plan, its opened models, and what a person should know."""
 
+    config: MergeConfig
     plan: Plan
-    base: Donor
+    body: Body
+    donors: tuple[Donor, ...]
     checkpoints: dict[str, Checkpoint]
     gate: GateMode
+    settings: Any
+    encoder: Encoder | None
     prompts: tuple[ExpertPrompts, ...]
     carried: tuple[Path, ...]
     notes: tuple[str, ...]
+
+    @property
+    def folder(self) -> str | None:
+        """Where the config file stands."""
+        return str(self.config.folder) if self.config.folder else None
+
+    @property
+    def base(self) -> Donor:
+        """The base model."""
+        return self.body.base
 
 
 def prepare(config: MergeConfig, options: Options, out: Path | None = None) -> Prepared:
@@ -54,49 +80,107 @@ class _Preparation:
         config, options, findings = self.config, self.options, self.findings
         check_values(config, findings)
         gate = self._gate_mode()
+        settings = self._settings(gate)
         base = self.opener.donor(config.base_model, config.where("base_model"), "base")
         donors = self._donors()
         architecture = self._architecture(base)
         check_dtype(config, findings)
         self._check_device(gate)
         self._check_ray()
-        prompts = self._prompts(gate, base)
+        encoder, prompts = self._prompts(gate, base)
         for donor in donors:
             if base and donor:
-                compare(base, donor, donor.where, findings, options.allow_crimes)
+                compare(
+                    base,
+                    donor,
+                    donor.where,
+                    findings,
+                    options.allow_crimes,
+                    attention=config.body == "average",
+                    runs="experts" in gate.USES if gate else False,
+                )
         if base is None or architecture is None or gate is None:
             self._check_output(out, None, ())
             findings.refuse()
             raise AssertionError("unreachable")
         self._note_what_has_no_effect(gate, base, donors)
+        if "experts" in gate.USES:
+            self._check_room_for([donor for donor in donors if donor], settings)
         if findings.problems:  # tensors are named from a config that is not trusted yet
             self._check_output(out, None, ())
             findings.refuse()
+        there = [donor for donor in donors if donor]
+        body = self._body(base, there)
         plan = lay_out(
             config,
             options,
             architecture,
-            base,
-            [donor for donor in donors if donor],
+            body,
+            there,
             self.opener.opened.values(),
             findings,
-            runs_base="model" in gate.USES,
-            gate_inputs=self._gate_inputs(gate, prompts),
+            uses=gate.USES,
+            gate_inputs=self._gate_inputs(gate, settings, prompts),
         )
         carried = output.carried_files(base.model.directory, options.copy_tokenizer)
         output.check_carried(base.model.directory, carried, base.where, findings)
         self._check_output(out, plan, carried)
         findings.refuse()
         checkpoints = {ref.text: opened for ref, opened in self.opener.opened.items()}
-        return Prepared(plan, base, checkpoints, gate, prompts, carried, tuple(findings.notes))
+        return Prepared(
+            config=config,
+            plan=plan,
+            body=body,
+            donors=tuple(there),
+            checkpoints=checkpoints,
+            gate=gate,
+            settings=settings,
+            encoder=encoder,
+            prompts=prompts,
+            carried=carried,
+            notes=tuple(findings.notes),
+        )
 
     def _gate_mode(self) -> GateMode | None:
-        mode = self.config.gate_mode
+        mode = self.config.mode
         if mode in gates.names():
             return gates.find(mode)
-        fix = nearest(mode, gates.names())
-        self.findings.problem(self.config.where("gate_mode"), f"{mode!r} is no gate mode", fix)
+        where = self.config.where("gate.mode" if "mode" in self.config.gate else "gate_mode")
+        self.findings.problem(where, f"{mode!r} is no gate mode", nearest(mode, gates.names()))
         return None
+
+    def _settings(self, gate: GateMode | None) -> Any:
+        """The gate mode's own options as it declares them; None where it has none."""
+        config, findings = self.config, self.findings
+        declared: Any = getattr(gate, "Settings", None)
+        hints = typing.get_type_hints(declared) if declared else {}
+        known = {name.rstrip("_"): name for name in hints}
+        values: dict[str, Any] = {}
+        for key, value in config.gate.items():
+            where = config.where(f"gate.{key}")
+            if key in known:
+                values[known[key]] = held(value, hints[known[key]], where, findings)
+            elif key != "mode" and gate:
+                what = f"is no option of gate mode {config.mode}"
+                fix = nearest(key, known) if known else "remove it: it has none"
+                findings.problem(where, what, fix)
+        if declared is None or findings.problems:
+            return None
+        settings = declared(**values)
+        for key, what, fix in settings.problems():
+            findings.problem(config.where(f"gate.{key}"), what, fix)
+        return settings
+
+    def _body(self, base: Donor, donors: list[Donor]) -> Body:
+        if self.config.body == "base":
+            return Body(base)
+        weights = [expert.body_weight for expert in self.config.experts]
+        agree = [same_vocabulary(base, donor) for donor in donors]
+        if not all(agree):
+            name = donors[agree.index(False)].name
+            self.findings.note(f"body: embeddings are the base's: {name} has another vocabulary")
+        total = sum(weights)
+        return Body(base, tuple(donors), tuple(w / total for w in weights), all(agree))
 
     def _donors(self) -> list[Donor | None]:
         donors: list[Donor | None] = []
@@ -165,21 +249,43 @@ class _Preparation:
         if self.options.ray and importlib.util.find_spec("ray") is None:
             self.findings.problem("--ray", "Ray is not installed", "pip install 'moemerge[ray]'")
 
-    def _prompts(self, gate: GateMode | None, base: Donor | None) -> tuple[ExpertPrompts, ...]:
+    def _prompts(
+        self, gate: GateMode | None, base: Donor | None
+    ) -> tuple[Encoder | None, tuple[ExpertPrompts, ...]]:
         config, findings = self.config, self.findings
-        if gate is None or "prompts" not in gate.USES:
+        none = tuple(ExpertPrompts() for _ in config.experts)
+        if gate is None or not {"prompts", "any prompts"} & gate.USES:
             if gate and any(e.positive_prompts or e.negative_prompts for e in config.experts):
-                findings.note(f"prompts have no effect with gate_mode: {config.gate_mode}")
-            return tuple(ExpertPrompts((), ()) for _ in config.experts)
-        check_prompts(config, findings)
-        return encode_prompts(config, base, findings) if base else ()
+                findings.note(f"prompts have no effect with gate_mode: {config.mode}")
+            if gate and any(expert.calibration for expert in config.experts):
+                findings.note(f"calibration has no effect with gate_mode: {config.mode}")
+            return None, none
+        if "prompts" in gate.USES:
+            check_prompts(config, findings)
+        documents = read_documents(config, findings)
+        encoder = open_encoder(base, findings) if base else None
+        if base is None or encoder is None:
+            return None, none
+        if "experts" in gate.USES and not encoder.start().ids:
+            for index, expert in enumerate(config.experts):
+                if not expert.positive_prompts:
+                    findings.problem(
+                        config.where(f"experts[{index}]"),
+                        "has no positive_prompts, and the tokenizer no token that texts begin with",
+                        "add some prompts",
+                    )
+        return encoder, encode_prompts(config, encoder, base, documents, findings)
 
-    def _gate_inputs(self, gate: GateMode, prompts: tuple[ExpertPrompts, ...]) -> str:
+    def _gate_inputs(
+        self, gate: GateMode, settings: Any, prompts: tuple[ExpertPrompts, ...]
+    ) -> str:
         """A digest of what routers come from besides the sources' weights."""
         options = self.options
         bits = 4 if options.load_in_4bit else 8 if options.load_in_8bit else 16
         made_of = {
-            "mode": self.config.gate_mode,
+            "mode": self.config.mode,
+            "settings": dataclasses.asdict(settings) if settings else None,
+            "body": [self.config.body, *(expert.body_weight for expert in self.config.experts)],
             "prompts": [dataclasses.asdict(expert) for expert in prompts],
             "bits": bits if "model" in gate.USES else None,
             "seed": options.seed if "seed" in gate.USES else None,
@@ -187,10 +293,32 @@ class _Preparation:
         }
         return digest_of(made_of)
 
+    def _check_room_for(self, donors: list[Donor], settings: Any) -> None:
+        """Say what it costs that every expert's own model runs; record one that has no room."""
+        sizes = [model_bytes(donor.model.tensors.values()) for donor in donors]
+        free = available_memory()
+        largest, steps = max(sizes), settings.tokens if settings else 0
+        streamed = sum(sizes) * steps
+        if free is not None and largest > free and not self.options.lazy:
+            self.findings.problem(
+                donors[sizes.index(largest)].where,
+                f"writes its own text, for which it needs {size(largest)} of memory; {size(free)} "
+                "are free",
+                f"pass --lazy to read it layer by layer for every token ({size(streamed)} in all), "
+                f"or use gate_mode: ridge with prompts",
+            )
+        elif settings:
+            read = streamed if self.options.lazy else sum(sizes)
+            self.findings.note(
+                f"gate_mode: {self.config.mode}: each of {len(donors)} experts writes "
+                f"{settings.samples} texts of {settings.tokens} tokens, for which {size(read)} are "
+                "read" + (f" ({size(streamed)} with --lazy)" if not self.options.lazy else "")
+            )
+
     def _note_what_has_no_effect(
         self, gate: GateMode, base: Donor, donors: list[Donor | None]
     ) -> None:
-        note, flags, mode = self.findings.note, self.options.flags, self.config.gate_mode
+        note, flags, mode = self.findings.note, self.options.flags, self.config.mode
         if "model" not in gate.USES:
             for option in ("lazy", "device", "load_in_4bit", "load_in_8bit"):
                 if option in flags:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,12 @@ from moemerge.errors import Findings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+CALIBRATION_TOKENS = 1 << 14
+"""What is read of an expert's calibration texts."""
+
+PIECE_TOKENS = 256
+"""The longest piece of them that a model reads at once."""
 
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
 
@@ -28,22 +34,33 @@ class Prompt:
 
 @dataclass(frozen=True)
 class ExpertPrompts:
-    """One expert's prompts, encoded."""
+    """One expert's prompts, encoded; `calibration` are pieces of its documents."""
 
-    positive: tuple[Prompt, ...]
-    negative: tuple[Prompt, ...]
+    positive: tuple[Prompt, ...] = ()
+    negative: tuple[Prompt, ...] = ()
+    calibration: tuple[Prompt, ...] = ()
+
+    @property
+    def own(self) -> tuple[Prompt, ...]:
+        """All that should find the expert."""
+        return self.positive + self.calibration
 
 
 def check_prompts(config: MergeConfig, findings: Findings) -> None:
     """Record experts without prompts, and experts that no prompt tells apart."""
     for index, expert in enumerate(config.experts):
-        if not expert.positive_prompts:
+        if not expert.positive_prompts and not expert.calibration:
             findings.problem(
                 config.where(f"experts[{index}]"),
-                f"has no positive_prompts, which gate_mode: {config.gate_mode} needs",
-                "add some, or use gate_mode: random and train the routers afterwards",
+                f"has no positive_prompts, which gate_mode: {config.mode} needs",
+                "add some, or a calibration text; gate_mode: self needs none, and gate_mode: "
+                "random leaves the routers to training",
             )
-    texts = ((expert.positive_prompts, expert.negative_prompts) for expert in config.experts)
+    texts = (
+        ((*expert.positive_prompts, expert.calibration or ""), expert.negative_prompts)
+        for expert in config.experts
+        if expert.positive_prompts or expert.calibration
+    )
     _check_apart(config, texts, findings)
 
 
@@ -73,16 +90,27 @@ def _check_apart(
         seen.setdefault(both, index)
 
 
-def encode_prompts(
-    config: MergeConfig, base: Donor, findings: Findings
-) -> tuple[ExpertPrompts, ...]:
-    """Every expert's prompts as the base model reads them; record those that it cannot."""
+def open_encoder(base: Donor, findings: Findings) -> Encoder | None:
+    """The base model's tokenizer; None, with a problem recorded, where it cannot be read."""
     try:
-        encoder = Encoder(base.model.directory)
+        return Encoder(base.model.directory)
     except ValueError as error:
         fix = "add its tokenizer.json, or use gate_mode: random"
         findings.problem(base.where, f"prompts cannot be read: {error}", fix)
-        return ()
+        return None
+
+
+def encode_prompts(
+    config: MergeConfig,
+    encoder: Encoder,
+    base: Donor,
+    documents: Sequence[Sequence[str]],
+    findings: Findings,
+) -> tuple[ExpertPrompts, ...]:
+    """Every expert's prompts as the base model reads them; record those that it cannot.
+
+    `documents` are each expert's calibration texts; of these, the first `CALIBRATION_TOKENS` count.
+    """
     limits = base.model.config.get("max_position_embeddings"), base.model.config.get("vocab_size")
 
     def encode(texts: tuple[str, ...], key: str) -> Iterator[Prompt]:
@@ -105,11 +133,12 @@ def encode_prompts(
         ExpertPrompts(
             tuple(encode(expert.positive_prompts, f"experts[{index}].positive_prompts")),
             tuple(encode(expert.negative_prompts, f"experts[{index}].negative_prompts")),
+            encoder.pieces(documents[index], min(PIECE_TOKENS, limits[0] or PIECE_TOKENS)),
         )
         for index, expert in enumerate(config.experts)
     )
     if len(findings.problems) == refused:  # else some are left out here
-        ids = (([p.ids for p in e.positive], [p.ids for p in e.negative]) for e in encoded)
+        ids = (([p.ids for p in e.own], [p.ids for p in e.negative]) for e in encoded)
         _check_apart(config, ids, findings)
     return encoded
 
@@ -141,6 +170,46 @@ class Encoder:
         prefix = whole[:own] or self.fallback
         written = ids[: len(prefix)] == prefix
         return Prompt(tuple(ids if written else prefix + ids), len(prefix))
+
+    def start(self) -> Prompt:
+        """What stands before every text, alone; its `ids` may be empty."""
+        some = self.encode("a")
+        return Prompt(some.ids[: some.own], some.own)
+
+    def special(self) -> list[int]:
+        """The ids of the special tokens."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return sorted(number for number, token in added.items() if token.special)
+
+    def spelled(self, ids: Iterable[int]) -> list[str]:
+        """Each token as text; of a character that several make up, the last has it all."""
+        texts, whole, before = [], list(ids), ""
+        for end in range(1, len(whole) + 1):
+            now = self.tokenizer.decode(whole[:end], skip_special_tokens=False)
+            if now.endswith("\ufffd") and end < len(whole):
+                texts.append("")
+                continue
+            texts.append(now[len(before) :])
+            before = now
+        return texts
+
+    def pieces(self, documents: Iterable[str], longest: int) -> tuple[Prompt, ...]:
+        """The first `CALIBRATION_TOKENS` of some documents in pieces of at most `longest` tokens.
+
+        Tokens beyond the base model's vocabulary are the tokenizer's error and found with prompts.
+        """
+        pieces: list[Prompt] = []
+        left = CALIBRATION_TOKENS
+        for document in documents:
+            whole = self.encode(document)
+            first, own = whole.ids[: whole.own], whole.ids[whole.own :][:left]
+            step = max(1, longest - len(first))
+            for at in range(0, len(own), step):
+                pieces.append(Prompt(first + own[at : at + step], len(first)))
+            left -= len(own)
+            if not left:
+                break
+        return tuple(pieces)
 
 
 def _first_seen(tokenizer: Tokenizer, directory: Path) -> list[int]:

@@ -16,7 +16,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moemerge.checkpoint import ITEMSIZE, Donor, Location, numpy_dtype, read_bytes, read_into
+from moemerge.checkpoint import (
+    ITEMSIZE,
+    Donor,
+    Location,
+    numpy_dtype,
+    read_bytes,
+    read_into,
+    read_rows,
+)
 from moemerge.errors import ReadError
 
 if TYPE_CHECKING:
@@ -65,9 +73,17 @@ class Scale:
     factor: float
 
 
-Recipe = Read | LowRank | Noise | Scale
+@dataclass(frozen=True)
+class Mean:
+    """The sum of each recipe times its weight; weights sum to 1."""
 
-_KINDS = {"read": Read, "low_rank": LowRank, "noise": Noise, "scale": Scale}
+    of: tuple[Recipe, ...]
+    weights: tuple[float, ...]
+
+
+Recipe = Read | LowRank | Noise | Scale | Mean
+
+_KINDS = {"read": Read, "low_rank": LowRank, "noise": Noise, "scale": Scale, "mean": Mean}
 
 
 def of_donor(donor: Donor, tensor: str) -> Recipe:
@@ -89,10 +105,20 @@ def reads(recipe: Recipe) -> Iterator[Read]:
     if isinstance(recipe, Read):
         yield recipe
         return
-    yield from reads(recipe.of)
+    for part in recipe.of if isinstance(recipe, Mean) else (recipe.of,):
+        yield from reads(part)
     if isinstance(recipe, LowRank):
         yield recipe.down
         yield recipe.up
+
+
+def firsts(recipe: Recipe) -> Iterator[Read]:
+    """The source tensors that have the output's shape: one, or of a mean one a part."""
+    if isinstance(recipe, Mean):
+        for part in recipe.of:
+            yield from firsts(part)
+    else:
+        yield next(reads(recipe))
 
 
 def computes(recipe: Recipe) -> bool:
@@ -154,6 +180,19 @@ def load(
     return into
 
 
+def load_rows(
+    recipe: Recipe, rows: list[int], shape: tuple[int, ...], sources: Sources
+) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    """Some rows of a matrix of that `shape`, in float32; of its sources, only these are read."""
+    if isinstance(recipe, Read):
+        return list(read_rows(sources[recipe.source][recipe.tensor], rows))
+    whole = dict[Read, Any]()
+    return [
+        _evaluate(recipe, "", 0, range(row, row + 1), shape[1], sources, whole).float().numpy()[0]
+        for row in rows
+    ]
+
+
 def generator(seed: int, name: str, block: int) -> np.random.Generator:
     """The random numbers of one block of one tensor: the same on every machine, in any order."""
     import numpy as np
@@ -166,12 +205,13 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data: `{"read": {...}}` and so on."""
     kind = next(kind for kind, made in _KINDS.items() if isinstance(recipe, made))
     fields = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
-    return {
-        kind: {
-            key: to_json(value) if isinstance(value, Recipe) else value
-            for key, value in fields.items()
-        }
-    }
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        return to_json(value) if isinstance(value, Recipe) else value
+
+    return {kind: {key: plain(value) for key, value in fields.items()}}
 
 
 def from_json(data: dict[str, Any]) -> Recipe:
@@ -181,9 +221,13 @@ def from_json(data: dict[str, Any]) -> Recipe:
         ValueError, KeyError, TypeError: the data is not one.
     """
     ((kind, fields),) = data.items()
-    made: Recipe = _KINDS[kind](
-        **{key: from_json(v) if isinstance(v, dict) else v for key, v in fields.items()}
-    )
+
+    def built(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(built(item) for item in value)
+        return from_json(value) if isinstance(value, dict) else value
+
+    made: Recipe = _KINDS[kind](**{key: built(value) for key, value in fields.items()})
     return made
 
 
@@ -270,6 +314,12 @@ def _evaluate(
 
     if isinstance(recipe, Read):
         return _read(sources[recipe.source][recipe.tensor], rows, width)
+    if isinstance(recipe, Mean):
+        total = torch.zeros((len(rows), width))
+        for part, weight in zip(recipe.of, recipe.weights, strict=True):
+            value = _evaluate(part, name, block, rows, width, sources, whole)
+            total.add_(value.float(), alpha=weight)
+        return total
     value = _evaluate(recipe.of, name, block, rows, width, sources, whole).float()
     if isinstance(recipe, Scale):
         return value * recipe.factor

@@ -1,22 +1,32 @@
-"""What each layer's router will see while the base model reads some text.
+"""What each layer's router will see while a model with the mixture's body reads some text.
 
-That is the output of the layer's post-attention norm, in the base model: the MoE's body. The model
-is run layer by layer, all prompts through one layer before the next, so that each weight is read
-once and one layer at a time can be enough. Neither head nor logits are ever computed.
+That is the output of the layer's post-attention norm. The model is run layer by layer, all texts
+through one layer before the next, so that each weight is read once and one layer at a time can be
+enough. Neither head nor logits are ever computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moemerge import recipe
-from moemerge.checkpoint import Donor, read_rows
-from moemerge.checkpoint.model_config import DEFAULTS
+from moemerge.body import Body
+from moemerge.checkpoint import Donor
+from moemerge.dense import (
+    EMBEDDING,
+    LAYER,
+    compute_dtype,
+    load_tensors,
+    one_layer,
+    pick_device,
+    quantise,
+)
 from moemerge.options import Options
 from moemerge.prompts import Prompt
-from moemerge.recipe import Sources
+from moemerge.recipe import Recipe, Sources
 from moemerge.reporting import Reporter
 
 if TYPE_CHECKING:
@@ -24,19 +34,30 @@ if TYPE_CHECKING:
     import torch
 
     Matrix = np.ndarray[Any, np.dtype[np.float32]]
+    Weights = dict[str, torch.Tensor]
 
 BATCH_TOKENS = 2048
 """The most tokens a batch holds, padding included: bounds what activations cost."""
 
-_EMBEDDING = "model.embed_tokens.weight"
-_LAYER = "model.layers.{layer}."
-_BEYOND_DEFAULTS = ("model_type", "head_dim", "rope_scaling", "rope_parameters")
+_MLP = "mlp."
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text to be read: its tokens, and whose MLPs it passes; None is the body's own."""
+
+    prompt: Prompt
+    mlps: Donor | None = None
 
 
 def router_inputs(
-    base: Donor, sources: Sources, prompts: list[Prompt], options: Options, reporter: Reporter
+    body: Body,
+    sources: Sources,
+    passages: Sequence[Passage],
+    options: Options,
+    reporter: Reporter,
 ) -> Iterator[list[Matrix]]:
-    """Yield, for each layer, what its router sees at each prompt's own tokens: (T, D) per prompt.
+    """Yield, for each layer, what its router sees at each text's own tokens: (T, D) per passage.
 
     With `options.lazy` one layer's weights are in memory at a time; without, two: the next is read
     while one computes. The values are the same, bit for bit.
@@ -44,81 +65,85 @@ def router_inputs(
     import torch
 
     device = pick_device(options.device)
-    config = base.model.config
-    dtype = _compute_dtype(base, sources, device)
-    batches = _batches(prompts)
-    states = _embed_batches(base, sources, prompts, batches, dtype, device)
+    config = body.base.model.config
+    dtype = compute_dtype(body.recipe(EMBEDDING), sources, device)
+    donors = list({id(passage.mlps): passage.mlps for passage in passages}.values())
+    batches = [
+        (donor, batch)
+        for donor in donors
+        for batch in _batches(passages, [n for n, p in enumerate(passages) if p.mlps is donor])
+    ]
+    states = _embed(body, sources, passages, [batch for _, batch in batches], dtype, device)
     layers = range(config["num_hidden_layers"])
-    names = _body(config).layers[0].state_dict().keys()
-
+    names = one_layer(config).layers[0].state_dict().keys()
+    mlp = [name for name in names if name.startswith(_MLP)]
+    rest = [name for name in names if not name.startswith(_MLP)]
     # Of a layer that is done, used again for one to come.
-    memory: list[dict[str, torch.Tensor]] = [{}] if options.lazy else [{}, {}]
+    memory: list[Weights] = [{}] if options.lazy else [{}, {}]
+    several = len(donors) > 1  # then each donor's MLPs are read when it is their turn
 
-    def load(layer: int) -> dict[str, torch.Tensor]:
+    def load(layer: int) -> Weights:
+        names_now = rest if several else [*rest, *mlp]
+        recipe_of = _through(body, donors[0])
         again = memory[layer % len(memory)]
-        return _layer_weights(base, sources, _LAYER.format(layer=layer), names, dtype, again)
+        return load_tensors(names_now, LAYER.format(layer=layer), recipe_of, sources, dtype, again)
 
+    total = len(layers) * sum(len(batch) for _, batch in batches)
     with (
         torch.inference_mode(),
-        reporter.progress("prompts through the base model", len(layers), "layer") as advance,
+        reporter.progress("texts through the layers", total, "text") as advance,
     ):
-        for weights in _in_turn(load, layers, options.lazy):
-            body = _one_layer(config, weights, device, options)
-            weights.clear()
+        for number, weights in enumerate(_in_turn(load, layers, options.lazy)):
             seen: dict[int, Matrix] = {}
-            for batch, state in zip(batches, states, strict=True):
-                _run(body, prompts, batch, state, seen)
-            del body  # before the next layer is read
-            advance(1)
-            yield [seen[number] for number in range(len(prompts))]
+            of_mlp: Weights = {}
+            for donor in donors:
+                if several:
+                    prefix, recipe_of = LAYER.format(layer=number), _through(body, donor)
+                    weights |= load_tensors(mlp, prefix, recipe_of, sources, dtype, of_mlp)
+                layer = _ready_layer(config, weights, device, options)
+                for (whose, batch), state in zip(batches, states, strict=True):
+                    if whose is donor:
+                        _run(layer, passages, batch, state, seen)
+                        advance(len(batch))
+                del layer  # before the next is read
+            weights.clear()
+            yield [seen[at] for at in range(len(passages))]
 
 
-def embed(base: Donor, sources: Sources, ids: list[int]) -> dict[int, Matrix]:
+def embed(body: Body, sources: Sources, ids: list[int]) -> dict[int, Any]:
     """The embedding (D) of each token id; only these rows are read."""
-    read = next(recipe.reads(recipe.of_donor(base, _EMBEDDING)))
-    rows = read_rows(sources[read.source][read.tensor], ids)
-    return dict(zip(ids, rows, strict=True))
+    made = body.recipe(EMBEDDING)
+    shape = body.base.model.tensors[EMBEDDING].shape
+    return dict(zip(ids, recipe.load_rows(made, ids, shape, sources), strict=True))
 
 
-def pick_device(name: str) -> str:
-    """The device that `auto` means here; any other name is itself."""
-    import torch
+def _through(body: Body, donor: Donor | None) -> Callable[[str], Recipe]:
+    """The dense model of the body with a donor's MLPs."""
 
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    def recipe_of(tensor: str) -> Recipe:
+        of_mlp = f".{_MLP}" in tensor
+        return recipe.of_donor(donor, tensor) if donor and of_mlp else body.recipe(tensor)
 
-
-def _compute_dtype(base: Donor, sources: Sources, device: str) -> torch.dtype:
-    """The weights' own dtype; float32 for float16 on a CPU, which has no arithmetic for it."""
-    import torch
-
-    read = next(recipe.reads(recipe.of_donor(base, _EMBEDDING)))
-    stored = sources[read.source][read.tensor].dtype
-    if stored == "F16" and device != "cpu":
-        return torch.float16
-    return torch.bfloat16 if stored == "BF16" else torch.float32
+    return recipe_of
 
 
-def _batches(prompts: list[Prompt]) -> list[list[int]]:
-    """Prompt numbers in batches of like length, the longest first."""
-    order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number].ids), number))
+def _batches(passages: Sequence[Passage], numbers: list[int]) -> list[list[int]]:
+    """Passage numbers in batches of like length, the longest first."""
+    order = sorted(numbers, key=lambda number: (-len(passages[number].prompt.ids), number))
     batches: list[list[int]] = []
     for number in order:
-        fits = batches and (len(batches[-1]) + 1) * len(prompts[batches[-1][0]].ids) <= BATCH_TOKENS
-        if fits:
+        longest = len(passages[batches[-1][0]].prompt.ids) if batches else 0
+        if batches and (len(batches[-1]) + 1) * longest <= BATCH_TOKENS:
             batches[-1].append(number)
         else:
             batches.append([number])
     return batches
 
 
-def _embed_batches(
-    base: Donor,
+def _embed(
+    body: Body,
     sources: Sources,
-    prompts: list[Prompt],
+    passages: Sequence[Passage],
     batches: list[list[int]],
     dtype: torch.dtype,
     device: str,
@@ -126,21 +151,20 @@ def _embed_batches(
     """The residual stream before the first layer: (B, T, D) per batch, padded on the right."""
     import torch
 
-    rows = embed(base, sources, sorted({number for prompt in prompts for number in prompt.ids}))
+    width = body.base.model.config["hidden_size"]
+    rows = embed(body, sources, sorted({i for passage in passages for i in passage.prompt.ids}))
     states = []
     for batch in batches:
-        length = len(prompts[batch[0]].ids)
-        state = torch.zeros(len(batch), length, base.model.config["hidden_size"], dtype=dtype)
+        length = len(passages[batch[0]].prompt.ids)
+        state = torch.zeros(len(batch), length, width, dtype=dtype)
         for row, number in enumerate(batch):
-            for at, token in enumerate(prompts[number].ids):
+            for at, token in enumerate(passages[number].prompt.ids):
                 state[row, at] = torch.from_numpy(rows[token])
         states.append(state.to(device))
     return states
 
 
-def _in_turn(
-    load: Callable[[int], dict[str, torch.Tensor]], layers: range, lazy: bool
-) -> Iterator[dict[str, torch.Tensor]]:
+def _in_turn(load: Callable[[int], Weights], layers: range, lazy: bool) -> Iterator[Weights]:
     """Each layer's weights when it is its turn; the next one's read ahead unless `lazy`."""
     if lazy:
         yield from map(load, layers)
@@ -154,107 +178,32 @@ def _in_turn(
             yield weights
 
 
-def _layer_weights(
-    base: Donor,
-    sources: Sources,
-    prefix: str,
-    names: Collection[str],
-    dtype: torch.dtype,
-    memory: dict[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """The layer's tensors by their `names` within it; others that a checkpoint may hold stay."""
-    for name in names:
-        memory[name] = recipe.load(
-            prefix + name,
-            base.model.tensors[prefix + name].shape,
-            recipe.of_donor(base, prefix + name),
-            sources,
-            into=memory.get(name),
-        )
-    return {name: memory[name].to(dtype) for name in names}
-
-
-def _one_layer(
-    config: dict[str, Any], weights: dict[str, torch.Tensor], device: str, options: Options
-) -> Any:
+def _ready_layer(config: dict[str, Any], weights: Weights, device: str, options: Options) -> Any:
     """The body with this layer's weights in its place, on the device."""
-    body = _body(config)
+    body = one_layer(config)
     body.layers[0].load_state_dict(weights, assign=True)
     if options.load_in_4bit or options.load_in_8bit:
-        _quantise(body.layers[0], options.load_in_4bit)
+        quantise(body.layers[0], options.load_in_4bit)
     return body.to(device)
 
 
-def _body(config: dict[str, Any]) -> Any:
-    """transformers' own body with one decoder layer and no final norm.
-
-    Built without memory on the meta device; only the rotary embedding is built for real, since its
-    buffers are computed at construction and stand in no file. Of a config.json only what describes
-    the model is passed on: the rest are wishes of the program that saved it.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModel
-
-    settings = {key: config[key] for key in (*DEFAULTS[config["model_type"]], *_BEYOND_DEFAULTS)}
-    settings |= {"num_hidden_layers": 1, "vocab_size": 1}
-    settings |= dict.fromkeys(("bos_token_id", "eos_token_id"))
-    one = AutoConfig.for_model(**settings)
-    with torch.device("meta"):
-        body = AutoModel.from_config(one)
-    body.rotary_emb = type(body.rotary_emb)(config=one)
-    body.norm = torch.nn.Identity()
-    body.embed_tokens = torch.nn.Identity()
-    return body.eval()
-
-
-def _quantise(module: torch.nn.Module, four_bits: bool) -> None:
-    """Replace every linear by bitsandbytes' 4-bit (NF4) or 8-bit one; moving it quantises it."""
-    import bitsandbytes as bnb
-    import torch
-
-    for name, child in list(module.named_children()):
-        if not isinstance(child, torch.nn.Linear):
-            _quantise(child, four_bits)
-            continue
-        new: Any
-        if four_bits:
-            new = bnb.nn.Linear4bit(
-                child.in_features,
-                child.out_features,
-                bias=child.bias is not None,
-                compute_dtype=child.weight.dtype,
-                quant_type="nf4",
-                device="meta",
-            )
-            new.weight = bnb.nn.Params4bit(child.weight, requires_grad=False, quant_type="nf4")
-        else:
-            new = bnb.nn.Linear8bitLt(
-                child.in_features,
-                child.out_features,
-                bias=child.bias is not None,
-                has_fp16_weights=False,
-                device="meta",
-            )
-            new.weight = bnb.nn.Int8Params(
-                child.weight, requires_grad=False, has_fp16_weights=False
-            )
-        new.bias = child.bias
-        setattr(module, name, new)
-
-
 def _run(
-    body: Any, prompts: list[Prompt], batch: list[int], state: torch.Tensor, seen: dict[int, Matrix]
+    body: Any,
+    passages: Sequence[Passage],
+    batch: list[int],
+    state: torch.Tensor,
+    seen: dict[int, Matrix],
 ) -> None:
     """Send a batch through the layer, in place; note what its MLP, and so a router, is given."""
     import torch
 
-    lengths = torch.tensor([len(prompts[number].ids) for number in batch])
+    lengths = torch.tensor([len(passages[number].prompt.ids) for number in batch])
     mask = (torch.arange(state.shape[1]) < lengths[:, None]).long().to(state.device)
 
     def note(module: object, args: tuple[torch.Tensor, ...]) -> None:
         inputs = args[0].float().cpu().numpy()
         for row, number in enumerate(batch):
-            prompt = prompts[number]
+            prompt = passages[number].prompt
             seen[number] = inputs[row, prompt.own : len(prompt.ids)].copy()
 
     hook = body.layers[0].mlp.register_forward_pre_hook(note)

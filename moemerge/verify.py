@@ -90,7 +90,7 @@ def verify_checkpoint(
         VerifyError: a file is not what the manifest says.
     """
     out, reporter, begun = Path(out), reporter or Silent(), time.monotonic()
-    manifest = _open_manifest(out)
+    manifest = open_manifest(out)
     plan = manifest.plan
     for shard in plan.shards:
         _check_header(shard, out)
@@ -117,7 +117,13 @@ def verify_checkpoint(
     return Verified(size, len(compared), len(list(plan.tensors)), time.monotonic() - begun)
 
 
-def _open_manifest(out: Path) -> Manifest:
+def open_manifest(out: Path) -> Manifest:
+    """The manifest of a finished directory.
+
+    Raises:
+        InputError: the directory is not a finished output of moemerge.
+        VerifyError: the manifest is broken.
+    """
     try:
         return read_manifest(out)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moemerge.checkpoint import numpy_dtype
 from moemerge.disk import OutputFile, buffer
-from moemerge.errors import RunError
 from moemerge.output import writing
-from moemerge.plan import PlannedTensor, Shard, file_header
+from moemerge.plan import PlannedTensor, Shard
 from moemerge.recipe import Read, Sources, computes, is_copy
 from moemerge.shard_file import ShardFile, checksum, chunk_digest, chunks, threads
 from moemerge.state import PART_SUFFIX, STATE_DIRECTORY
-
-if TYPE_CHECKING:
-    from moemerge.gates import Matrix
 
 _RANGE_BYTES = 256 << 20
 
@@ -122,26 +117,3 @@ def _write_ranges(
     for stretch, _ in zip(others, pool.map(write, others), strict=True):
         done(stretch[1])
     list(pool.map(copy, copies))
-
-
-def save_routers(shard: Shard, matrices: Sequence[Matrix], path: Path) -> None:
-    """Save what a gate mode made, (E, D) a layer, as a tiny checkpoint in the shard's dtype.
-
-    Raises:
-        RunError: a router is not finite, which only a broken model can cause.
-    """
-    import numpy as np
-
-    for tensor, matrix in zip(shard.tensors, matrices, strict=True):
-        if not np.isfinite(matrix).all():
-            raise RunError(
-                f"{tensor.name}: the router came out as NaN or Inf; the base model overflows on "
-                "these prompts: try another dtype of it, or --device cpu"
-            )
-    content = [file_header(shard.tensors, {"format": "pt"})]
-    for tensor, matrix in zip(shard.tensors, matrices, strict=True):
-        content.append(matrix.astype(numpy_dtype(tensor.dtype)).tobytes())
-    part = path.with_name(f"{path.name}{PART_SUFFIX}")
-    with writing(path):
-        part.write_bytes(b"".join(content))
-        part.replace(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import typing
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any, TypeAlias
 
@@ -13,6 +14,9 @@ from moemerge.errors import Findings, nearest
 
 SourceText: TypeAlias = Annotated[str, "source"]
 """A source as the config names it: `path`, `user/name@revision`, `model+adapter`."""
+
+Choices: TypeAlias = Annotated[dict[str, Any], "choices"]
+"""A mapping of plain values whose keys somebody else declares and checks."""
 
 
 def compose(text: str, file: str, findings: Findings) -> yaml.Node | None:
@@ -97,6 +101,8 @@ class Reader:
             return self.sequence(node, typing.get_args(hint)[0], at)
         if hint == SourceText:
             return self.source(node, at)
+        if hint == Choices:
+            return self.choices(node, at)
         if hint in (int, float):
             return self.number(node, hint, at)
         if hint is str:
@@ -137,6 +143,31 @@ class Reader:
         if any("\ud800" <= character <= "\udfff" for character in node.value):
             self.problem(node, at, "holds half a character (a surrogate)", "write it whole")
         return str(node.value)
+
+    def choices(self, node: yaml.Node, at: str) -> dict[str, Any]:
+        """A mapping of scalars as YAML reads them, but for numbers as `1e-3`, which it takes for
+        text.
+        """
+        if not isinstance(node, yaml.MappingNode):
+            self.problem(node, at, f"is {_kind(node)}", "write `key: value`")
+            return {}
+        found: dict[str, Any] = {}
+        for key, child in self.pairs(node, at):
+            self.lines[f"{at}.{key}"] = child.start_mark.line + 1
+            if not isinstance(child, yaml.ScalarNode):
+                self.problem(child, f"{at}.{key}", f"is {_kind(child)}", "write one value")
+                continue
+            try:
+                value = yaml.SafeLoader("").construct_object(child)
+            except (yaml.YAMLError, ValueError, OverflowError):
+                self.problem(child, f"{at}.{key}", f"is {_kind(child)}", "write it plainly")
+                continue
+            if isinstance(value, str) and child.style is None:
+                with suppress(ValueError):
+                    value = float(value)
+            if value is not None:
+                found[key] = value
+        return found
 
     def source(self, node: yaml.Node, at: str) -> str:
         """A source as text, or as mergekit's mapping `{model: {path, revision}, lora: ...}`."""

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["", "merge", "plan", "verify"]
+COMMANDS = ["", "merge", "plan", "verify", "routing", "regate"]
 BESIDE = {
     "examples/configs/": "every file is a test",
     "examples/experts/": "four small LoRA experts, and how they were trained",
@@ -65,13 +65,17 @@ def _tree() -> str:
 
 def _gates() -> str:
     rows = ["| gate_mode | routers are | needs |", "|---|---|---|"]
-    words = {"prompts": "prompts", "model": "a pass of the base model", "seed": "nothing (seeded)"}
+    words = {
+        "prompts": "prompts", "any prompts": "prompts or nothing (seeded)",
+        "experts": "the experts' own models run", "model": "a pass of the base model",
+    }  # fmt: skip
     sys.path.insert(0, str(ROOT))
     from moemerge import gates
 
     for name in gates.names():
         line = first_line(ROOT / f"moemerge/gates/{name}.py").partition(": ")[2]
-        needs = ", ".join(words[use] for use in words if use in gates.find(name).USES)
+        uses = gates.find(name).USES
+        needs = ", ".join(words[use] for use in words if use in uses) or "nothing (seeded)"
         rows.append(f"| `{name}` | {line} | {needs} |")
     return "\n".join(rows)
 

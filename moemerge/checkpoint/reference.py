@@ -25,6 +25,13 @@ class Reference:
         return self.directory.name if self.directory else self.repo.rpartition("/")[2]
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether the text has the form `user/name`, and not that of a file's name."""
+    files = (".txt", ".md", ".json", ".jsonl")
+    named = _HUB_ID.fullmatch(text) and text.count("/") == 1 and ".." not in text
+    return bool(named) and not text.endswith(files)
+
+
 def parse_source(text: str, beside: Path | None = None) -> tuple[Reference, Reference | None]:
     """Split `model[@revision][+adapter[@revision]]` into the model and the adapter, if any.
 

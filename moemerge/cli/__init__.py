@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from moemerge.cli.options import UNHEARD, meaningful, with_options, with_ray_address
+from moemerge.cli.describe import plan_lines, router_lines, routing_lines
+from moemerge.cli.options import (
+    GATING,
+    READING,
+    UNHEARD,
+    meaningful,
+    with_options,
+    with_ray_address,
+)
 from moemerge.cli.terminal import Terminal, explained, peak_memory
 from moemerge.errors import InputError, Problem, nearest
 from moemerge.options import Options
@@ -107,7 +116,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="The output directory."
 
 
 @app.command()
-@with_options
+@with_options()
 def merge(config: Config, out: Out, options: Options, terminal: Terminal) -> None:
     """Merge the models of CONFIG into OUT (the default command)."""
     from moemerge.pipeline import merge
@@ -126,6 +135,8 @@ def merge(config: Config, out: Out, options: Options, terminal: Terminal) -> Non
         f"{out}: {count(plan.parameters)} parameters ({count(plan.active_parameters)} active a "
         f"token), {size(plan.nbytes)} in {len(plan.shards)} shards, {checked}"
     )
+    for line in router_lines(merged):
+        terminal.result(line)
     rate = merged.written / max(merged.seconds, 1e-3)
     terminal.result(
         f"wrote {size(merged.written)} in {merged.seconds:.1f} s ({size(round(rate))}/s)"
@@ -134,7 +145,7 @@ def merge(config: Config, out: Out, options: Options, terminal: Terminal) -> Non
 
 
 @app.command()
-@with_options
+@with_options()
 def plan(
     config: Config,
     options: Options,
@@ -162,7 +173,7 @@ def plan(
         }
         print(json.dumps({**totals, **made.to_json()}, indent=1))
         return
-    for line in _describe(ready, options):
+    for line in plan_lines(ready, options):
         terminal.result(line)
     for note in ready.notes:
         terminal.say(note)
@@ -188,6 +199,78 @@ def verify(
         )
 
 
+@app.command()
+@with_options(*GATING)
+def regate(out: Out, config: Config, options: Options, terminal: Terminal) -> None:
+    """Give the mixture in OUT the routers that CONFIG asks for; nothing else is rewritten."""
+    from moemerge.new_routers import regate
+
+    _check_config_path(config)
+    merged = regate(out, config, options, terminal)
+    terminal.result(f"{out}: new routers, gate_mode {merged.plan.gate_mode}")
+    for line in router_lines(merged):
+        terminal.result(line)
+
+
+@app.command()
+@with_options(*READING)
+def routing(
+    out: Out,
+    options: Options,
+    terminal: Terminal,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="NAME=FILE",
+            show_default=False,
+            help="Text for the expert NAME (or of none), plain or jsonl; again for more.",
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the page.")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE", help="Write the heat map.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show how the mixture in OUT routes: the config's prompts held out, or given texts."""
+    from moemerge import heat_map, page
+    from moemerge.routing import report
+
+    texts = _texts(text or ())
+    for path in filter(None, (html, png)):
+        if not path.absolute().parent.is_dir():
+            fix = "name a file in a directory that exists"
+            raise InputError([Problem(str(path), "its directory does not exist", fix)])
+    if png and importlib.util.find_spec("matplotlib") is None:
+        fix = "pip install 'moemerge[report]'"
+        raise InputError([Problem("--png", "matplotlib is not installed", fix)])
+    found = report(out, texts, options, terminal)
+    if html:
+        html.write_text(page.render(found), encoding="utf-8")
+    if png:
+        heat_map.save(found, png)
+    if as_json:
+        print(json.dumps(found))
+        return
+    for line in routing_lines(found):
+        terminal.result(line)
+
+
+def _texts(given: Iterable[str]) -> dict[str, Path]:
+    texts: dict[str, Path] = {}
+    for one in given:
+        name, equals, file = one.partition("=")
+        if not equals or not name or not file:
+            raise InputError([Problem("--text", f"{one!r} is no NAME=FILE", "write NAME=FILE")])
+        if name in texts:
+            raise InputError([Problem("--text", f"{name} stands twice", "keep one of them")])
+        texts[name] = Path(file)
+    return texts
+
+
 def _check_config_path(config: Path) -> None:
     try:
         config.stat()
@@ -203,37 +286,3 @@ def _check_config_path(config: Path) -> None:
     guess = nearest(str(config), commands)
     fix = f"{guess} (a command)" if guess.startswith("did") else "name a YAML file"
     raise InputError([Problem(str(config), "there is no such config file", fix)])
-
-
-def _describe(ready: Any, options: Options) -> Iterator[str]:
-    """The plan for a person."""
-    from moemerge import recipe
-    from moemerge.memory import expected_peak
-
-    made = ready.plan
-    sources = {text: opened.tensors for text, opened in ready.checkpoints.items()}
-    yield (
-        f"{made.architecture}: {len(made.experts)} experts, {made.experts_per_token} a token, "
-        f"{made.config['dtype']}, gate_mode {made.gate_mode}"
-    )
-    yield (
-        f"{count(made.parameters)} parameters in all, {count(made.active_parameters)} active "
-        f"a token"
-    )
-    tensors = [tensor for shard in made.shards[1:] for tensor in shard.tensors]
-    copied = [t for t in tensors if recipe.is_copy(t.recipe, t.dtype, sources)]
-    yield (
-        f"{size(made.nbytes)} in {len(made.shards)} shards; {len(copied)} of {len(tensors)} "
-        "tensors are copied byte for byte, the others computed"
-    )
-    yield f"about {size(expected_peak(ready, options))} of memory at the peak"
-    yield f"base      {ready.base.model.reference.text}"
-    for index, name in enumerate(made.experts):
-        expert = ready.prompts[index]
-        yield (
-            f"expert {index}  {name}: {len(expert.positive)} positive and "
-            f"{len(expert.negative)} negative prompts"
-        )
-    for source in made.sources:
-        where = source.directory or f"{source.repo} at {str(source.commit)[:12]}"
-        yield f"source    {source.reference}: {where}"

@@ -1,4 +1,4 @@
-"""The options of `merge` and `plan`, declared once, and mergekit-moe's that mean nothing here."""
+"""The commands' options, declared once, and mergekit-moe's that mean nothing here."""
 
 from __future__ import annotations
 
@@ -118,30 +118,41 @@ OPTIONS = {
 }  # fmt: skip
 """The options of `merge` and `plan`, in the order of their help."""
 
+READING = ("lazy", "device", "cuda", "cache_dir", "quiet")
+"""Those of a command that runs models and writes none."""
 
-def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command OPTIONS; it gets them as `options` and `terminal`."""
+GATING = ("lazy", "seed", "device", "cuda", "load_in_4bit", "load_in_8bit", "allow_crimes",
+          "untrained_ok", "cache_dir", "quiet", "verbose")  # fmt: skip
+"""Those of a command that makes routers alone."""
+
+
+def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command those of OPTIONS; it gets them as `options` and `terminal`."""
+    return functools.partial(_with_options, names or tuple(OPTIONS))
+
+
+def _with_options(names: tuple[str, ...], command: Callable[..., None]) -> Callable[..., None]:
     own = [
         parameter
         for parameter in inspect.signature(command, eval_str=True).parameters.values()
         if parameter.name not in ("options", "terminal")
     ]
-    shared = [parameter.replace(name=name) for name, parameter in OPTIONS.items()]
+    shared = [OPTIONS[name].replace(name=name) for name in names]
 
     @functools.wraps(command)
     def wrapped(ctx: typer.Context, **values: Any) -> None:
-        chosen = {name: values.pop(name) for name in OPTIONS}
+        chosen = {name: values.pop(name) for name in names}
         given = {
             name for name in chosen if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")
         }
-        quiet, verbose = chosen.pop("quiet"), chosen.pop("verbose")
+        quiet, verbose = chosen.pop("quiet"), chosen.pop("verbose", False)
         terminal = Terminal(quiet, verbose)
         with explained():
             for line in ctx.meta.get(UNHEARD, ()):
                 terminal.say(line)
             if quiet and verbose:
                 raise InputError([Problem("--quiet", "and --verbose cannot both be", "keep one")])
-            cuda = chosen.pop("cuda")
+            cuda = chosen.pop("cuda", None)
             if cuda is not None:
                 if "device" not in given:
                     chosen["device"] = "cuda" if cuda else "cpu"

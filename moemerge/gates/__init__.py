@@ -4,46 +4,28 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-from moemerge.checkpoint import Donor
-from moemerge.options import Options
-from moemerge.prompts import ExpertPrompts
-from moemerge.recipe import Sources
-from moemerge.reporting import Reporter
+from moemerge.fitting import Routers, Task
 
 if TYPE_CHECKING:
-    import numpy as np
+    from moemerge.fitting import Matrix
 
-    Matrix = np.ndarray[Any, np.dtype[np.float32]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a gate mode works from. `names` are the routers', one a layer, in order."""
-
-    names: Sequence[str]
-    base: Donor
-    sources: Sources
-    experts: tuple[ExpertPrompts, ...]
-    options: Options
-    reporter: Reporter
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """A router's: (E, D)."""
-        return len(self.experts), int(self.base.model.config["hidden_size"])
+__all__ = ["GateMode", "Matrix", "Routers", "Task", "find", "names"]
 
 
 class GateMode(Protocol):
-    """What a file of this folder defines."""
+    """What a file of this folder defines; a frozen dataclass `Settings` too if it has options.
+
+    A field of `Settings` is a key of the config's `gate:` (`lambda_` is `lambda`), and its method
+    `problems()` yields (key, what, fix) for values that cannot be.
+    """
 
     USES: frozenset[str]
-    """Of `prompts`, `model` (it runs the base model) and `seed`: what its result depends on."""
+    """What its result depends on: `prompts` (needed), `any prompts` (used if there are some),
+    `model` (it runs the body), `experts` (it runs the experts' own models), `seed`."""
 
-    def routers(self, task: Task) -> list[Matrix]:
+    def routers(self, task: Task) -> Routers:
         """One float32 (E, D) matrix per layer: row e is the direction that calls expert e."""
 
 

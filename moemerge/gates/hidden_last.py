@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from moemerge.fitting import Routers, Task, averaged
 
-from moemerge.gates import Task
-from moemerge.gates.hidden_avg import USES, from_router_inputs
-
-if TYPE_CHECKING:
-    from moemerge.gates import Matrix
-
-__all__ = ["USES", "routers"]
+USES = frozenset({"prompts", "model"})
 
 
-def routers(task: Task) -> list[Matrix]:
+def routers(task: Task) -> Routers:
     """(E, D) per layer, unit rows, from the router input of each prompt's last token."""
-    return from_router_inputs(task, lambda inputs: inputs[-1])
+    return averaged(task, lambda inputs: inputs[-1])

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from moemerge.gates import Task
+from moemerge.fitting import Routers, Task
 from moemerge.recipe import generator
-
-if TYPE_CHECKING:
-    from moemerge.gates import Matrix
 
 USES = frozenset({"seed"})
 
 
-def routers(task: Task) -> list[Matrix]:
+def routers(task: Task) -> Routers:
     """(E, D) per layer from U(-D**-0.5, D**-0.5), the default of `torch.nn.Linear`."""
     bound = task.shape[1] ** -0.5
-    return [
-        (generator(task.options.seed, name, 0).random(task.shape, dtype="float32") * 2 - 1) * bound
-        for name in task.names
-    ]
+    draws = [generator(task.options.seed, name, 0) for name in task.names]
+    return Routers([(one.random(task.shape, dtype="float32") * 2 - 1) * bound for one in draws])

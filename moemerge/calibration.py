@@ -1,0 +1,96 @@
+"""An expert's calibration texts: the documents of a file, a directory or a dataset on the Hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from moemerge.checkpoint.reference import is_hub_id
+from moemerge.config import MergeConfig
+from moemerge.errors import Findings
+
+MOST_DOCUMENTS = 4096
+_COLUMNS = ("text", "content", "messages", "conversations")
+
+
+def read_documents(config: MergeConfig, findings: Findings) -> list[list[str]]:
+    """Each expert's calibration documents; record those that cannot be read."""
+    found: list[list[str]] = []
+    for index, expert in enumerate(config.experts):
+        found.append([])
+        if not expert.calibration:
+            continue
+        where = config.where(f"experts[{index}].calibration")
+        try:
+            found[-1] = _read(expert.calibration, config.folder)
+        except ValueError as error:
+            fix = "name a UTF-8 text or jsonl file, a directory, or a dataset on the Hub"
+            findings.problem(where, str(error), fix)
+            continue
+        if not found[-1]:
+            findings.problem(where, "holds no text", "name one that does")
+    return found
+
+
+def texts_of(path: Path) -> list[str]:
+    """The documents of a file: one a line of a jsonl, else the whole.
+
+    Raises:
+        ValueError: it cannot be read, or a line is no JSON object with text; says which.
+    """
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text") from error
+    if path.suffix not in (".jsonl", ".json"):
+        return [content] if content.strip() else []
+    lines = [line for line in content.splitlines() if line.strip()]
+    try:
+        rows = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not jsonl, one JSON object a line ({error})") from error
+    return list(_texts(rows, str(path)))
+
+
+def _read(named: str, beside: Path | None) -> list[str]:
+    places = [Path(named).expanduser()]
+    if beside and not places[0].is_absolute():
+        places.append(beside / places[0])
+    path = next((place for place in places if place.exists()), None)
+    if path and path.is_file():
+        return texts_of(path)
+    if path is None and not is_hub_id(named):
+        raise ValueError(f"there is no {named}")
+    if importlib.util.find_spec("datasets") is None:
+        raise ValueError(f"{named} is a dataset, which needs pip install 'moemerge[datasets]'")
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(str(path or named), split="train", streaming=True)
+        return list(_texts(islice(rows, MOST_DOCUMENTS), named))
+    except ValueError:
+        raise
+    except Exception as error:  # the library lets many kinds through
+        raise ValueError(f"{named} cannot be loaded as a dataset ({error})") from error
+
+
+def _texts(rows: Iterable[Any], where: str) -> Iterator[str]:
+    for number, row in enumerate(rows, start=1):
+        column = next((name for name in _COLUMNS if isinstance(row, dict) and name in row), None)
+        if column is None:
+            columns = ", ".join(_COLUMNS)
+            raise ValueError(f"{where}: row {number} has none of {columns}")
+        value = row[column]
+        turns = value if isinstance(value, list) else [value]
+        parts = [t.get("content", t.get("value")) if isinstance(t, dict) else t for t in turns]
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"{where}: row {number}: {column} is not text")
+        text = "\n".join(map(str, parts))
+        if text.strip():
+            yield text

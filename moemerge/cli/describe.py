@@ -1,0 +1,80 @@
+"""A plan, new routers, and how a mixture routes, each as lines for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from moemerge.options import Options
+from moemerge.reporting import count, size
+
+
+def plan_lines(ready: Any, options: Options) -> Iterator[str]:
+    """The plan for a person."""
+    from moemerge import recipe
+    from moemerge.memory import expected_peak
+
+    made = ready.plan
+    sources = {text: opened.tensors for text, opened in ready.checkpoints.items()}
+    yield (
+        f"{made.architecture}: {len(made.experts)} experts, {made.experts_per_token} a token, "
+        f"{made.config['dtype']}, gate_mode {made.gate_mode}"
+    )
+    yield (
+        f"{count(made.parameters)} parameters in all, {count(made.active_parameters)} active "
+        f"a token"
+    )
+    tensors = [tensor for shard in made.shards[1:] for tensor in shard.tensors]
+    copied = [t for t in tensors if recipe.is_copy(t.recipe, t.dtype, sources)]
+    yield (
+        f"{size(made.nbytes)} in {len(made.shards)} shards; {len(copied)} of {len(tensors)} "
+        "tensors are copied byte for byte, the others computed"
+    )
+    yield f"about {size(expected_peak(ready, options))} of memory at the peak"
+    yield f"base      {ready.base.model.reference.text}"
+    for index, name in enumerate(made.experts):
+        expert = ready.prompts[index]
+        yield (
+            f"expert {index}  {name}: {len(expert.positive)} positive and "
+            f"{len(expert.negative)} negative prompts"
+            + (f", {len(expert.calibration)} pieces of text" if expert.calibration else "")
+        )
+    for source in made.sources:
+        where = source.directory or f"{source.repo} at {str(source.commit)[:12]}"
+        yield f"source    {source.reference}: {where}"
+
+
+def router_lines(merged: Any) -> Iterator[str]:
+    """What a person should know of the routers that were made."""
+    from moemerge.routing_stats import verdict
+
+    lines = list(verdict(merged.routing, merged.plan.experts))
+    if lines:
+        yield from lines
+    elif merged.plan.gate_mode in ("random", "uniform_random"):
+        yield "routers: random, so they choose nothing yet: train them"
+    elif len(merged.plan.experts) > 1:
+        yield "routers: not measured; `moemerge routing` shows how they route text"
+
+
+def routing_lines(found: dict[str, Any]) -> Iterator[str]:
+    """A routing report."""
+    experts, summary = found["experts"], found["summary"]
+    head = "first expert"
+    widths = [max(5, len(name)) for name in experts]
+    left = max(len(name) for name in (head, *(text["name"] for text in found["texts"])))
+    yield "  ".join([f"{head:{left}}", *map(str.rjust, experts, widths)])
+    for text in found["texts"]:
+        shares = (sum(layer) / len(layer) for layer in zip(*text["first"], strict=True))
+        cells = [f"{share:{width}.0%}" for share, width in zip(shares, widths, strict=True)]
+        yield "  ".join([f"{text['name']:{left}}", *cells])
+    load = (f"{name} {share:.0%}" for name, share in zip(experts, summary["load"], strict=True))
+    yield f"load: {', '.join(load)} (entropy {summary['entropy']:.2f} of 1)"
+    if summary["t1"] is not None:
+        yield f"own expert first {summary['t1']:.0%}, among the first two {summary['t2']:.0%}"
+    for text in found["texts"]:
+        if text["perplexity"]:
+            numbers = {**text["perplexity"], **text["perplexity"].get("experts", {})}
+            cells = [f"{who} {number:.2f}" for who, number in numbers.items() if who != "experts"]
+            yield f"perplexity on {text['name']}: {', '.join(cells)}"
+    yield from found["verdicts"]

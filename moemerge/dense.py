@@ -1,0 +1,192 @@
+"""Dense models run in transformers from what recipes give: one layer of one, or the whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moemerge import recipe
+from moemerge.checkpoint import Location
+from moemerge.checkpoint.model_config import DEFAULTS
+from moemerge.options import Options
+from moemerge.recipe import Recipe, Sources
+
+if TYPE_CHECKING:
+    import torch
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+NORM = "model.norm.weight"
+LAYER = "model.layers.{layer}."
+
+_BEYOND_DEFAULTS = ("model_type", "head_dim", "rope_scaling", "rope_parameters")
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that a new model could have; None where the system does not say."""
+    with suppress(OSError, IndexError, ValueError):
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    with suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def model_bytes(tensors: Collection[Location]) -> int:
+    """What a model of these tensors takes in memory, as `whole_model` holds it."""
+    return sum(at.nbytes * (2 if at.dtype == "F16" else 1) for at in tensors)
+
+
+def pick_device(name: str) -> str:
+    """The device that `auto` means here; any other name is itself."""
+    import torch
+
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def compute_dtype(embedding: Recipe, sources: Sources, device: str) -> torch.dtype:
+    """The weights' own dtype; float32 for float16 on a CPU, which has no arithmetic for it."""
+    import torch
+
+    read = next(recipe.reads(embedding))
+    stored = sources[read.source][read.tensor].dtype
+    if stored == "F16" and device != "cpu":
+        return torch.float16
+    return torch.bfloat16 if stored == "BF16" else torch.float32
+
+
+def load_tensors(
+    names: Collection[str],
+    prefix: str,
+    recipe_of: Callable[[str], Recipe],
+    sources: Sources,
+    dtype: torch.dtype,
+    memory: dict[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The tensors `prefix + name` by their `names`; others that a checkpoint may hold stay.
+
+    `memory` holds those of an earlier call for a layer like this one, to be used again.
+    """
+    memory = {} if memory is None else memory
+    for name in names:
+        made = recipe_of(prefix + name)
+        read = next(recipe.reads(made))
+        shape = sources[read.source][read.tensor].shape
+        memory[name] = recipe.load(prefix + name, shape, made, sources, into=memory.get(name))
+    return {name: memory[name].to(dtype) for name in names}
+
+
+def one_layer(config: dict[str, Any]) -> Any:
+    """transformers' own body with one decoder layer, without memory, and no final norm."""
+    import torch
+    from transformers import AutoModel
+
+    settings = _settings(config) | {"num_hidden_layers": 1, "vocab_size": 1}
+    body = _on_meta(AutoModel, settings)
+    body.norm = torch.nn.Identity()
+    body.embed_tokens = torch.nn.Identity()
+    return body
+
+
+def whole_model(
+    config: dict[str, Any], recipe_of: Callable[[str], Recipe], sources: Sources, options: Options
+) -> Any:
+    """The dense causal model that `recipe_of` gives the tensors of.
+
+    With `options.lazy` a decoder layer's weights are read each time it runs, and let go after it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = pick_device(options.device)
+    dtype = compute_dtype(recipe_of(EMBEDDING), sources, device)
+    model = _on_meta(AutoModelForCausalLM, _settings(config) | {"vocab_size": config["vocab_size"]})
+
+    def load(names: Collection[str], prefix: str = "") -> dict[str, torch.Tensor]:
+        made = load_tensors(names, prefix, recipe_of, sources, dtype)
+        return {name: tensor.to(device) for name, tensor in made.items()}
+
+    tied = config["tie_word_embeddings"]
+    top = load([EMBEDDING, NORM] if tied else [EMBEDDING, NORM, HEAD])
+    model.load_state_dict(top | ({HEAD: top[EMBEDDING]} if tied else {}), assign=True, strict=False)
+    model.model.rotary_emb.to(device)
+    for number, layer in enumerate(model.model.layers):
+        names, prefix = list(layer.state_dict()), LAYER.format(layer=number)
+        if options.lazy:
+            _load_when_run(layer, names, prefix, load)
+        else:
+            layer.load_state_dict(load(names, prefix), assign=True)
+    return model
+
+
+def _load_when_run(
+    layer: Any, names: list[str], prefix: str, load: Callable[..., dict[str, torch.Tensor]]
+) -> None:
+    def before(*_: object) -> None:
+        layer.load_state_dict(load(names, prefix), assign=True)
+
+    def after(*_: object) -> None:
+        layer.to("meta")
+
+    layer.register_forward_pre_hook(before)
+    layer.register_forward_hook(after)
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a config.json only what describes the model: the rest are its saver's wishes."""
+    settings = {key: config[key] for key in (*DEFAULTS[config["model_type"]], *_BEYOND_DEFAULTS)}
+    return settings | dict.fromkeys(("bos_token_id", "eos_token_id"))
+
+
+def _on_meta(kind: Any, settings: dict[str, Any]) -> Any:
+    """A model without memory, but for the rotary embedding: its buffers stand in no file."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**settings)
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    body = getattr(model, "model", model)
+    body.rotary_emb = type(body.rotary_emb)(config=config)
+    return model.eval()
+
+
+def quantise(module: torch.nn.Module, four_bits: bool) -> None:
+    """Replace every linear by bitsandbytes' 4-bit (NF4) or 8-bit one; moving it quantises it."""
+    import bitsandbytes as bnb
+    import torch
+
+    for name, child in list(module.named_children()):
+        if not isinstance(child, torch.nn.Linear):
+            quantise(child, four_bits)
+            continue
+        new: Any
+        if four_bits:
+            new = bnb.nn.Linear4bit(
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                compute_dtype=child.weight.dtype,
+                quant_type="nf4",
+                device="meta",
+            )
+            new.weight = bnb.nn.Params4bit(child.weight, requires_grad=False, quant_type="nf4")
+        else:
+            new = bnb.nn.Linear8bitLt(
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                has_fp16_weights=False,
+                device="meta",
+            )
+            new.weight = bnb.nn.Int8Params(
+                child.weight, requires_grad=False, has_fp16_weights=False
+            )
+        new.bias = child.bias
+        setattr(module, name, new)

@@ -1,0 +1,110 @@
+"""New routers for a mixture that is built: its first shard is rewritten, and nothing else moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from moemerge import card, output
+from moemerge.checkpoint.safetensors_file import read_header
+from moemerge.config import MergeConfig, load_config
+from moemerge.errors import InputError, Problem, RunError
+from moemerge.options import Options
+from moemerge.output import Manifest
+from moemerge.pipeline import Merged
+from moemerge.plan import ROUTERS, Plan
+from moemerge.prepare import Prepared, prepare
+from moemerge.reporting import Reporter, Silent
+from moemerge.routers import fetch, make_routers, report_of
+from moemerge.state import State
+from moemerge.verify import open_manifest
+from moemerge.write import How, write_shard
+
+
+def regate(
+    out: str | Path,
+    config: MergeConfig | str | Path,
+    options: Options | None = None,
+    reporter: Reporter | None = None,
+) -> Merged:
+    """Give the mixture in `out` the routers that `config` asks for.
+
+    The config may differ from the one that `out` was made from in gate mode, prompts, calibration
+    and experts_per_token. The first shard is replaced in one step, then manifest, card and
+    config.json; killed in between, the same call again ends it.
+
+    Raises:
+        InputError: `out` is no finished output, or the config asks for other weights.
+        RunError: a failure on the way; `out` has its old routers or its new ones.
+    """
+    begun, out, options = time.monotonic(), Path(out), options or Options()
+    reporter = reporter or Silent()
+    config = config if isinstance(config, MergeConfig) else load_config(config)
+    manifest = open_manifest(out)
+    ready = prepare(config, options)
+    _check_same_weights(ready.plan, manifest.plan, out)
+    shard = dataclasses.replace(ready.plan.shards[0], file=manifest.plan.shards[0].file)
+    plan = dataclasses.replace(ready.plan, shards=(shard, *manifest.plan.shards[1:]))
+    ready = dataclasses.replace(ready, plan=plan)
+    for note in ready.notes:
+        reporter.say(note)
+    with ExitStack() as held:
+        with output.writing(out):
+            mine = held.enter_context(State(out).mine(shared=False))
+        if not mine:
+            raise RunError(f"{out}: another moemerge is at work there; wait for it")
+        _write(out, options, reporter, ready, manifest)
+    routing = output.read_manifest(out).routing
+    seconds = time.monotonic() - begun
+    return Merged(plan, out, ready.notes, seconds, shard.nbytes, 0, routing)
+
+
+def _write(
+    out: Path,
+    options: Options,
+    reporter: Reporter,
+    ready: Prepared,
+    manifest: Manifest,
+) -> None:
+    state, plan, config = State(out), ready.plan, ready.config
+    with output.writing(out):
+        if state.started().get("run") != plan.run_digest:
+            state.clear(all=True)
+            state.start(plan.run_digest, manifest.files)
+    sources = fetch(ready, options, reporter)
+    if not state.routers.exists():
+        make_routers(ready, sources, options, reporter, state.routers)
+    sources[ROUTERS] = read_header(state.routers)
+    how = How(options.threads, options.direct, options.checksums)
+    entry = write_shard(plan.shards[0], sources, out, how, lambda nbytes: None)
+    report = report_of(state.routers)
+    text = card.render(config, plan, ready.checkpoints, report)
+    with output.writing(out):
+        (out / output.CARD_FILE).write_text(text, encoding="utf-8")
+    files = {**manifest.files, plan.shards[0].file: entry}
+    output.finish(out, Manifest(config.as_yaml(), plan, files, report, ready.folder))
+
+
+def _check_same_weights(new: Plan, old: Plan, out: Path) -> None:
+    """Refuse a config that changes anything but routers."""
+
+    def weights(plan: Plan) -> dict[str, tuple[object, ...]]:
+        tensors = (tensor for shard in plan.shards[1:] for tensor in shard.tensors)
+        return {t.name: (t.shape, t.dtype, t.recipe) for t in tensors}
+
+    ours, theirs = weights(new), weights(old)
+    differ = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
+    before = {source.reference: source.fingerprint for source in old.sources}
+    changed = [s.reference for s in new.sources if before.get(s.reference) != s.fingerprint]
+    fix = "regate only changes routers: merge anew"
+    problems = []
+    if differ:
+        what = f"the config asks for other weights ({differ[0]} and {len(differ) - 1} more)"
+        problems.append(Problem(str(out), what, fix))
+    elif changed:
+        what = f"{changed[0]} is not what it was made of"
+        problems.append(Problem(str(out), what, fix))
+    if problems:
+        raise InputError(problems)
