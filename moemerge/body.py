@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moemerge.checkpoint import Donor
 from moemerge.recipe import Mean, Recipe, of_donor
 
-_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Body:
             if weight
         ]
         same = all(_shape(expert, tensor) == shape for expert in self.experts)
-        if not parts or not same or (tensor in _VOCABULARY and not self.vocabulary):
+        if not parts or not same or (tensor in VOCABULARY and not self.vocabulary):
             return own
         if all(part == parts[0][0] for part, _ in parts):
             return parts[0][0]

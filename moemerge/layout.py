@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 
 from moemerge import recipe
 from moemerge.architectures import Architecture, Slot
-from moemerge.body import Body
+from moemerge.body import VOCABULARY, Body
 from moemerge.checkpoint import FLOATS, ITEMSIZE, Checkpoint, Donor
 from moemerge.config import Expert, MergeConfig
 from moemerge.errors import Findings, nearest
@@ -66,6 +66,11 @@ def lay_out(
             own = (dataclasses.replace(slot, expert=number) for slot in dense)
             whole = [_tensor(slot, donor, None, dtype, options.seed) for slot in own]
             _check_sources(whole, base, donors, tensors_of, findings)
+    for number, donor in enumerate(body.experts):
+        own = (dataclasses.replace(slot, expert=number) for slot in slots if slot.expert is None)
+        parts = [slot for slot in own if slot.source and slot.source not in VOCABULARY]
+        attention = [_tensor(slot, donor, None, dtype, options.seed) for slot in parts]
+        _check_sources(attention, base, donors, tensors_of, findings)
     _check_left_over(tensors, body, donors, findings)
     if config.dtype is None:
         _note_what_is_narrowed(tensors, base, donors, tensors_of, dtype, findings)

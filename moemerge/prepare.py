@@ -87,7 +87,7 @@ class _Preparation:
         check_dtype(config, findings)
         self._check_device(gate)
         self._check_ray()
-        encoder, prompts = self._prompts(gate, base)
+        encoder, prompts = self._prompts(gate, base, donors)
         for donor in donors:
             if base and donor:
                 compare(
@@ -250,7 +250,7 @@ class _Preparation:
             self.findings.problem("--ray", "Ray is not installed", "pip install 'moemerge[ray]'")
 
     def _prompts(
-        self, gate: GateMode | None, base: Donor | None
+        self, gate: GateMode | None, base: Donor | None, donors: list[Donor | None]
     ) -> tuple[Encoder | None, tuple[ExpertPrompts, ...]]:
         config, findings = self.config, self.findings
         none = tuple(ExpertPrompts() for _ in config.experts)
@@ -274,7 +274,23 @@ class _Preparation:
                         "has no positive_prompts, and the tokenizer no token that texts begin with",
                         "add some prompts",
                     )
-        return encoder, encode_prompts(config, encoder, base, documents, findings)
+        prompts = encode_prompts(config, encoder, base, documents, findings)
+        if "experts" in gate.USES:
+            self._check_known(encoder, prompts, donors)
+        return encoder, prompts
+
+    def _check_known(
+        self, encoder: Encoder, prompts: tuple[ExpertPrompts, ...], donors: list[Donor | None]
+    ) -> None:
+        """Record experts that do not know a token that their own text would begin with."""
+        for expert, donor in zip(prompts, donors, strict=True):
+            begun = expert.positive or (encoder.start(),)
+            last = max((token for prompt in begun for token in prompt.ids), default=0)
+            known = donor.model.config.get("vocab_size") if donor else None
+            if donor and isinstance(known, int) and last >= known:
+                what = f"its text would begin with token {last}, and it embeds {known}"
+                fix = "use other prompts, or gate_mode: ridge"
+                self.findings.problem(donor.where, what, fix)
 
     def _gate_inputs(
         self, gate: GateMode, settings: Any, prompts: tuple[ExpertPrompts, ...]

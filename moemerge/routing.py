@@ -14,6 +14,7 @@ from moemerge import recipe, routing_stats
 from moemerge.body import Body
 from moemerge.calibration import texts_of
 from moemerge.checkpoint import Donor
+from moemerge.compare import same_vocabulary
 from moemerge.config import parse_config
 from moemerge.dense import whole_model
 from moemerge.errors import InputError, Problem
@@ -53,6 +54,9 @@ def report(
     out, options, reporter = Path(out), options or Options(), reporter or Silent()
     config = _config_of(out)
     manifest = open_manifest(out) if (out / MANIFEST_FILE).exists() else None
+    if manifest:  # what was merged may be looked at
+        seed = manifest.plan.seed
+        options = dataclasses.replace(options, seed=seed, allow_crimes=True)
     count = next(int(config[key]) for key in _EXPERTS if key in config)
     per_token = next(int(config[key]) for key in _EXPERTS_PER_TOKEN if key in config)
     experts = manifest.plan.experts if manifest else tuple(f"expert {n}" for n in range(count))
@@ -115,8 +119,7 @@ def _prepared(manifest: Manifest, options: Options) -> Prepared:
     """The merge that the manifest tells of, made ready again from its sources."""
     config = parse_config(manifest.config)
     folder = Path(manifest.folder) if manifest.folder else None
-    config = dataclasses.replace(config, folder=folder)
-    return prepare(config, dataclasses.replace(options, seed=manifest.plan.seed))
+    return prepare(dataclasses.replace(config, folder=folder), options)
 
 
 @dataclass(frozen=True)
@@ -141,11 +144,14 @@ class _Reading:
             if k <= count and set_experts_per_token(model, k):
                 by_count[str(k)] = self._losses(model, f"{k} experts a token")
         del model
-        sources = {
-            name: self._losses(dense, name)
-            for name, dense in _sources(manifest, self.options, self.reporter)
-        }
-        return routed, {"by_experts_per_token": by_count, "sources": sources}
+        measured: dict[str, Any] = {"by_experts_per_token": by_count, "sources": {}, "experts": {}}
+        last = max(token for of_one in self.passages.values() for p in of_one for token in p.ids)
+        for kind, name, dense in _sources(manifest, self.options, self.reporter):
+            if last < dense.config.vocab_size:
+                measured[kind][name] = self._losses(dense, name)
+            else:
+                self.reporter.say(f"{name} is not compared: it does not know token {last}")
+        return routed, measured
 
     def _routed(self, model: Any, losses: dict[str, float]) -> Iterator[Routed]:
         owner = {str(n): n for n in range(len(self.experts))}
@@ -166,8 +172,11 @@ class _Reading:
 
 def _sources(
     manifest: Manifest | None, options: Options, reporter: Reporter
-) -> Iterator[tuple[str, Any]]:
-    """Each dense model that the mixture was made of, and their average, one in memory at a time."""
+) -> Iterator[tuple[str, str, Any]]:
+    """Each dense model that the mixture was made of, and their average, one in memory at a time.
+
+    Before it stand its kind, `sources` or `experts`, and its name.
+    """
     if manifest is None:
         return
     try:
@@ -176,11 +185,13 @@ def _sources(
         reporter.say(f"the sources are not compared: {error.problems[0]}")
         return
     tensors = fetch(ready, options, reporter)
-    average = Body(ready.base, ready.donors, (1 / len(ready.donors),) * len(ready.donors))
-    yield "base", _dense(ready.base, tensors, options)
+    agree = all(same_vocabulary(ready.base, donor) for donor in ready.donors)
+    average = Body(ready.base, ready.donors, (1 / len(ready.donors),) * len(ready.donors), agree)
+    yield "sources", "base", _dense(ready.base, tensors, options)
     for donor in ready.donors:
-        yield donor.name, _dense(donor, tensors, options)
-    yield "average", whole_model(ready.base.model.config, average.recipe, tensors, options)
+        yield "experts", donor.name, _dense(donor, tensors, options)
+    model = whole_model(ready.base.model.config, average.recipe, tensors, options)
+    yield "sources", "average", model
 
 
 def _dense(donor: Donor, tensors: Tensors, options: Options) -> Any:
@@ -239,14 +250,8 @@ def _perplexities(name: str, per_token: int, measured: dict[str, Any]) -> dict[s
     found: dict[str, Any] = {
         "moe": math.exp(measured["by_experts_per_token"][str(per_token)][name])
     }
-    experts = {
-        source: math.exp(losses[name])
-        for source, losses in measured["sources"].items()
-        if source not in ("base", "average")
-    }
-    for source in ("base", "average"):
-        if source in measured["sources"]:
-            found[source] = math.exp(measured["sources"][source][name])
+    found |= {source: math.exp(losses[name]) for source, losses in measured["sources"].items()}
+    experts = {expert: math.exp(losses[name]) for expert, losses in measured["experts"].items()}
     return found | ({"experts": experts} if experts else {})
 
 

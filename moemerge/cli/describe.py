@@ -74,7 +74,8 @@ def routing_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"own expert first {summary['t1']:.0%}, among the first two {summary['t2']:.0%}"
     for text in found["texts"]:
         if text["perplexity"]:
-            numbers = {**text["perplexity"], **text["perplexity"].get("experts", {})}
-            cells = [f"{who} {number:.2f}" for who, number in numbers.items() if who != "experts"]
+            said = dict(text["perplexity"])
+            numbers = [*said.pop("experts", {}).items()]
+            cells = [f"{who} {number:.2f}" for who, number in [*said.items(), *numbers]]
             yield f"perplexity on {text['name']}: {', '.join(cells)}"
     yield from found["verdicts"]

@@ -44,13 +44,15 @@ def routers(task: Task) -> Routers:
     """
     own, written = task.settings, []
     assert task.encoder is not None
+    read = task.body.base.model.config["vocab_size"]  # the body has no row for what lies beyond
     for index, donor in enumerate(task.donors):
+        beyond = range(read, donor.model.config["vocab_size"])
         texts = write_texts(
             donor,
             f"expert {index}",
             task.experts[index].positive or (task.encoder.start(),),
             own,
-            task.encoder.special(),
+            [*task.encoder.special(), *beyond],
             task.sources,
             task.options,
             task.reporter,
