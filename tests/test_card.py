@@ -20,7 +20,7 @@ def test_names_prompts_and_text_are_no_markup(babies: dict[str, Path]) -> None:
     )
     config = replace(config, experts=(expert, config.experts[1]))
     ready = make_plan(config)
-    text = card.render(config, ready.plan, ready.checkpoints)
+    text = card.render(config, ready.plan, ready.checkpoints, {})
     assert "28.96K parameters, 28.96K active a token" in text
     row = next(line for line in text.splitlines() if line.startswith("| 0 |"))
     assert row == (

@@ -19,7 +19,8 @@ from moemerge import Options, architectures, gates, make_plan, merge, pipeline, 
 from moemerge.checkpoint import normalise
 from moemerge.config import parse_config
 from moemerge.plan import Plan
-from moemerge.router_inputs import router_inputs
+from moemerge.reporting import Silent
+from moemerge.router_inputs import Passage, router_inputs
 
 BODIES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
@@ -173,10 +174,15 @@ def test_same_config_and_seed_same_bytes(
     )
     outs = [tmp_path / name for name in ("a", "b", "lazy")]
     for out in outs:
-        merge(config, out, Options(seed=3, lazy=out.name == "lazy"))
+        merge(
+            config, out, Options(seed=3, lazy=out.name == "lazy", jobs=8 if out.name == "b" else 1)
+        )
     assert files(outs[0]) == files(outs[1]) == files(outs[2])
     merge(config, tmp_path / "other", Options(seed=4))
     assert files(tmp_path / "other") != files(outs[0])
+    name = "model-00001-of-00002.safetensors"
+    routers = [load_file(out / name) for out in (outs[0], tmp_path / "other")]
+    assert same_bytes(*routers) == ("seed" not in gates.find(mode).USES)
 
 
 def test_shards_in_any_order_give_the_same_bytes(
@@ -347,9 +353,8 @@ def test_hidden_gates_see_what_the_routers_of_the_mixture_see(
         block.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
     sources = {text: opened.tensors for text, opened in ready.checkpoints.items()}
     prompts = [prompt for expert in ready.prompts for prompt in expert.positive]
-    from moemerge.reporting import Silent
-
-    collected = list(router_inputs(ready.base, sources, prompts, Options(), Silent()))
+    passages = list(map(Passage, prompts))
+    collected = list(router_inputs(ready.body, sources, passages, Options(), Silent()))
     for number, prompt in enumerate(prompts):
         seen.clear()
         with torch.inference_mode():
@@ -370,7 +375,7 @@ def test_every_router_row_is_the_unit_mean_of_its_prompts(
     tmp_path: Path, babies: dict[str, Path]
 ) -> None:
     base, first, _ = babies.values()
-    text = simple_config(base, [base, first]).replace(
+    text = simple_config(base, [base, first], "gate_mode: hidden_avg").replace(
         "    positive_prompts:\n      - code python\n      - function class\n",
         "    positive_prompts: [code python, function class function class function]\n"
         "    negative_prompts: [dragon]\n",

@@ -1,0 +1,313 @@
+"""A body that is the experts' average: what is averaged, by which weights, and what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from babies import make_adapter, make_model, save_weights, simple_config, write_config
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from moemerge import InputError, Options, VerifyError, make_plan, merge, parse_config
+from moemerge import verify_checkpoint as verify
+from moemerge.shard_file import file_checksum
+
+HEAD = "gate_mode: random\nbody: average"
+VOCABULARY = {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def body_of(directory: Path) -> dict[str, torch.Tensor]:
+    """A mixture's tensors but for MLPs and routers; a dense model's but for MLPs."""
+    mlps = (".mlp.", ".block_sparse_moe.")
+    return {n: t for n, t in tensors(directory).items() if not any(m in n for m in mlps)}
+
+
+def weighted(base: Path, experts: list[Any], weights: list[Any]) -> str:
+    head, *listed = simple_config(base, experts, HEAD).split("  - ")
+    parts = zip(listed[::3], listed[1::3], listed[2::3], weights, strict=True)
+    return head + "".join(
+        f"  - {source}  - {one}  - {other}    body_weight: {weight}\n"
+        for source, one, other, weight in parts
+    )
+
+
+def check_mean(
+    made: dict[str, torch.Tensor], parts: list[dict[str, torch.Tensor]], weights: list[float]
+) -> None:
+    """Every tensor is the weighted mean, up to its dtype's rounding."""
+    assert made
+    for name, tensor in made.items():
+        wanted = sum(w * part[name].double() for w, part in zip(weights, parts, strict=True))
+        wanted = wanted / sum(weights)
+        tolerance = torch.finfo(tensor.dtype).eps
+        torch.testing.assert_close(tensor.double(), wanted, atol=tolerance, rtol=2 * tolerance)
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1], [1, 2, 0.5], [0, 3, 1]])
+def test_the_body_is_the_weighted_mean_of_the_experts(
+    tmp_path: Path, babies: dict[str, Path], weights: list[float]
+) -> None:
+    experts = list(babies.values())
+    text = weighted(babies["base"], experts, weights)
+    merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
+    check_mean(body_of(tmp_path / "out"), [body_of(e) for e in experts], weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_is_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
+    experts = [make_model(tmp_path / str(n), seed=n, dtype=dtype) for n in range(3)]
+    text = weighted(experts[0], experts, [1, 2, 3])
+    merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
+    made = body_of(tmp_path / "out")
+    assert {tensor.dtype for tensor in made.values()} == {dtype}
+    check_mean(made, [body_of(expert) for expert in experts], [1, 2, 3])
+
+
+def test_the_experts_stay_what_they_are(tmp_path: Path, babies: dict[str, Path]) -> None:
+    base, first, second = babies.values()
+    for body in ("base", "average"):
+        head = f"gate_mode: random\nbody: {body}"
+        text = simple_config(base, [first, second], head)
+        merge(write_config(tmp_path / "c.yaml", text), tmp_path / body)
+    ours, theirs = (tensors(tmp_path / body) for body in ("average", "base"))
+    experts = [name for name in ours if ".experts." in name]
+    assert len(experts) == 12
+    assert all(torch.equal(ours[name], theirs[name]) for name in experts)
+
+
+@pytest.mark.parametrize("weights", [[1, 1], [1, 0], [0.3, 7]])
+def test_the_average_of_one_model_is_a_copy_of_it(
+    tmp_path: Path, babies: dict[str, Path], weights: list[float]
+) -> None:
+    base, first, second = babies.values()
+    experts = [first, second if 0 in weights else first]
+    text = weighted(base, experts, weights)
+    merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
+    made, wanted = body_of(tmp_path / "out"), body_of(first)
+    assert made.keys() == wanted.keys()
+    for name, tensor in made.items():
+        assert tensor.numpy().tobytes() == wanted[name].numpy().tobytes(), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
+def test_identity(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Experts that are all the base model give its logits, whoever's the body is."""
+    base = make_model(tmp_path / "base", **changes)
+    text = simple_config(base, [base, base, base], "body: average")
+    merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
+    ids = torch.tensor([[1, *range(4, 34)]])
+    with torch.inference_mode():
+        dense, mixture = (
+            AutoModelForCausalLM.from_pretrained(path).eval()(ids).logits
+            for path in (base, tmp_path / "out")
+        )
+    assert (dense - mixture).abs().max() <= 1e-5
+
+
+def test_routers_see_the_average(tmp_path: Path, babies: dict[str, Path]) -> None:
+    """The rows are made of what the averaged body shows them, not the base's."""
+    base, first, second = babies.values()
+    routers = []
+    for body in ("base", "average"):
+        head = f"gate_mode: hidden_avg\nbody: {body}"
+        text = simple_config(base, [first, second], head)
+        merge(write_config(tmp_path / "c.yaml", text), tmp_path / body)
+        routers.append(tensors(tmp_path / body)["model.layers.0.block_sparse_moe.gate.weight"])
+    assert (routers[0] - routers[1]).abs().max() > 1e-2
+    ready = make_plan(tmp_path / "c.yaml")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "average").eval()
+    block = model.model.layers[0].mlp
+    seen: list[torch.Tensor] = []
+    block.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    for row, expert in zip(routers[1], ready.prompts, strict=True):
+        means = []
+        for prompt in expert.positive:
+            with torch.inference_mode():
+                model(torch.tensor([prompt.ids]))
+            means.append(seen.pop()[prompt.own :].mean(0))
+        wanted = torch.stack(means).mean(0)
+        torch.testing.assert_close(row, wanted / wanted.norm(), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapters_changes_of_attention_are_in_the_average(
+    tmp_path: Path, babies: dict[str, Path]
+) -> None:
+    from peft import PeftModel
+
+    base, first, _ = babies.values()
+    adapter = make_adapter(tmp_path / "adapter", base)
+    text = simple_config(base, [f"{base}+{adapter}", first], HEAD)
+    notes = merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out").notes
+    assert not any("are not used" in note for note in notes), notes
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    merged, other = peft.merge_and_unload().state_dict(), tensors(first)
+    for name, tensor in body_of(tmp_path / "out").items():
+        wanted = (merged[name] + other[name]) / 2
+        torch.testing.assert_close(tensor, wanted, atol=1e-5, rtol=1e-5)
+    assert verify(tmp_path / "out").compared == len(tensors(tmp_path / "out")) - 2
+
+
+@pytest.mark.parametrize("how", ["size", "ids"])
+def test_embeddings_are_the_bases_where_vocabularies_differ(
+    tmp_path: Path, babies: dict[str, Path], how: str
+) -> None:
+    base, first, _ = babies.values()
+    size = 70 if how == "size" else 64
+    other = make_model(tmp_path / "other", seed=5, vocab_size=size)
+    if how == "ids":
+        path = other / "tokenizer.json"
+        data = json.loads(path.read_text())
+        vocabulary = data["model"]["vocab"]
+        vocabulary["code"], vocabulary["python"] = vocabulary["python"], vocabulary["code"]
+        path.write_text(json.dumps(data))
+    text = simple_config(base, [first, other], HEAD)
+    notes = merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out").notes
+    assert "body: embeddings are the base's: other has another vocabulary" in notes
+    made = body_of(tmp_path / "out")
+    for name in VOCABULARY:
+        assert torch.equal(made.pop(name), tensors(base)[name])
+    check_mean(made, [body_of(first), body_of(other)], [1, 1])
+
+
+OTHER_ATTENTION: dict[str, dict[str, Any]] = {
+    "rope_parameters": {"rope_theta": 500000.0},
+    "num_attention_heads": {"num_attention_heads": 8, "head_dim": 8},
+    "num_key_value_heads": {"num_key_value_heads": 4},
+    "head_dim": {"head_dim": 16},
+    "sliding_window": {"family": "mistral", "sliding_window": 7},
+}
+
+
+@pytest.mark.parametrize("key", OTHER_ATTENTION)
+def test_attentions_that_have_no_average_are_refused(
+    tmp_path: Path, babies: dict[str, Path], key: str
+) -> None:
+    changes, base = OTHER_ATTENTION[key], babies["base"]
+    other = make_model(tmp_path / "other", **changes)
+    if changes.get("family"):
+        base = make_model(tmp_path / "base", **{**changes, "sliding_window": 9})
+    text = simple_config(base, [base, other], HEAD)
+    with pytest.raises(InputError) as refused:
+        merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
+    lines = [str(problem) for problem in refused.value.problems]
+    assert any(
+        line.startswith(f"c.yaml:9: experts[1].source_model: {key} is ")
+        and line.endswith("such attentions have no average: use body: base")
+        for line in lines
+    ), lines
+    assert not (tmp_path / "out").exists()
+    make_plan(parse_config(text.replace("body: average", "body: base")))
+
+
+def test_a_weight_without_effect_is_said(babies: dict[str, Path]) -> None:
+    base, first, second = babies.values()
+    text = weighted(base, [first, second], [1, 2]).replace("body: average", "body: base")
+    notes = make_plan(parse_config(text)).notes
+    assert "experts[1].body_weight has no effect: body is base" in notes
+    assert not any("experts[0].body_weight" in note for note in notes)
+
+
+BAD: dict[str, tuple[str, list[Any], str]] = {
+    # what is wrong: (the body, its weights, words of the problem)
+    "unknown body": ("avrage", [1, 2], "body: 'avrage' is no body; did you mean 'average'?"),
+    "a body that is a list": ("[a]", [1, 2], "body: is a list; write text"),
+    "all weights 0": ("average", [0, 0], "experts: have no body_weight above 0; give one"),
+    "a negative weight": ("average", [3, -2], "is -2; a weight is 0 or more"),
+    "a weight of text": ("average", [1, "much"], "is 'much'; write a number"),
+    "a weight that is infinite": ("average", [1, ".inf"], "is '.inf'; write a number"),
+    "a weight that is absurd": ("average", [1, "1e31"], "is 1e+31; a weight is 0 or more"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_body_is_refused_for(tmp_path: Path, babies: dict[str, Path], kind: str) -> None:
+    base, first, second = babies.values()
+    body, weights, words = BAD[kind]
+    text = weighted(base, [first, second], weights).replace("average", body)
+    with pytest.raises(InputError) as refused:
+        merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
+    [problem] = refused.value.problems
+    assert words in str(problem) and problem.where.startswith("c.yaml:"), problem
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["missing", "of another shape"])
+def test_a_tensor_of_an_experts_attention_that_cannot_be_averaged_is_refused(
+    tmp_path: Path, babies: dict[str, Path], what: str
+) -> None:
+    base, first, _ = babies.values()
+    other = make_model(tmp_path / "other")
+    name, state = "model.layers.1.self_attn.q_proj.weight", tensors(other)
+    wrong = state.pop(name)[:16].clone()
+    save_weights(other, state if what == "missing" else {**state, name: wrong})
+    with pytest.raises(InputError) as refused:
+        make_plan(parse_config(simple_config(base, [first, other], HEAD)))
+    [problem] = refused.value.problems
+    assert "experts[1].source_model" in problem.where and name in problem.what
+    make_plan(parse_config(simple_config(base, [first, other], "gate_mode: random")))
+
+
+def test_any_number_of_jobs_and_shards_give_the_same_bytes(
+    tmp_path: Path, babies: dict[str, Path]
+) -> None:
+    base, first, second = babies.values()
+    adapter = make_adapter(tmp_path / "adapter", base)
+    text = weighted(base, [f"{base}+{adapter}", first, second], [1, 2, 3])
+    config = write_config(tmp_path / "c.yaml", text)
+    found = []
+    for jobs in (1, 8):
+        out = tmp_path / str(jobs)
+        merge(config, out, Options(jobs=jobs, shard_size="16KB"))
+        found.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert found[0] == found[1]
+    merge(config, tmp_path / "whole")
+    whole, cut = tensors(tmp_path / "whole"), tensors(tmp_path / "1")
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+
+
+def test_verify_compares_the_average(tmp_path: Path, babies: dict[str, Path]) -> None:
+    """A changed byte is found though the manifest's checksum is made to fit."""
+    base, first, second = babies.values()
+    out = tmp_path / "out"
+    text = simple_config(base, [first, second], HEAD)
+    merge(write_config(tmp_path / "c.yaml", text), out)
+    verify(out)
+    shard, manifest = out / "model-00002-of-00002.safetensors", out / "moemerge.json"
+    content = shard.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    name = "model.layers.1.self_attn.q_proj.weight"
+    at = 8 + int.from_bytes(content[:8], "little") + header[name]["data_offsets"][0] + 5
+    shard.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    data = json.loads(manifest.read_text())
+    data["files"][shard.name]["xxh3"] = file_checksum(shard)
+    manifest.write_text(json.dumps(data))
+    with pytest.raises(VerifyError, match=f"{name} is not what its sources give"):
+        verify(out)
+
+
+def test_a_config_keeps_its_body(babies: dict[str, Path]) -> None:
+    base, first, second = babies.values()
+    config = parse_config(weighted(base, [first, second], [1, 2]))
+    assert (config.body, config.experts[1].body_weight) == ("average", 2.0)
+    again = parse_config(type(config)(**{**vars(config), "text": ""}).as_yaml())
+    assert again == config
+    plans = {
+        make_plan(parse_config(text)).plan.digest
+        for text in (
+            weighted(base, [first, second], [1, 2]),
+            weighted(base, [first, second], [1, 3]),
+            simple_config(base, [first, second], "gate_mode: random"),
+        )
+    }
+    assert len(plans) == 3
