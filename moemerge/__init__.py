@@ -17,11 +17,13 @@ from moemerge.errors import (
     VerifyError,
     WriteError,
 )
+from moemerge.new_routers import regate
 from moemerge.options import Options
 from moemerge.pipeline import Merged, make_plan, merge
 from moemerge.plan import Plan, PlannedTensor, Shard, Source
 from moemerge.prepare import Prepared
 from moemerge.reporting import Reporter, Silent
+from moemerge.routing import report as routing_report
 from moemerge.verify import Verified, verify_checkpoint
 from moemerge.version import __version__
 
@@ -50,5 +52,7 @@ __all__ = [
     "make_plan",
     "merge",
     "parse_config",
+    "regate",
+    "routing_report",
     "verify_checkpoint",
 ]

@@ -114,11 +114,12 @@ def draw(logits: Matrix, uniform: Any, sampling: Sampling) -> Any:
     import numpy as np
 
     scaled = logits.astype(np.float64) / sampling.temperature
-    order = np.argsort(-scaled, axis=1, kind="stable")
-    falling = np.take_along_axis(scaled, order, axis=1)
-    chances = np.exp(falling - falling[:, :1])
-    sums = np.cumsum(chances / chances.sum(axis=1, keepdims=True), axis=1)
-    kept = np.concatenate([np.ones((len(sums), 1), bool), sums[:, :-1] < sampling.top_p], axis=1)
-    top = np.where(kept, sums, 0).max(axis=1)
-    rank = np.minimum((sums < (uniform * top)[:, None]).sum(axis=1), kept.sum(axis=1) - 1)
-    return np.take_along_axis(order, rank[:, None], axis=1)[:, 0]
+    chances = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    if sampling.top_p < 1:
+        order = np.argsort(-chances, axis=1, kind="stable")
+        falling = np.take_along_axis(chances, order, axis=1)
+        before = np.cumsum(falling, axis=1) - falling
+        falling[before >= sampling.top_p * falling.sum(axis=1, keepdims=True)] = 0
+        np.put_along_axis(chances, order, falling, axis=1)
+    sums = np.cumsum(chances, axis=1)
+    return (sums <= uniform[:, None] * sums[:, -1:]).sum(axis=1)
