@@ -87,7 +87,7 @@ class _Preparation:
         check_dtype(config, findings)
         self._check_device(gate)
         self._check_ray()
-        encoder, prompts = self._prompts(gate, base, donors)
+        encoder, prompts = self._prompts(gate, settings, base, donors)
         for donor in donors:
             if base and donor:
                 compare(
@@ -104,7 +104,7 @@ class _Preparation:
             findings.refuse()
             raise AssertionError("unreachable")
         self._note_what_has_no_effect(gate, base, donors)
-        if "experts" in gate.USES:
+        if "experts" in gate.USES and any(donors):
             self._check_room_for([donor for donor in donors if donor], settings)
         if findings.problems:  # tensors are named from a config that is not trusted yet
             self._check_output(out, None, ())
@@ -250,7 +250,11 @@ class _Preparation:
             self.findings.problem("--ray", "Ray is not installed", "pip install 'moemerge[ray]'")
 
     def _prompts(
-        self, gate: GateMode | None, base: Donor | None, donors: list[Donor | None]
+        self,
+        gate: GateMode | None,
+        settings: Any,
+        base: Donor | None,
+        donors: list[Donor | None],
     ) -> tuple[Encoder | None, tuple[ExpertPrompts, ...]]:
         config, findings = self.config, self.findings
         none = tuple(ExpertPrompts() for _ in config.experts)
@@ -274,18 +278,33 @@ class _Preparation:
                         "has no positive_prompts, and the tokenizer no token that texts begin with",
                         "add some prompts",
                     )
-        prompts = encode_prompts(config, encoder, base, documents, findings)
+        apart = "experts" not in gate.USES  # which go on from the same prompts in their own ways
+        prompts = encode_prompts(config, encoder, base, documents, findings, apart)
         if "experts" in gate.USES:
-            self._check_known(encoder, prompts, donors)
+            self._check_own_text(encoder, prompts, [base, *donors], settings)
         return encoder, prompts
 
-    def _check_known(
-        self, encoder: Encoder, prompts: tuple[ExpertPrompts, ...], donors: list[Donor | None]
+    def _check_own_text(
+        self,
+        encoder: Encoder,
+        prompts: tuple[ExpertPrompts, ...],
+        models: list[Donor | None],
+        settings: Any,
     ) -> None:
-        """Record experts that do not know a token that their own text would begin with."""
-        for expert, donor in zip(prompts, donors, strict=True):
-            begun = expert.positive or (encoder.start(),)
-            last = max((token for prompt in begun for token in prompt.ids), default=0)
+        """Record what is too long to be written and read, and beginnings that an expert lacks.
+
+        The first of `models` is the base, the others are the experts.
+        """
+        begun = [expert.positive or (encoder.start(),) for expert in prompts]
+        longest = max((len(prompt.ids) for of_one in begun for prompt in of_one), default=0)
+        positions = [d.model.config.get("max_position_embeddings") for d in models if d]
+        most = min((limit for limit in positions if isinstance(limit, int)), default=2**63)
+        if settings and longest + settings.tokens > most:
+            what = f"is {settings.tokens}, after prompts of up to {longest}; the models take {most}"
+            fix = f"write at most {most - longest}, or shorten the prompts"
+            self.findings.problem(self.config.where("gate.tokens"), what, fix)
+        for of_one, donor in zip(begun, models[1:], strict=True):
+            last = max((token for prompt in of_one for token in prompt.ids), default=0)
             known = donor.model.config.get("vocab_size") if donor else None
             if donor and isinstance(known, int) and last >= known:
                 what = f"its text would begin with token {last}, and it embeds {known}"

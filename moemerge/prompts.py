@@ -65,7 +65,10 @@ def check_prompts(config: MergeConfig, findings: Findings) -> None:
 
 
 def _check_apart(
-    config: MergeConfig, experts: Iterable[tuple[Iterable[Any], Iterable[Any]]], findings: Findings
+    config: MergeConfig,
+    experts: Iterable[tuple[Iterable[Any], Iterable[Any]]],
+    findings: Findings,
+    apart: bool = True,
 ) -> None:
     """Record experts whose positive and negative prompts, in any order, are another's or equal.
 
@@ -80,7 +83,7 @@ def _check_apart(
         if both[0] == both[1]:
             what = "its positive and negative prompts are the same, token for token"
             findings.problem(where, what, "change one of them")
-        elif both in seen:
+        elif both in seen and apart:
             findings.problem(
                 where,
                 f"has, token for token, the same prompts as experts[{seen[both]}], so no router "
@@ -106,10 +109,12 @@ def encode_prompts(
     base: Donor,
     documents: Sequence[Sequence[str]],
     findings: Findings,
+    apart: bool = True,
 ) -> tuple[ExpertPrompts, ...]:
     """Every expert's prompts as the base model reads them; record those that it cannot.
 
     `documents` are each expert's calibration texts; of these, the first `CALIBRATION_TOKENS` count.
+    With `apart`, no two experts may have the same prompts.
     """
     limits = base.model.config.get("max_position_embeddings"), base.model.config.get("vocab_size")
 
@@ -139,7 +144,7 @@ def encode_prompts(
     )
     if len(findings.problems) == refused:  # else some are left out here
         ids = (([p.ids for p in e.own], [p.ids for p in e.negative]) for e in encoded)
-        _check_apart(config, ids, findings)
+        _check_apart(config, ids, findings, apart)
     return encoded
 
 

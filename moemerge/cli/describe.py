@@ -54,7 +54,7 @@ def router_lines(merged: Any) -> Iterator[str]:
     elif merged.plan.gate_mode in ("random", "uniform_random"):
         yield "routers: random, so they choose nothing yet: train them"
     elif len(merged.plan.experts) > 1:
-        yield "routers: not measured; `moemerge routing` shows how they route text"
+        yield "routers: not measured; `moemerge routing --text` shows how they route text"
 
 
 def routing_lines(found: dict[str, Any]) -> Iterator[str]:
