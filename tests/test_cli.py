@@ -384,3 +384,62 @@ def test_shares_say_what_is_still_to_come(
     assert run(*line, "2/2") == 2
     assert "'2/2' is no share" in capsys.readouterr().err
     assert run(*line, "0/2", "--overwrite") == 2
+
+
+ENDS = {
+    "ridge": (
+        "routers: ",
+        "of the prompts' tokens find their expert first when their prompt is held",
+    ),
+    "random": ("routers: random, so they choose nothing yet: train them",),
+    "uniform_random": ("routers: random, so they choose nothing yet: train them",),
+    "cheap_embed": ("routers: not measured; `moemerge routing",),
+}
+
+
+@pytest.mark.parametrize("mode", ENDS)
+def test_a_merge_ends_with_what_its_routers_are_worth(
+    mode: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(config.read_text() + f"gate_mode: {mode}\n")
+    assert run(config, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert all(words in said for words in ENDS[mode]), said
+    if mode == "ridge":
+        routing = json.loads((tmp_path / "out/moemerge.json").read_text())["routing"]
+        assert f"routers: {routing['t1']:.0%} of the prompts'" in said and "(chance 50%)" in said
+
+
+def test_poor_routers_are_told_what_would_help(
+    tmp_path: Path, babies: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two experts of one vocabulary, so that no prompt tells whose another one is."""
+    base = babies["base"]
+    text = f"base_model: {base}\nexperts:\n" + "".join(
+        f"  - {{ source_model: {base}, name: {name}, positive_prompts: [{prompts}] }}\n"
+        for name, prompts in (
+            ("one", "code story, story code chat"),
+            ("two", "story code, chat code"),
+        )
+    )
+    assert run(write_config(tmp_path / "c.yaml", text), tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    routing = json.loads((tmp_path / "out/moemerge.json").read_text())["routing"]
+    assert routing["t1"] < 0.75
+    assert "what would help: whole sentences" in said
+    for pair in routing["collisions"]:
+        one, other = (("one", "two")[e] for e in pair["experts"])
+        assert f"{one} and {other} collide: {pair['share']:.0%} of {one}'s tokens" in said
+        assert all(repr(text) in said for text in pair["texts"]) and pair["texts"]
+    assert routing["collisions"]
+
+
+@pytest.mark.parametrize("command", ["regate", "routing"])
+def test_the_other_commands_show_their_options(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command, "--help") == 0
+    said = capsys.readouterr().out
+    assert "--lazy" in said and "--device" in said
+    assert ("--text NAME=FILE" in said) == (command == "routing")
+    assert "--overwrite" not in said and "--shard-size" not in said

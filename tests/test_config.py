@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from babies import simple_config
 
-from moemerge import Expert, InputError, MergeConfig, make_plan, parse_config
+from moemerge import Expert, InputError, MergeConfig, gates, make_plan, parse_config
 
 
 def test_paths_lists_and_whole_numbers_are_taken() -> None:
@@ -33,6 +33,8 @@ def test_paths_lists_and_whole_numbers_are_taken() -> None:
         (lambda: MergeConfig("m", (), experts_per_token=1.5), "MergeConfig.experts_per_token",
          "is 1.5; write a whole number"),
         (lambda: MergeConfig("m", (), dtype=float), "MergeConfig.dtype", "write text"),
+        (lambda: MergeConfig("m", (), gate="ridge"), "MergeConfig.gate", "write a mapping"),
+        (lambda: MergeConfig("m", (), gate=["ridge"]), "MergeConfig.gate", "write a mapping"),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_is_refused(make: Any, where: str, what: str) -> None:
@@ -63,3 +65,45 @@ def test_a_name_that_is_given_is_kept(babies: dict[str, Path]) -> None:
     config = parse_config(simple_config(base, [first, base]))
     experts = (config.experts[0], replace(config.experts[1], name="first"))
     assert make_plan(replace(config, experts=experts)).plan.experts == ("first-2", "first")
+
+
+GATES: list[dict[str, Any]] = [
+    {"mode": "ridge", "lambda": 1e-5, "on_policy": True},
+    {"mode": "self", "samples": 3, "temperature": 0.7},
+    {"kappa": 20},
+]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_gates_options_of_python_are_those_of_yaml(
+    gate: dict[str, Any], babies: dict[str, Path]
+) -> None:
+    base, first, _ = babies.values()
+    experts = (Expert(str(base), ("code",)), Expert(str(first), ("story",), body_weight=2.0))
+    config = MergeConfig(str(base), experts, gate=gate, body="average")
+    assert config.mode == gate.get("mode", "ridge")
+    again = parse_config(config.as_yaml())
+    assert again == config
+    assert make_plan(again).plan == make_plan(config).plan
+
+
+def test_nothing_said_of_the_gate_is_the_default() -> None:
+    for text in ("", "gate:\n", "gate: {}\n", "gate: { mode: }\n", "gate: { mode: ridge }\n",
+                 "gate_mode: ridge\ngate: { mode: ridge }\n"):  # fmt: skip
+        config = parse_config(f"base_model: a\n{text}experts: []\n")
+        assert config.mode == "ridge"
+
+
+@pytest.mark.parametrize("mode", gates.names())
+def test_every_option_of_a_gate_mode_can_be_said_as_it_is(
+    mode: str, babies: dict[str, Path]
+) -> None:
+    """What a file of the folder declares, with its own defaults, changes nothing."""
+    declared = getattr(gates.find(mode), "Settings", None)
+    said = {name.rstrip("_"): value for name, value in vars(declared()).items()} if declared else {}
+    base, first, _ = babies.values()
+    plain = parse_config(simple_config(base, [base, first], f"gate: {{ mode: {mode} }}"))
+    full = replace(plain, gate={"mode": mode, **said})
+    assert make_plan(parse_config(full.as_yaml())).plan == make_plan(plain).plan
+    with pytest.raises(InputError, match=rf"gate\.nonsense: is no option of gate mode {mode}"):
+        make_plan(replace(plain, gate={"mode": mode, "nonsense": 1}))

@@ -10,7 +10,7 @@ from babies import make_tokenizer, write_config
 
 from moemerge import InputError, RunError, make_plan, merge
 from moemerge.config import parse_config
-from moemerge.prompts import Encoder
+from moemerge.prompts import Encoder, Prompt
 
 
 def test_what_the_post_processor_adds_stands_before_and_does_not_count(tmp_path: Path) -> None:
@@ -147,3 +147,34 @@ def test_the_real_model_reads_its_document_separator_first(smollm2: Path) -> Non
     """SmolLM2-Instruct names chat markup as its bos_token; it was not trained to see that first."""
     encoder = Encoder(smollm2)
     assert encoder.encode("Hello").ids[0] == encoder.tokenizer.token_to_id("<|endoftext|>")
+
+
+def test_the_start_of_every_text_is_what_stands_before_one(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    assert Encoder(tmp_path).start() == Prompt((1,), 1)
+    assert Encoder(tmp_path).special() == [0, 1, 2, 3]
+    make_tokenizer(tmp_path, post_processor=False)
+    assert Encoder(tmp_path).start() == Prompt((1,), 1)
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert Encoder(tmp_path).start() == Prompt((), 0)
+
+
+def test_tokens_are_spelled_so_that_together_they_are_the_text(smollm2: Path) -> None:
+    encoder = Encoder(smollm2)
+    for text in ("Hello, world\n", "naïve 東京 🙂🙃 end", "🙂"):
+        ids = encoder.tokenizer.encode(text, add_special_tokens=False).ids
+        spelled = encoder.spelled(ids)
+        assert (len(spelled), "".join(spelled)) == (len(ids), text)
+    cut = encoder.tokenizer.encode("a🙂", add_special_tokens=False).ids[:-1]
+    assert len(encoder.spelled(cut)) == len(cut)
+
+
+def test_own_text_may_begin_with_the_same_prompts(babies: dict[str, Path]) -> None:
+    """Each expert goes on from them in its own way."""
+    base, first, _ = babies.values()
+    text = (
+        f"base_model: {base}\ngate_mode: self\nexperts:\n"
+        f"  - {{ source_model: {base}, positive_prompts: [tell me] }}\n"
+        f"  - {{ source_model: {first}, positive_prompts: [tell me] }}\n"
+    )
+    assert make_plan(parse_config(text)).plan.gate_mode == "self"

@@ -19,6 +19,7 @@ from babies import make_adapter, make_model, save_weights
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from moemerge import gates
 from moemerge.cli import app
 
 GOOD = """\
@@ -134,6 +135,64 @@ EDITS = {
                           "0 or more"),
     "gate_mode misspelled": ("cheap_embed", "hiden_avg", "config.yaml:2: gate_mode",
                              "'hiden_avg'", "did you mean 'hidden_avg'?"),
+    "gate a list": ("gate_mode: cheap_embed", "gate: [ridge]", "config.yaml:2: gate", "is a list",
+                    "write `key: value`"),
+    "gate a word": ("gate_mode: cheap_embed", "gate: ridge", "config.yaml:2: gate", "is 'ridge'",
+                    "write `key: value`"),
+    "gate mode misspelled": ("gate_mode: cheap_embed", "gate:\n  mode: rigde",
+                             "config.yaml:3: gate.mode", "'rigde' is no gate mode", "'ridge'?"),
+    "gate modes disagree": ("gate_mode: cheap_embed", "gate: { mode: ridge }\ngate_mode: hidden",
+                            "config.yaml:2: gate.mode", "is 'ridge', gate_mode is 'hidden'",
+                            "keep one"),
+    "gate option misspelled": ("gate_mode: cheap_embed", "gate:\n  mode: ridge\n  lambada: 1",
+                               "config.yaml:4: gate.lambada", "is no option of gate mode ridge",
+                               "did you mean 'lambda'?"),
+    "gate option of another mode": ("gate_mode: cheap_embed", "gate: { mode: hidden, lambda: 1 }",
+                                    "config.yaml:2: gate.lambda", "no option of gate mode hidden",
+                                    "one of: kappa"),
+    "gate option of the default": ("gate_mode: cheap_embed", "gate: { samples: 3 }",
+                                   "config.yaml:2: gate.samples", "no option of gate mode ridge",
+                                   "one of: kappa, lambda, on_policy"),
+    "gate option of a mode without": ("gate_mode: cheap_embed", "gate: { mode: random, kappa: 3 }",
+                                      "config.yaml:2: gate.kappa", "no option of gate mode random",
+                                      "remove it: it has none"),
+    "gate option twice": ("gate_mode: cheap_embed", "gate:\n  kappa: 1\n  kappa: 2",
+                          "config.yaml:4: gate.kappa", "stands twice", "keep one"),
+    "gate option a list": ("gate_mode: cheap_embed", "gate: { kappa: [1] }",
+                           "config.yaml:2: gate.kappa", "is a list", "write one value"),
+    "kappa of text": ("gate_mode: cheap_embed", "gate: { kappa: much }",
+                      "config.yaml:2: gate.kappa", "is 'much'", "write a number"),
+    "kappa in quotes": ("gate_mode: cheap_embed", "gate: { kappa: '3' }",
+                        "config.yaml:2: gate.kappa", "is '3'", "write a number"),
+    "kappa true": ("gate_mode: cheap_embed", "gate: { kappa: true }",
+                   "config.yaml:2: gate.kappa", "is True", "write a number"),
+    "kappa 0": ("gate_mode: cheap_embed", "gate: { kappa: 0 }", "config.yaml:2: gate.kappa",
+                "is 0", "write a number above 0"),
+    "kappa NaN": ("gate_mode: cheap_embed", "gate: { kappa: .nan }", "config.yaml:2: gate.kappa",
+                  "is nan", "write a number above 0"),
+    "kappa infinite": ("gate_mode: cheap_embed", "gate: { kappa: .inf }",
+                       "config.yaml:2: gate.kappa", "is inf", "write a smaller number"),
+    "lambda negative": ("gate_mode: cheap_embed", "gate: { lambda: -1e-3 }",
+                        "config.yaml:2: gate.lambda", "is -0.001", "write a number above 0"),
+    "on_policy a number": ("gate_mode: cheap_embed", "gate: { on_policy: 1 }",
+                           "config.yaml:2: gate.on_policy", "is 1", "write true or false"),
+    "samples fractional": ("gate_mode: cheap_embed", "gate: { mode: self, samples: 1.5 }",
+                           "config.yaml:2: gate.samples", "is 1.5", "write a whole number"),
+    "samples 0": ("gate_mode: cheap_embed", "gate: { mode: self, samples: 0 }",
+                  "config.yaml:2: gate.samples", "is 0", "write a number above 0"),
+    "samples astronomical": ("gate_mode: cheap_embed",
+                             f"gate: {{ mode: self, samples: {10**400} }}",
+                             "config.yaml:2: gate.samples", "is 1000", "write a smaller number"),
+    "own text longer than the model takes": (
+        "gate_mode: cheap_embed", "gate: { mode: self, tokens: 127 }", "config.yaml:2: gate.tokens",
+        "is 127, after prompts of up to 3; the models take 128", "write at most 125"),
+    "top_p above 1": ("gate_mode: cheap_embed", "gate: { mode: self, top_p: 1.1 }",
+                      "config.yaml:2: gate.top_p", "is 1.1", "at most 1"),
+    "temperature 0": ("gate_mode: cheap_embed", "gate: { mode: self, temperature: 0 }",
+                      "config.yaml:2: gate.temperature", "is 0", "write a number above 0"),
+    "calibration missing": ("name: coder", "calibration: ./none.txt",
+                            "config.yaml:12: experts[0].calibration", "there is no ./none.txt",
+                            "name a UTF-8 text or jsonl file"),
     "dtype misspelled": ("bfloat16", "bfloat61", "config.yaml:3: dtype", "'bfloat61'",
                          "did you mean 'bfloat16'?"),
     "base_model missing": ("base_model: {base}\n", "", "config.yaml:1", "base_model is missing",
@@ -227,6 +286,13 @@ def test_a_whole_file_is_refused_that_is(
     text, *words = WHOLE[kind]
     problems = refused_config(text, babies, tmp_path)
     assert all(word in problems[0] for word in words), problems
+
+
+def test_no_experts_is_told_whatever_the_gate_mode(babies: dict[str, Path], tmp_path: Path) -> None:
+    for mode in gates.names():
+        text = f"base_model: {babies['base']}\ngate_mode: {mode}\nexperts: []\n"
+        [problem] = refused_config(text, babies, tmp_path)
+        assert "config.yaml:3: experts: is empty; list at least one expert" in problem
 
 
 def test_a_config_that_is_not_there_is_refused(tmp_path: Path) -> None:
