@@ -76,10 +76,11 @@ def compare(
 
 
 def same_vocabulary(base: Donor, expert: Donor) -> bool:
-    """Whether each token has one id, and its row one place, in both models."""
-    sizes = {donor.model.config.get("vocab_size") for donor in (base, expert)}
+    """Whether each token has one id, and its rows in embedding and head one place, in both."""
+    configs = [donor.model.config for donor in (base, expert)]
+    shapes = {(c.get("vocab_size"), c.get("tie_word_embeddings")) for c in configs}
     line = _compare_vocabularies(base.model.directory, expert.model.directory)
-    return len(sizes) == 1 and line is None
+    return len(shapes) == 1 and line is None
 
 
 def _compare_vocabularies(base: Path, expert: Path) -> str | None:

@@ -178,7 +178,8 @@ class _Preparation:
         agree = [same_vocabulary(base, donor) for donor in donors]
         if not all(agree):
             name = donors[agree.index(False)].name
-            self.findings.note(f"body: embeddings are the base's: {name} has another vocabulary")
+            what = f"{name} has another vocabulary, or another head on it"
+            self.findings.note(f"body: embeddings and head are the base's: {what}")
         total = sum(weights)
         return Body(base, tuple(donors), tuple(w / total for w in weights), all(agree))
 
