@@ -199,6 +199,21 @@ def test_an_expert_with_an_adapter_reads_with_it(
     assert found["perplexity"]["experts"]["lora"] == pytest.approx(wanted, rel=1e-4)
 
 
+def test_an_expert_that_does_not_know_a_token_is_not_compared(
+    tmp_path: Path, babies: dict[str, Path], texts: dict[str, Path]
+) -> None:
+    base, first, _ = babies.values()
+    small = make_model(tmp_path / "small", vocab_size=20)
+    text = simple_config(base, [first, small])
+    merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
+    result = routing(tmp_path / "out", "--text", f"first={texts['second']}", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "note: small is not compared: it does not know token 29" in result.stderr
+    [found] = json.loads(result.stdout)["texts"]
+    assert set(found["perplexity"]) == {"moe", "base", "average", "experts"}
+    assert set(found["perplexity"]["experts"]) == {"first"}
+
+
 def test_every_number_of_experts_is_that_model(built: Path, found: dict[str, Any]) -> None:
     assert set(found["by_experts_per_token"]) == {"1", "2", "3"}
     for k, overall in found["by_experts_per_token"].items():
