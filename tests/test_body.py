@@ -127,7 +127,8 @@ def test_routers_see_the_average(tmp_path: Path, babies: dict[str, Path]) -> Non
     assert (routers[0] - routers[1]).abs().max() > 1e-2
     ready = make_plan(tmp_path / "c.yaml")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "average").eval()
-    block = model.model.layers[0].mlp
+    layer = model.model.layers[0]
+    block = getattr(layer, "mlp", None) or layer.block_sparse_moe
     seen: list[torch.Tensor] = []
     block.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
     for row, expert in zip(routers[1], ready.prompts, strict=True):
