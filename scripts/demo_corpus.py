@@ -13,6 +13,12 @@
 | sql    | generated here, over the tables of          | generated here, over the tables of        |
 |        | SQL_TRAIN                                   | SQL_HELDOUT                               |
 
+Text of no domain, on which no expert is trained, is `other`: two novels out of the tests of
+pierrec/lz4, the Devil's Dictionary, the Jargon File (public domain), German manual pages of shadow
+and the Python of click (BSD-3-Clause).
+
+    python scripts/demo_corpus.py       # writes examples/heldout/other.jsonl
+
 Needs Debian or a relative (`apt-get download`, `dpkg-deb`, `groff`) and `npm`.
 """
 
@@ -44,10 +50,14 @@ FRENCH_TRAIN = ["manpages-fr"]
 FRENCH_HELDOUT = ["passwd", "xz-utils"]  # passwd is shadow's package
 XZ_PUBLIC_DOMAIN = "xz.1.gz"  # the scripts' pages in xz-utils are GPL-2+
 FRENCH_WORDS = r"\b(?:le|la|les|un|une|des|du|de|et|est|sont|que|qui|pour|dans|ce|ne|pas)\b"
+GERMAN_WORDS = r"\b(?:der|die|das|den|dem|ein|eine|und|ist|sind|wird|werden|zu|mit|nicht|für)\b"
 ENGLISH_WORDS = r"\b(?:the|is|are|of|to|and|be|with|this|not|for|command|must)\b"
 SPDX = "spdx-license-list@6.12.0"
 LEGAL_HELDOUT = "CC0 PDDL ECL EUPL OFL Python PostgreSQL Vim W3C Zimbra AFL NASA CDLA"
 LEGAL_LEFT_OUT = "OSL Apache CNRI PSF CC ODC"  # share sentences with a held-out text
+NOVELS_PACKAGE = "golang-github-pierrec-lz4-dev"
+NOVELS = ("Mark.Twain-Tom.Sawyer.txt", "pg1661.txt")  # the latter: Sherlock Holmes
+DICTIONARIES = {"dict-devil": "\nABASEMENT,", "dict-jargon": "\nabbrev\n"}  # where each begins
 SQL_DOCUMENTS = 700
 SQL_HELDOUT_DOCUMENTS = 24
 
@@ -55,13 +65,16 @@ SQL_HELDOUT_DOCUMENTS = 24
 def documents(domain: str, cache: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Return the training and the held-out documents of `domain`, by name, in a fixed order.
 
-    Packages are kept in `cache`. Raises RuntimeError when one cannot be fetched.
+    Packages are kept in `cache`; `other` has nothing to train on. Raises RuntimeError when a
+    package cannot be fetched.
     """
     if domain == "c":
         return _headers(C_TRAIN, cache), _headers(C_HELDOUT, cache)
     if domain == "french":
         heldout = _manuals(FRENCH_HELDOUT, cache)
-        return _manuals(FRENCH_TRAIN, cache), {name: _prose(heldout[name]) for name in heldout}
+        return _manuals(FRENCH_TRAIN, cache), {
+            name: _prose(heldout[name], FRENCH_WORDS) for name in heldout
+        }
     if domain == "legal":
         return _licences(cache)
     if domain == "sql":
@@ -72,7 +85,9 @@ def documents(domain: str, cache: Path) -> tuple[dict[str, str], dict[str, str]]
                 for i in range(SQL_HELDOUT_DOCUMENTS)
             },
         )
-    raise ValueError(f"{domain!r} is not one of {', '.join(DOMAINS)}")
+    if domain == "other":
+        return {}, _other(cache)
+    raise ValueError(f"{domain!r} is not one of {', '.join(DOMAINS)}, other")
 
 
 def _headers(packages: Iterable[str], cache: Path) -> dict[str, str]:
@@ -94,8 +109,8 @@ def _headers(packages: Iterable[str], cache: Path) -> dict[str, str]:
     return found
 
 
-def _manuals(packages: Iterable[str], cache: Path) -> dict[str, str]:
-    """Every French manual page of some Debian packages, one paragraph a line, unindented."""
+def _manuals(packages: Iterable[str], cache: Path, language: str = "fr") -> dict[str, str]:
+    """Every manual page of some Debian packages, one paragraph a line, unindented."""
     found = {}
     groff = [
         "groff",
@@ -112,7 +127,7 @@ def _manuals(packages: Iterable[str], cache: Path) -> dict[str, str]:
         "-dAD=l",
     ]
     for package in packages:
-        root = _debian_package(package, cache) / "usr/share/man/fr"
+        root = _debian_package(package, cache) / "usr/share/man" / language
         for path in sorted(root.rglob("*.gz")):
             if path.is_symlink() or (package == "xz-utils" and path.name != XZ_PUBLIC_DOMAIN):
                 continue
@@ -127,13 +142,13 @@ def _manuals(packages: Iterable[str], cache: Path) -> dict[str, str]:
     return found
 
 
-def _prose(text: str) -> str:
-    """Keep the paragraphs that are whole French sentences: some of these pages are half English."""
+def _prose(text: str, words: str) -> str:
+    """Keep the paragraphs that are whole sentences with `words`: some pages are half English."""
     kept = [
         line
         for line in text.splitlines()
         if len(line) > 60
-        and len(re.findall(FRENCH_WORDS, line)) * 12 > len(line.split())
+        and len(re.findall(words, line)) * 12 > len(line.split())
         and not re.search(ENGLISH_WORDS, line)
     ]
     return "\n\n".join(kept) + "\n"
@@ -152,6 +167,28 @@ def _licences(cache: Path) -> tuple[dict[str, str], dict[str, str]]:
         elif family not in LEGAL_LEFT_OUT.split():
             train[path.stem] = text
     return train, heldout
+
+
+def _other(cache: Path) -> dict[str, str]:
+    """Six documents of no domain."""
+    found = {}
+    tests = "usr/share/gocode/src/github.com/pierrec/lz4/testdata"
+    for name in NOVELS:
+        path = _debian_package(NOVELS_PACKAGE, cache) / tests / name
+        text = path.read_text(encoding="utf-8-sig", errors="ignore")
+        text = text.partition("*** START OF")[2] or text
+        found[f"{NOVELS_PACKAGE}: {name}"] = _tidy(text.partition("\nEnd of the Project")[0])
+    for package, start in DICTIONARIES.items():
+        path = next((_debian_package(package, cache) / "usr/share/dictd").glob("*.dict.dz"))
+        text = gzip.decompress(path.read_bytes()).decode()
+        found[f"{package}: {path.stem}"] = _tidy(start + text.partition(start)[2])
+    pages = _manuals(["passwd"], cache, "de").values()
+    prose = "\n".join(_prose(page, GERMAN_WORDS) for page in pages)
+    found["passwd: German pages"] = _tidy(prose)
+    modules = sorted(_debian_package("python3-click", cache).rglob("click/*.py"))
+    texts = [path.read_text(encoding="utf-8") for path in modules]
+    found["python3-click: modules"] = _tidy("\n\n".join(texts))
+    return found
 
 
 def _tidy(text: str) -> str:
@@ -515,3 +552,18 @@ def _reference(draw: random.Random, tables: tuple[Table, ...]) -> tuple[Table, T
         if kind == "ref" and any(k != "ref" for _, k in table[1])
     ]
     return draw.choice(found)
+
+
+def main() -> None:
+    """Write the passages of `other`; those of the domains are written where they are trained."""
+    from smollm2 import model_dir
+    from train_demo_experts import _heldout_passages, _write_passages
+    from transformers import AutoTokenizer
+
+    train, heldout = documents("other", model_dir().parent / "demo-corpus")
+    passages = _heldout_passages(train, heldout, AutoTokenizer.from_pretrained(model_dir()), 0)
+    _write_passages(Path(__file__).parent.parent / "examples/heldout/other.jsonl", passages)
+
+
+if __name__ == "__main__":
+    main()
