@@ -62,7 +62,10 @@ def _read(named: str, beside: Path | None) -> list[str]:
     places = [Path(named).expanduser()]
     if beside and not places[0].is_absolute():
         places.append(beside / places[0])
-    path = next((place for place in places if place.exists()), None)
+    try:
+        path = next((place for place in places if place.exists()), None)
+    except OSError as error:  # a name that no disk takes
+        raise ValueError(f"{named} cannot be read ({error.strerror})") from error
     if path and path.is_file():
         return texts_of(path)
     if path is None and not is_hub_id(named):
@@ -92,5 +95,7 @@ def _texts(rows: Iterable[Any], where: str) -> Iterator[str]:
         if not all(isinstance(part, str) for part in parts):
             raise ValueError(f"{where}: row {number}: {column} is not text")
         text = "\n".join(map(str, parts))
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{where}: row {number} holds half a character (a surrogate)")
         if text.strip():
             yield text

@@ -471,6 +471,7 @@ BAD: dict[str, tuple[str, str | bytes | None, str]] = {
     "a list": ("a.jsonl", jsonl(["a"]), "row 1 has none of text"),
     "a number": ("a.jsonl", jsonl({"text": 7}), "row 1: text is not text"),
     "turns without text": ("a.jsonl", jsonl({"messages": [{"role": "user"}]}), "is not text"),
+    "half a character": ("a.jsonl", jsonl({"text": "\ud800"}), "row 1 holds half a character"),
     "null": ("a.jsonl", jsonl({"text": None}), "row 1: text is not text"),
 }
 
