@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -202,7 +203,7 @@ def default_lambda(tokens: float) -> float:
     On held-out text the right expert came first most often with 1 for 30 tokens, with .3 to 1 for
     100 to 1300, and the curve is flat there (`scripts/bench_routing.py`).
     """
-    return min(1.0, max(0.3, (30 / max(tokens, 1)) ** 0.5))
+    return min(1.0, max(0.3, math.sqrt(30 / max(tokens, 1))))
 
 
 def _ridge(

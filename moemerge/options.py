@@ -73,6 +73,7 @@ class Options:
     checksums: bool = True
     shards: str = ""
     ray: str = ""
+    stream: bool = False
     given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
@@ -117,8 +118,9 @@ class Options:
 
     @property
     def threads(self) -> int:
-        """How many threads write: `jobs`, else two a processor, for half of them wait for disks."""
-        return self.jobs or min(2 * (os.cpu_count() or 2), 16)
+        """How many threads write: `jobs`, else two a processor, for half of them wait for disks; at
+        least eight where they wait for the network."""
+        return self.jobs or max(min(2 * (os.cpu_count() or 2), 16), 8 * self.stream)
 
     @property
     def share(self) -> tuple[int, int] | None:

@@ -50,8 +50,10 @@ class Prepared:
 
     @property
     def folder(self) -> str | None:
-        """Where the config file stands."""
-        return str(self.config.folder) if self.config.folder else None
+        """Where the config file stands, if anything that it names is on this machine."""
+        local = any(source.directory for source in self.plan.sources)
+        local = local or any(expert.calibration for expert in self.config.experts)
+        return str(self.config.folder) if self.config.folder and local else None
 
     @property
     def base(self) -> Donor:

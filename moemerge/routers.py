@@ -38,9 +38,13 @@ def fetch(ready: Prepared, options: Options, reporter: Reporter) -> Tensors:
             needed[text] |= names
     found = {}
     for text, opened in ready.checkpoints.items():
-        if {opened.tensors[name].file.name for name in needed[text]} & set(opened.absent):
-            reporter.say(f"{text}: downloading what is needed into the Hub's cache")
-        opened = checkpoint.fetch(opened, needed[text], options.cache_dir)
+        files = {opened.tensors[name].file.name for name in needed[text]} & set(opened.absent)
+        if options.stream and files and not any(name.endswith(".bin") for name in files):
+            opened = checkpoint.streamed(opened)
+        else:
+            if files:
+                reporter.say(f"{text}: downloading what is needed into the Hub's cache")
+            opened = checkpoint.fetch(opened, needed[text], options.cache_dir)
         found[text] = opened.tensors
     return found
 

@@ -94,7 +94,10 @@ def _write_ranges(
         tensor, first, nbytes, offset = piece
         assert isinstance(tensor.recipe, Read)
         location = file.sources[tensor.recipe.source][tensor.recipe.tensor]
-        if not output.copy_range(location.file, location.offset + first, nbytes, offset):
+        local = location.remote is None
+        if not (
+            local and output.copy_range(location.file, location.offset + first, nbytes, offset)
+        ):
             for at, size in chunks(nbytes):
                 write((offset + at, size))
         done(nbytes)

@@ -2,7 +2,7 @@
 
 from moemerge.checkpoint.donor import Donor, Opener
 from moemerge.checkpoint.lora import Adapter, Delta
-from moemerge.checkpoint.model import Checkpoint, fetch
+from moemerge.checkpoint.model import Checkpoint, fetch, streamed
 from moemerge.checkpoint.model_config import normalise
 from moemerge.checkpoint.tensors import (
     FLOATS,
@@ -29,4 +29,5 @@ __all__ = [
     "read_bytes",
     "read_into",
     "read_rows",
+    "streamed",
 ]

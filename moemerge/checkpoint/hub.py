@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +23,18 @@ _SMALL_FILES = [
 ]  # fmt: skip
 _TIMEOUT = 10  # seconds, as huggingface_hub's own for a file's metadata
 _BLOCK = 1 << 16
+_TRIES, _WAIT, _LONGEST_WAIT = 6, 0.25, 30.0  # requests in vain, seconds, seconds
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file on the Hub at one commit: its `size` in bytes, and `etag`, its content's digest."""
+
+    repo: str
+    commit: str
+    file: str
+    size: int
+    etag: str
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Snapshot:
 
     directory: Path
     commit: str
-    files: tuple[str, ...]
+    files: dict[str, Remote]
     note: str = ""
 
 
@@ -72,48 +85,17 @@ def open_snapshot(reference: Reference, cache_dir: str | None) -> Snapshot:
             "check the name, or download it where there is a network",
         ) from failure
     note = f"{reason}, so what the cache holds of it is used" if failure else ""
-    return Snapshot(folder, folder.name, (), note)
+    return Snapshot(folder, folder.name, {}, note)
 
 
-def read_remote_header(snapshot: Snapshot, reference: Reference, file: str) -> dict[str, Any]:
-    """A remote safetensors file's header as JSON, by range requests (no weight is read).
-
-    Raises:
-        HubError: the file cannot be read.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        found = HfApi().parse_safetensors_file_metadata(
-            reference.repo, file, revision=snapshot.commit
-        )
-    except Exception as error:
-        raise HubError(*_unreadable(file, error)) from error
-    return {
-        name: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": list(t.data_offsets)}
-        for name, t in found.tensors.items()
-    }
-
-
-def open_remote(snapshot: Snapshot, reference: Reference, file: str) -> BinaryIO:
-    """A remote file to seek in and read; each read is a range request of `_BLOCK` bytes or more.
-
-    Raises:
-        HubError: the file cannot be read.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    try:
-        url = hf_hub_url(reference.repo, file, revision=snapshot.commit)
-        size = get_hf_file_metadata(url, timeout=_TIMEOUT).size
-    except Exception as error:
-        raise HubError(*_unreadable(file, error)) from error
-    return io.BufferedReader(_RemoteFile(url, size or 0, file), _BLOCK)
+def open_remote(remote: Remote) -> BinaryIO:
+    """A remote file to seek in and read; each read is a range request of `_BLOCK` bytes or more."""
+    return io.BufferedReader(_RemoteFile(remote), _BLOCK)
 
 
 class _RemoteFile(io.RawIOBase):
-    def __init__(self, url: str, size: int, name: str):
-        self.url, self.size, self.name, self.at = url, size, name, 0
+    def __init__(self, remote: Remote):
+        self.remote, self.at = remote, 0
 
     def readable(self) -> bool:
         return True
@@ -122,35 +104,105 @@ class _RemoteFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        starts = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.remote.size}
+        self.at = offset + starts[whence]
         return self.at
 
     def readinto(self, buffer: Any) -> int:
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported lazily
-            build_hf_headers,
-            get_session,
-            hf_raise_for_status,
-        )
+        size = max(0, min(len(buffer), self.remote.size - self.at))
+        if size:
+            read_range(self.remote, self.at, memoryview(buffer)[:size])
+        self.at += size
+        return size
 
-        end = min(self.at + len(buffer), self.size)
-        if end <= self.at:
-            return 0
-        headers = {
-            **build_hf_headers(),
-            "Accept-Encoding": "identity",
-            "Range": f"bytes={self.at}-{end - 1}",
-        }
+
+def read_range(remote: Remote, start: int, view: memoryview) -> None:
+    """Fill `view` with the remote file's bytes from `start`, over as many requests as it takes.
+
+    What came before a connection broke is kept. A busy or failing Hub is asked again, after as long
+    as it says or twice as long each time.
+
+    Raises:
+        HubError: it may not be read, is no longer what it was, or does not come.
+    """
+    done, failures = 0, 0
+    while done < len(view):
+        before = done
         try:
-            response = get_session().get(self.url, headers=headers, timeout=_TIMEOUT)
-            hf_raise_for_status(response)
-        except Exception as error:
-            raise HubError(*_unreadable(self.name, error)) from error
-        data: bytes = response.content
-        if len(data) != end - self.at:
-            raise HubError(f"{self.name}: the Hub sent {len(data)} bytes of a range", "try again")
-        buffer[: len(data)] = data
-        self.at = end
-        return len(data)
+            for piece in _range(remote, start + done, start + len(view)):
+                view[done : done + len(piece)] = piece
+                done += len(piece)
+            why, wait = f"it sent {done - before} bytes of a range", 0.0
+        except HubError:
+            raise
+        except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
+            why, wait = _one_line(error), _retry_after(error)
+            if explained := _explain(error):
+                raise HubError(*_of_file(remote.file, explained)) from error
+        failures = 0 if done > before else failures + 1
+        if done < len(view):
+            if failures == _TRIES:
+                raise HubError(
+                    f"{remote.file} cannot be read from the Hub ({why})", "try again later"
+                )
+            time.sleep(wait or min(_WAIT * 2**failures, _LONGEST_WAIT))
+
+
+def _range(remote: Remote, start: int, end: int) -> Iterator[bytes]:
+    """The bytes from `start` to `end` as they come, once the answer is known to be about them."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported lazily
+        build_hf_headers,
+        hf_raise_for_status,
+    )
+
+    url = hf_hub_url(remote.repo, remote.file, revision=remote.commit)
+    headers = {
+        **build_hf_headers(),
+        "Accept-Encoding": "identity",
+        "Range": f"bytes={start}-{end - 1}",
+    }
+    with _get(url, headers) as (response, pieces):
+        hf_raise_for_status(response)
+        first = (*response.history, response)[0].headers  # the Hub's own; then its storage's
+        etag = (first.get("x-linked-etag") or first.get("etag") or "").removeprefix("W/").strip('"')
+        commit = first.get("x-repo-commit") or remote.commit
+        if (etag or remote.etag) != remote.etag or commit != remote.commit:
+            raise HubError(f"{remote.file}: is another file than the plan saw", "run it again")
+        said = response.headers.get("content-range", "")
+        if response.status_code != 206 or not said.startswith(f"bytes {start}-"):
+            raise HubError(
+                f"{remote.file}: the server does not send parts of files", "run without --stream"
+            )
+        left = end - start
+        for piece in pieces:
+            yield piece[:left]
+            left -= len(piece)
+            if left <= 0:
+                return
+
+
+@contextmanager
+def _get(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Iterator[bytes]]]:
+    """An answer and its body in pieces, from httpx or from requests, whichever the library uses."""
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+    session: Any = get_session()
+    if callable(getattr(session, "stream", None)):  # httpx
+        with session.stream(
+            "GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True
+        ) as response:
+            yield response, response.iter_raw(1 << 20)
+    else:
+        with session.get(url, headers=headers, timeout=_TIMEOUT, stream=True) as response:
+            yield response, response.iter_content(1 << 20)
+
+
+def _retry_after(error: Exception) -> float:
+    """How long the Hub asks to wait, in seconds; 0 where it does not say."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    value = headers.get("retry-after", "")
+    return min(float(value), _LONGEST_WAIT) if value.isdigit() else 0.0
 
 
 def fetch(repo: str, commit: str, files: Iterable[str], cache_dir: str | None) -> None:
@@ -186,7 +238,12 @@ def _download_small_files(reference: Reference, cache_dir: str | None) -> Snapsh
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    info = HfApi().model_info(reference.repo, revision=reference.revision, timeout=_TIMEOUT)
+    def ask(revision: str | None) -> Any:
+        return HfApi().model_info(
+            reference.repo, revision=revision, timeout=_TIMEOUT, files_metadata=True
+        )
+
+    info = ask(reference.revision)
     with _bars(False):
         folder = Path(
             snapshot_download(
@@ -197,9 +254,18 @@ def _download_small_files(reference: Reference, cache_dir: str | None) -> Snapsh
             )
         )
     if folder.name != info.sha:  # pushed to between the two questions
-        info = HfApi().model_info(reference.repo, revision=folder.name, timeout=_TIMEOUT)
-    names = tuple(sibling.rfilename for sibling in info.siblings or ())
-    return Snapshot(folder, folder.name, names)
+        info = ask(folder.name)
+    files = {
+        one.rfilename: Remote(
+            reference.repo,
+            folder.name,
+            one.rfilename,
+            one.size or 0,
+            (one.lfs.sha256 if one.lfs else one.blob_id) or "",
+        )
+        for one in info.siblings or ()
+    }
+    return Snapshot(folder, folder.name, files)
 
 
 @contextmanager
@@ -260,10 +326,9 @@ def _explain(error: Exception) -> tuple[str, str] | None:
     return None
 
 
-def _unreadable(file: str, error: Exception) -> tuple[str, str]:
-    """What and fix for a file of which no part can be read."""
-    told = f"{file} cannot be read from the Hub ({_one_line(error)})", "try again later"
-    return _explain(error) or told
+def _of_file(file: str, explained: tuple[str, str]) -> tuple[str, str]:
+    """What `_explain` said of a repository, of one file of it."""
+    return f"{file}: {explained[0]}", explained[1]
 
 
 def _one_line(error: Exception) -> str:

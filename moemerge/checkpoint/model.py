@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -31,7 +31,7 @@ class SourceProblem(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One source, opened. `absent` are weight files that are still on the Hub alone.
+    """One source, opened. `absent` are weight files that are on the Hub alone.
 
     `fingerprint` tells this source's content from another's: the Hub's commit, or a digest of
     sizes, times and headers. `note` is a line that a person should read.
@@ -44,7 +44,7 @@ class Checkpoint:
     fingerprint: str
     commit: str | None = None
     modified: int | None = None
-    absent: tuple[str, ...] = ()
+    absent: dict[str, hub.Remote] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -94,8 +94,17 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -
                 if (location.dtype, location.shape) != (tensors[name].dtype, tensors[name].shape):
                     raise ReadError(f"{path}: {name} is not what the Hub said; run again")
                 tensors[name] = location
-    absent = tuple(file for file in checkpoint.absent if file not in files)
+    absent = {file: at for file, at in checkpoint.absent.items() if file not in files}
     return dataclasses.replace(checkpoint, tensors=tensors, absent=absent)
+
+
+def streamed(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with every absent file's tensors to be read from the Hub, as they are asked for."""
+    tensors = {
+        name: dataclasses.replace(at, remote=checkpoint.absent.get(at.file.name))
+        for name, at in checkpoint.tensors.items()
+    }
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) -> Checkpoint:
@@ -125,7 +134,7 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     newest = 0
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        found = _read_header(directory / file, reference, snapshot)
+        found = _read_header(directory / file, snapshot)
         for name, location in found.items():
             if index is None or index.get(name) == file:
                 tensors[name] = location
@@ -148,7 +157,8 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         )
     commit = snapshot.commit if snapshot else None
     fingerprint = commit or digest.hexdigest()
-    absent = tuple(file for file in files if not (directory / file).exists())
+    remote = snapshot.files if snapshot else {}
+    absent = {file: remote[file] for file in files if not (directory / file).exists()}
     note = snapshot.note if snapshot else ""
     return Checkpoint(
         reference=reference,
@@ -216,16 +226,13 @@ def _is_plain_name(file: object) -> bool:
     )
 
 
-def _read_header(
-    path: Path, reference: Reference, snapshot: hub.Snapshot | None
-) -> dict[str, Location]:
+def _read_header(path: Path, snapshot: hub.Snapshot | None) -> dict[str, Location]:
     try:
         if snapshot is None or path.exists():
             return _read_local_header(path)
-        if path.suffix == ".safetensors":
-            header = hub.read_remote_header(snapshot, reference, path.name)
-            return safetensors_file.check_header(header, path, 2**63, 0)
-        with hub.open_remote(snapshot, reference, path.name) as remote:
+        with hub.open_remote(snapshot.files[path.name]) as remote:
+            if path.suffix == ".safetensors":
+                return safetensors_file.read_header(path, remote)
             return torch_file.read_header(path, remote)
     except ValueError as error:
         raise SourceProblem(f"{path.name}: {error}", "download or save the model again") from error

@@ -9,31 +9,35 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moemerge.checkpoint.tensors import ITEMSIZE, MAX_DIMENSIONS, Location
 
 MAX_HEADER_BYTES = 100_000_000
 
 
-def read_header(path: Path) -> dict[str, Location]:
+def read_header(path: Path, remote: BinaryIO | None = None) -> dict[str, Location]:
     """The tensors of a safetensors file by name.
+
+    With `remote`, the file is read there and `path` is where it will be.
 
     Raises:
         ValueError: the file is truncated or its header claims what cannot be; says which.
         OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
+    with remote or path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or not 2 <= length <= MAX_HEADER_BYTES:
             raise ValueError(f"its header's length is {length} bytes, which no real file has")
         text = file.read(length)
+        size = file.seek(0, os.SEEK_END)
     if len(text) < length:
         raise ValueError(f"it is truncated: the header is {length} bytes, the file has fewer")
-    return check_header(parse_header(text), path, path.stat().st_size, 8 + length)
+    return check_header(parse_header(text), path, size, 8 + length)
 
 
 def parse_header(text: bytes) -> dict[str, Any]:

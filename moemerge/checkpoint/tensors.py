@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moemerge.checkpoint.hub import HubError, Remote, read_range
 from moemerge.errors import ReadError
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 class Location:
     """A tensor's bytes: `nbytes` at `offset` of `file`, row-major, little-endian.
 
-    `stamp` is the file's size and modification time (ns) when its header was read.
+    `stamp` is the file's size and modification time (ns) when its header was read. With `remote`,
+    the file is on the Hub, and its bytes are read there.
     """
 
     file: Path
@@ -38,6 +40,7 @@ class Location:
     dtype: str
     shape: tuple[int, ...]
     stamp: tuple[int, int] | None = None
+    remote: Remote | None = None
 
     @property
     def nbytes(self) -> int:
@@ -62,6 +65,12 @@ def read_into(location: Location, start: int, view: memoryview) -> None:
     Raises:
         ReadError: the file is gone, shorter than its header says, or changed since that was read.
     """
+    if location.remote:
+        try:
+            read_range(location.remote, location.offset + start, view)
+        except HubError as error:
+            raise ReadError(f"{location.remote.repo}: {error.what}; {error.fix}") from error
+        return
     try:
         with location.file.open("rb", buffering=0) as file:
             file.seek(location.offset + start)

@@ -46,12 +46,13 @@ def plan_lines(ready: Any, options: Options) -> Iterator[str]:
 
 def router_lines(merged: Any) -> Iterator[str]:
     """What a person should know of the routers that were made."""
+    from moemerge import gates
     from moemerge.routing_stats import verdict
 
     lines = list(verdict(merged.routing, merged.plan.experts))
     if lines:
         yield from lines
-    elif merged.plan.gate_mode in ("random", "uniform_random"):
+    elif not gates.find(merged.plan.gate_mode).USES - {"seed"}:
         yield "routers: random, so they choose nothing yet: train them"
     elif len(merged.plan.experts) > 1:
         yield "routers: not measured; `moemerge routing --text` shows how they route text"

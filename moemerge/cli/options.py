@@ -105,6 +105,13 @@ OPTIONS = {
         help="Write one share of the shards, as 0/8 to 7/8 on eight machines with one file system; "
         "the last to end completes OUT.",
     ),
+    "stream": _option(
+        bool,
+        False,
+        "--stream",
+        help="Keep no copy of models on the Hub: read the byte ranges that the merge needs, and no "
+        "others, straight into the output.",
+    ),
     "ray": _option(
         str,
         "",

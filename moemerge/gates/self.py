@@ -31,6 +31,8 @@ class Settings:
             samples=self.samples, tokens=self.tokens, temperature=self.temperature,
             top_p=self.top_p, **{"lambda": self.lambda_}, kappa=self.kappa,
         )  # fmt: skip
+        if self.samples * self.tokens > 10**7:
+            yield "samples", f"is {self.samples}", "write fewer: a thousand is much"
         if self.top_p > 1:
             yield "top_p", f"is {self.top_p:g}", "write a number above 0, at most 1"
 
