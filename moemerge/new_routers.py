@@ -10,6 +10,7 @@ from pathlib import Path
 from moemerge import card, output
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.config import MergeConfig, load_config
+from moemerge.costs import transfer
 from moemerge.errors import InputError, Problem, RunError
 from moemerge.options import Options
 from moemerge.output import Manifest
@@ -58,7 +59,9 @@ def regate(
         _write(out, options, reporter, ready, manifest)
     routing = output.read_manifest(out).routing
     seconds = time.monotonic() - begun
-    return Merged(plan, out, ready.notes, seconds, shard.nbytes, 0, routing)
+    return Merged(
+        plan, out, ready.notes, seconds, shard.nbytes, 0, routing, transfer(ready, options)
+    )
 
 
 def _write(

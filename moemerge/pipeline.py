@@ -15,6 +15,7 @@ from typing import Any
 from moemerge import card, output, recipe
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.config import MergeConfig, load_config
+from moemerge.costs import Transfer, check_cache_room, transfer
 from moemerge.disk import takes_direct
 from moemerge.errors import DiskFull, RunError
 from moemerge.options import Options
@@ -36,6 +37,7 @@ class Merged:
     `written` is what this run itself wrote, in bytes. Where several runs share the work, `missing`
     counts the shards that others have yet to finish; the model is whole when it is 0. `routing` is
     how the routers do on the prompts, held out (see `routing_stats.summary`); empty if not known.
+    `transfer` is what it had to have from the Hub.
     """
 
     plan: Plan
@@ -45,6 +47,7 @@ class Merged:
     written: int
     missing: int
     routing: dict[str, Any]
+    transfer: Transfer
 
 
 def make_plan(config: MergeConfig | str | Path, options: Options | None = None) -> Prepared:
@@ -82,6 +85,7 @@ def merge(
     config = _config(config)
     options = options or Options()
     ready = prepare(config, options, Path(out))
+    check_cache_room(ready, options, Path(out))
     return _Merge(Path(out), options, reporter or Silent(), ready).run()
 
 
@@ -110,7 +114,8 @@ class _Merge:
                         self._finish(sources)
         seconds = time.monotonic() - begun
         routing = {} if missing else output.read_manifest(self.out).routing
-        return Merged(self.plan, self.out, self.ready.notes, seconds, written, missing, routing)
+        hub, notes = transfer(self.ready, self.options), self.ready.notes
+        return Merged(self.plan, self.out, notes, seconds, written, missing, routing, hub)
 
     @contextmanager
     def _held(self, shared: bool, wait: bool = False) -> Iterator[None]:

@@ -367,6 +367,8 @@ class _Preparation:
         opened = self.opener.opened
         if "cache_dir" in flags and all(reference.directory for reference in opened):
             note("--cache-dir has no effect: no source is on the Hub")
+        if self.options.stream and not any(one.absent for one in opened.values()):
+            note("--stream has no effect: every source is on this disk")
         families = {d.model.config.get("model_type") for d in [base, *donors] if d}
         if self.options.allow_crimes and len(families) == 1:
             note("--allow-crimes has no effect: all models are of one family")

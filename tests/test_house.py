@@ -22,7 +22,7 @@ FLOORS = [
     ["architectures", "gates", "routing_stats"],
     ["layout"],
     ["prepare"],
-    ["write", "verify", "card", "memory", "routers", "page", "heat_map"],
+    ["write", "verify", "card", "costs", "routers", "page", "heat_map"],
     ["on_ray"],
     ["pipeline", "routing"],
     ["new_routers"],

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moemerge.checkpoint.reference import Reference
-from moemerge.errors import ReadError
+from moemerge.errors import ReadError, nearest
 
 _SMALL_FILES = [
     "config.json", "generation_config.json", "*.index.json", "tokenizer*", "chat_template*",
@@ -76,7 +76,7 @@ def open_snapshot(reference: Reference, cache_dir: str | None) -> Snapshot:
             return _download_small_files(reference, cache_dir)
         except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
             if explained := _explain(error):
-                raise HubError(*explained) from error
+                raise HubError(*_with_help(reference, error, explained)) from error
             reason, failure = f"the Hub cannot be reached ({_one_line(error)})", error
     folder = _cached(reference, Path(cache_dir or constants.HF_HUB_CACHE).expanduser())
     if folder is None:
@@ -324,6 +324,23 @@ def _explain(error: Exception) -> tuple[str, str] | None:
             "log in anew with `hf auth login`, or correct HF_TOKEN",
         )
     return None
+
+
+def _with_help(
+    reference: Reference, error: Exception, explained: tuple[str, str]
+) -> tuple[str, str]:
+    """What `_explain` said, with the page to go to, or the revision that was probably meant."""
+    from huggingface_hub import HfApi, constants, errors
+
+    what, fix = explained
+    if isinstance(error, errors.GatedRepoError):
+        return what, f"{fix}: {constants.ENDPOINT}/{reference.repo}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        with suppress(Exception):  # an answer less is no reason to fail otherwise
+            refs = HfApi().list_repo_refs(reference.repo)
+            names = [ref.name for ref in (*refs.branches, *refs.tags)]
+            return what, nearest(str(reference.revision), names)
+    return what, fix
 
 
 def _of_file(file: str, explained: tuple[str, str]) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -137,6 +138,10 @@ def merge(config: Config, out: Out, options: Options, terminal: Terminal) -> Non
     )
     for line in router_lines(merged):
         terminal.result(line)
+    hub = merged.transfer
+    if options.stream and hub.ranges:
+        saved = f"{size(max(0, hub.sources - hub.ranges))} of {size(hub.sources)} not needed"
+        terminal.result(f"read {size(hub.ranges)} from the Hub, {saved}, and kept none of it")
     rate = merged.written / max(merged.seconds, 1e-3)
     terminal.result(
         f"wrote {size(merged.written)} in {merged.seconds:.1f} s ({size(round(rate))}/s)"
@@ -153,7 +158,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
 ) -> None:
     """Show what a merge of CONFIG would build; headers are read, nothing is written."""
-    from moemerge.memory import expected_peak
+    from moemerge.costs import expected_peak, transfer
     from moemerge.pipeline import make_plan
 
     _check_config_path(config)
@@ -168,6 +173,7 @@ def plan(
             "active_parameters": made.active_parameters,
             "bytes": made.nbytes,
             "expected_peak_bytes": expected_peak(ready, options),
+            "transfer": dataclasses.asdict(transfer(ready, options)),
             "digest": made.digest,
             "notes": list(ready.notes),
         }

@@ -12,7 +12,7 @@ from moemerge.reporting import count, size
 def plan_lines(ready: Any, options: Options) -> Iterator[str]:
     """The plan for a person."""
     from moemerge import recipe
-    from moemerge.memory import expected_peak
+    from moemerge.costs import expected_peak, transfer
 
     made = ready.plan
     sources = {text: opened.tensors for text, opened in ready.checkpoints.items()}
@@ -31,6 +31,18 @@ def plan_lines(ready: Any, options: Options) -> Iterator[str]:
         "tensors are copied byte for byte, the others computed"
     )
     yield f"about {size(expected_peak(ready, options))} of memory at the peak"
+    hub = transfer(ready, options)
+    if hub.files or hub.cached:
+        yield (
+            f"from the Hub: {size(hub.files)} to download into the cache, which has "
+            f"{size(hub.cached)} of it; or {size(hub.ranges)} with --stream, and nothing is kept"
+        )
+        yield (
+            f"disk: {size(made.nbytes)} for the output"
+            + (f" and {size(hub.files)} for the cache, unless with --stream" if hub.files else "")
+        )
+    for text in hub.whole:
+        yield f"{text} holds .bin files alone: they are downloaded whole, even with --stream"
     yield f"base      {ready.base.model.reference.text}"
     for index, name in enumerate(made.experts):
         expert = ready.prompts[index]
