@@ -96,7 +96,7 @@ def test_on_policy_changes_every_router_above_the_first(babies: dict[str, Path])
     assert np.abs(on[1] - off[1]).max() > 1e-2
 
 
-@pytest.mark.parametrize("mode", ["ridge", "hidden", "self"])
+@pytest.mark.parametrize("mode", ["ridge, on_policy: false", "hidden", "self"])
 def test_kappa_is_the_spread_of_the_logits(babies: dict[str, Path], mode: str) -> None:
     base, first, second = babies.values()
     config = with_gate(base, [first, second], f"mode: {mode}, kappa: 3")

@@ -99,8 +99,8 @@ def test_the_plan_counts_what_is_to_come(tmp_path: Path, hub: FakeHub) -> None:
     modes = {
         mode: json.loads(run(hub, tmp_path, "plan", write_config(tmp_path / f"{number}.yaml",
               CONFIG.format(mode="ridge").replace("gate_mode: ridge", mode)), "--json").stdout)
-        for number, mode in enumerate(["gate_mode: random", "gate_mode: ridge",
-                                       "gate: {mode: ridge, on_policy: true}", "gate_mode: self"])
+        for number, mode in enumerate(["gate_mode: random", "gate: {on_policy: false}",
+                                       "gate_mode: ridge", "gate_mode: self"])
     }  # fmt: skip
     ranges = [plan["transfer"]["ranges"] for plan in modes.values()]
     assert ranges == sorted(set(ranges))  # each reads more than the one before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -19,7 +20,7 @@ from moemerge.errors import ReadError, nearest
 _SMALL_FILES = [
     "config.json", "generation_config.json", "*.index.json", "tokenizer*", "chat_template*",
     "additional_chat_templates/*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "adapter_config.json",
+    "merges.txt", "adapter_config.json", "README.md",
 ]  # fmt: skip
 _TIMEOUT = 10  # seconds, as huggingface_hub's own for a file's metadata
 _BLOCK = 1 << 16
@@ -205,15 +206,20 @@ def _retry_after(error: Exception) -> float:
     return min(float(value), _LONGEST_WAIT) if value.isdigit() else 0.0
 
 
-def fetch(repo: str, commit: str, files: Iterable[str], cache_dir: str | None) -> None:
-    """Download `files` of the repository at `commit` into the cache.
+def fetch(remotes: Iterable[Remote], cache_dir: str | None) -> None:
+    """Download files of one repository at one commit into the cache.
+
+    Their sizes and digests are checked, which huggingface_hub does not do: a resumed download may
+    have been given other bytes than it asked for.
 
     Raises:
-        ReadError: the download failed; what came is kept, so a new run goes on from there.
+        ReadError: the download failed; what came is kept, so a new run goes on from there. Or it
+            came damaged; then it is removed.
     """
     from huggingface_hub import snapshot_download
 
-    wanted = sorted(files)
+    files = {remote.file: remote for remote in remotes}
+    wanted, (repo, commit) = sorted(files), next((r.repo, r.commit) for r in files.values())
     try:
         with _bars(sys.stderr.isatty()):
             folder = snapshot_download(
@@ -222,8 +228,26 @@ def fetch(repo: str, commit: str, files: Iterable[str], cache_dir: str | None) -
     except Exception as error:
         raise _failed(repo, _one_line(error)) from error
     for file in wanted:  # without a network, some versions return what the cache holds
-        if not (Path(folder) / file).exists():
+        path = Path(folder) / file
+        if not path.exists():
             raise _failed(repo, f"{file} did not come")
+        if not _is_whole(path, files[file]):
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+            raise _failed(repo, f"{file} came damaged, or changed on the way")
+
+
+def _is_whole(path: Path, remote: Remote) -> bool:
+    """Whether a download has its size and, for large files, whose etag that is, its sha256."""
+    if remote.size and path.stat().st_size != remote.size:
+        return False
+    if len(remote.etag) != 64:
+        return True
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest() == remote.etag
 
 
 def _failed(repo: str, why: str) -> ReadError:

@@ -80,8 +80,7 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -
     files = {checkpoint.tensors[name].file.name for name in names} & set(checkpoint.absent)
     if not files:
         return checkpoint
-    reference, commit = checkpoint.reference, str(checkpoint.commit)
-    hub.fetch(reference.repo, commit, files, cache_dir)
+    hub.fetch([checkpoint.absent[file] for file in files], cache_dir)
     tensors = dict(checkpoint.tensors)
     for file in files:
         path = checkpoint.directory / file

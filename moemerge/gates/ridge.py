@@ -14,12 +14,13 @@ USES = frozenset({"prompts", "model"})
 class Settings:
     """`lambda`: the penalty, by default by the number of tokens; `kappa`: the logits' spread.
 
-    `on_policy`: each prompt runs through its own expert's MLPs, not the base model's.
+    `on_policy`: each prompt passes its own expert's MLPs, not the base model's, so that layers see
+    what they will see; it routes better, and reads the experts' MLPs twice.
     """
 
     lambda_: float | None = None
     kappa: float = KAPPA
-    on_policy: bool = False
+    on_policy: bool = True
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """What cannot be."""
