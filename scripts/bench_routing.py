@@ -126,7 +126,8 @@ def main() -> None:
         rows = []
         for row in evaluate(work, merges, domains, texts, options.passages):
             rows.append(row)
-            print(f"read: {row.label}, {row.body} body, {row.prompts}: {row.loss:.4f}", flush=True)
+            name = ", ".join(filter(None, (row.label, row.body, row.prompts)))
+            print(f"read: {name}: {row.loss:.4f}", flush=True)
     finally:
         shutil.rmtree(work)
     print(NOTES.format(runs=options.runs))
@@ -166,7 +167,7 @@ def parsed() -> argparse.Namespace:
     add("--no-peer", action="store_true", help="leave mergekit out, and with it what is closed")
     add("--json", type=Path, metavar="FILE", help="also write all of it there")
     add("--work", type=Path, metavar="DIR", help="work in a new directory in DIR (default: "
-        "the system's temporary directory); 10 GB for the demo")  # fmt: skip
+        "the system's temporary directory); 5 GB for the demo")  # fmt: skip
     options = parser.parse_args()
     if options.config is None:
         options.config = CONFIGS / "quickstart.yaml"
