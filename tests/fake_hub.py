@@ -57,7 +57,8 @@ class Request:
     """One request and its answer: `sent` counts the answer's bytes, `received` the body's.
 
     `file` is set for `resolve` and for the upload of an LFS file; `uploads` are the sizes of the
-    files within a commit; `fault` is the kind of the fault that it met.
+    files within a commit; `fault` is the kind of the fault that it met; `authorized` is whether a
+    token came with it.
     """
 
     method: str
@@ -70,6 +71,7 @@ class Request:
     range: str = ""
     fault: str = ""
     uploads: dict[str, int] = field(default_factory=dict)
+    authorized: bool = False
 
 
 @dataclass
@@ -257,6 +259,7 @@ class FakeHub:
         self.accounts: dict[str, Account] = {}
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
+        self.storage = ""  # the address of another that takes the uploads, as the Hub's does
         self._lock = threading.RLock()
         self._asked: Counter[tuple[str, str, str]] = Counter()
         self._digests: dict[Path, tuple[int, int, str]] = {}
@@ -609,7 +612,12 @@ class _Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
     def _answer(self) -> None:
-        self.asked_for = Request(self.command, self.path, range=self.headers.get("Range", ""))
+        self.asked_for = Request(
+            self.command,
+            self.path,
+            range=self.headers.get("Range", ""),
+            authorized="Authorization" in self.headers,
+        )
         self.incoming = _Incoming(self.rfile, self.headers, self.asked_for)
         self.fault: Fault | None = None
         self.limit: int | None = None
@@ -795,7 +803,7 @@ class _Handler(BaseHTTPRequestHandler):
         for wanted in asked["objects"]:
             oid = wanted["oid"]
             actions = {
-                "upload": {"href": f"{self.hub.url}/lfs/{repo}/put/{oid}"},
+                "upload": {"href": f"{self.hub.storage or self.hub.url}/lfs/{repo}/put/{oid}"},
                 "verify": {"href": f"{self.hub.url}/{repo}.git/info/lfs/verify"},
             }
             answer = {"oid": oid, "size": wanted["size"], "authenticated": True}
