@@ -20,8 +20,10 @@ from moemerge.errors import (
 from moemerge.new_routers import regate
 from moemerge.options import Options
 from moemerge.pipeline import Merged, make_plan, merge
+from moemerge.page import render as routing_page
 from moemerge.plan import Plan, PlannedTensor, Shard, Source
 from moemerge.prepare import Prepared
+from moemerge.publish import push
 from moemerge.reporting import Reporter, Silent
 from moemerge.routing import report as routing_report
 from moemerge.verify import Verified, verify_checkpoint
@@ -52,7 +54,9 @@ __all__ = [
     "make_plan",
     "merge",
     "parse_config",
+    "push",
     "regate",
+    "routing_page",
     "routing_report",
     "verify_checkpoint",
 ]

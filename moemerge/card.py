@@ -1,108 +1,444 @@
-"""The model card: metadata the Hub understands, who the experts are, and how to load the model."""
+"""The model card: what the mixture is, of whom it is made under which terms, and how to run it."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from moemerge.checkpoint import Checkpoint
+import yaml
+
+from moemerge import architectures
+from moemerge.checkpoint import Checkpoint, Donor
+from moemerge.checkpoint.reference import Reference, is_hub_id, parse_source
 from moemerge.config import MergeConfig
-from moemerge.plan import Plan
-from moemerge.reporting import count
+from moemerge.errors import one_line
+from moemerge.prepare import Prepared
+from moemerge.reporting import count, size
 from moemerge.routing_stats import verdict
+from moemerge.source_cards import Claims, claims_of, split_own
 from moemerge.version import __version__
 
-_BODIES = {"base": "the base model's", "average": "the average of the experts'"}
-_LOADING = """\
+_MOST_PROMPTS = 5
+_HUB = "https://huggingface.co"
+_SEAL = re.compile(r"(.*)<!-- moemerge:card ([0-9a-f]{16}) -->\n?", re.DOTALL)
+_LOCAL = re.compile(r"(?:^|[\s\"'(\[=:,])(?:~|/|\\\\|[A-Za-z]:\\)[\w.~-]", re.MULTILINE)
+
+_PYTHON = """\
 ```python
+# pip install torch "transformers>=4.57"
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{here}")
-model = AutoModelForCausalLM.from_pretrained("{here}", dtype="auto")
-```
-
+tokenizer = AutoTokenizer.from_pretrained({tokenizer})
+model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+{inputs}
+output = model.generate(**inputs, max_new_tokens=64)
+new = output[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(new, skip_special_tokens=True))
+```"""
+_PROMPT = 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
+_CHAT = """\
+messages = [{"role": "user", "content": "What can you do?"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)"""
+_OTHERS = """\
 ```sh
-convert_hf_to_gguf.py {here} --outfile model.gguf     # llama.cpp
-mlx_lm.generate --model {here} --prompt "Hello"       # mlx
-vllm serve {here}                                     # vLLM
-```
-"""
+# llama.cpp: convert once, then run
+convert_hf_to_gguf.py . --outfile model.gguf && llama-cli -m model.gguf -p "Once upon a time"
+# mlx-lm, on a Mac
+mlx_lm.generate --model . --prompt "Once upon a time"
+# vLLM: a server that speaks OpenAI's protocol
+vllm serve .
+```"""
 
 
-def render(
-    config: MergeConfig, plan: Plan, checkpoints: dict[str, Checkpoint], routing: dict[str, Any]
-) -> str:
-    """The card's text; `routing` is a summary of how the routers do.
-
-    Only Hub ids are linked; the config is the person's own, as written.
+@dataclass(frozen=True)
+class Told:
+    """What a person wants of the card: `own` is a card of theirs that comes first; without `config`
+    it shows neither the config nor any prompt.
     """
+
+    own: str = ""
+    config: bool = True
+
+
+def render(ready: Prepared, routing: dict[str, Any], told: Told, picture: str = "") -> str:
+    """The card's text, sealed with its digest.
+
+    `routing` is how the routers do (see `routing_stats.summary`), `picture` the file that shows it.
+    No path of this disk stands in it, and nothing that a config or a source says is markup.
+    """
+    claims = {text: claims_of(c.directory) for text, c in ready.checkpoints.items()}
+    keys, own = split_own(told.own)
+    head = yaml.safe_dump(
+        {**_metadata(ready, claims), **keys}, sort_keys=False, allow_unicode=True, width=1000
+    )
+    parts = [
+        f"---\n{head}---",
+        own,
+        f"#{'#' * bool(own)} A mixture of {len(ready.plan.experts)} experts",
+        *_what(ready),
+        *_experts(ready, told),
+        *_running(ready),
+        *_routing(ready, routing, told, picture),
+        *_limits(ready, routing),
+        *_sources(ready, claims),
+        *_making(ready, told),
+    ]
+    return seal("\n\n".join(filter(None, parts)) + "\n\n")
+
+
+def seal(text: str) -> str:
+    """The text with its digest at the end, by which `is_untouched` knows it."""
+    return f"{text}<!-- moemerge:card {_digest(text)} -->\n"
+
+
+def is_untouched(card: bytes) -> bool:
+    """Whether a card is what moemerge wrote, to the last letter."""
+    found = _SEAL.fullmatch(card.decode("utf-8", errors="replace").replace("\r\n", "\n"))
+    return found is not None and _digest(found[1]) == found[2]
+
+
+def picture(ready: Prepared, routing: dict[str, Any]) -> dict[str, Any]:
+    """The routers' report as `heat_map.save` draws it."""
+    names = _names(ready)
+    texts = [{**text, "name": names[text["expert"]]} for text in routing["texts"]]
+    return {"model": "Prompts, each held out", "experts": names, "texts": texts}
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
+
+
+def _metadata(ready: Prepared, claims: dict[str, Claims]) -> dict[str, Any]:
+    """What the Hub reads of the card."""
     from huggingface_hub import ModelCardData
 
-    models = [c for c in checkpoints.values() if not c.is_adapter and c.reference.repo]
+    opened = ready.checkpoints.values()
+    models = [c.reference.repo for c in opened if not c.is_adapter and c.reference.repo]
+    known = [claim for claim in claims.values() if claim.license]
+    shared = known[0] if len(known) == len(claims) and len({c.terms for c in known}) == 1 else None
+    terms = shared or Claims(license="other" if known else "unknown")
     data = ModelCardData(
-        base_model=[checkpoint.reference.repo for checkpoint in models] or None,
+        base_model=list(dict.fromkeys(models)) or None,
         base_model_relation="merge" if models else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["moe", "merge", "moemerge", plan.architecture],
+        tags=["moe", "merge", "moemerge", ready.plan.architecture],
+        license=terms.license,
+        license_name=terms.license_name or None,
+        license_link=terms.license_link or None,
+        language=sorted({one for claim in claims.values() for one in claim.language}) or None,
+        datasets=sorted({one for claim in claims.values() for one in claim.datasets}) or None,
     )
-    rows = [
-        f"| {index} | {_shown(name)} | {_prompts(expert.positive_prompts)} | "
-        f"{_prompts(expert.negative_prompts)} |"
-        for index, (name, expert) in enumerate(zip(plan.experts, config.experts, strict=True))
+    return dict(data.to_dict())  # type: ignore[no-untyped-call]
+
+
+def _what(ready: Prepared) -> Iterator[str]:
+    """What it is, for somebody who knows none of it, and its measures."""
+    plan, config = ready.plan, ready.config
+    number, per_token = len(plan.experts), plan.experts_per_token
+    body = f"the base model's, {_source(ready.base)}"
+    if config.body == "average":
+        weights = [expert.body_weight for expert in config.experts]
+        body = "the average of the experts'"
+        body += f" (weights {', '.join(f'{w:g}' for w in weights)})" * (len(set(weights)) > 1)
+    each = "is" if number == 1 else "are"
+    yield (
+        f"A language model put together from trained ones, without training it further: the "
+        f"feed-forward parts (MLPs) of {number} model{'s' * (number != 1)} {each} its experts, and "
+        f"in every layer a small router chooses {per_token} of {number} for each token. All "
+        f"else, attention, norms and embeddings, is {body}. It takes text and continues it, and "
+        f"runs wherever a {plan.architecture.capitalize()} runs."
+    )
+    context = plan.config.get("max_position_embeddings")
+    rows = {
+        "Parameters": f"{count(plan.parameters)}, of which {count(plan.active_parameters)} work on "
+        "any one token",
+        "Size": f"{size(plan.nbytes)} ({plan.config.get('dtype') or plan.dtype}), on disk and, "
+        "at least, in memory",
+        "Context": f"{context} tokens" if context else "",
+        "Routers": f"`{plan.gate_mode}`: {_gate(ready)}",
+    }
+    yield "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v)])
+
+
+def _gate(ready: Prepared) -> str:
+    """The gate mode in words, with its options."""
+    line = (ready.gate.__doc__ or "").partition("\n")[0].partition(": ")[2]
+    options = dataclasses.asdict(ready.settings) if ready.settings else {}
+    chosen = [
+        f"{key.rstrip('_')} {value:g}" if isinstance(value, float) else f"{key.rstrip('_')} {value}"
+        for key, value in options.items()
+        if value is not None
     ]
-    text = config.as_yaml().strip()
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
-    return "\n".join(
-        [
-            "---",
-            data.to_yaml().strip(),
-            "---",
-            f"# A mixture of {len(plan.experts)} experts",
-            "",
-            f"{count(plan.parameters)} parameters, {count(plan.active_parameters)} active a token "
-            f"({plan.experts_per_token} of {len(plan.experts)} experts), in {plan.architecture} "
-            f"format, made with moemerge {__version__}. Attention, norms and embeddings are "
-            f"{_BODIES[config.body]}, each expert's MLPs its own; routers: `{plan.gate_mode}`.",
-            "",
-            "| # | expert | positive prompts | negative prompts |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            *_routing(routing, plan.experts),
-            "## Loading",
-            "",
-            _LOADING.format(here="path/or/repository").strip(),
-            "",
-            "## Config",
-            "",
-            f"{fence}yaml",
-            text,
-            fence,
-            "",
-        ]
+    words = line.removeprefix("the default; ").rstrip(".")
+    return words + f" ({_shown(', '.join(chosen), 300)})" * bool(chosen)
+
+
+def _experts(ready: Prepared, told: Told) -> Iterator[str]:
+    """A table of who they are; columns in which nothing stands are left out."""
+    columns: dict[str, list[str]] = {"#": [], "expert": [], "made of": []}
+    prompts = {"for text like": "positive_prompts", "not for text like": "negative_prompts"}
+    uses = {"prompts", "any prompts"} & ready.gate.USES
+    for number, (name, donor, expert) in enumerate(
+        zip(_names(ready), ready.donors, ready.config.experts, strict=True)
+    ):
+        changes = {"noise": expert.noise_scale or None, "scaled by": expert.residual_scale}
+        extra = [f"{k} {v:g}" for k, v in changes.items() if v is not None and v != 1]
+        row = {"#": str(number), "expert": _shown(name)}
+        row["made of"] = ", ".join([_source(donor), *extra])
+        if told.config and uses:
+            row |= {title: _prompts(getattr(expert, key)) for title, key in prompts.items()}
+        if uses and expert.calibration:
+            row["calibrated on"] = _calibration(expert.calibration, ready.config.folder)
+        for title, value in row.items():
+            columns.setdefault(title, [""] * number).append(value)
+        for values in columns.values():
+            values += [""] * (number + 1 - len(values))
+    titles = [title for title, values in columns.items() if any(values)]
+    yield "## The experts"
+    if told.config and uses:
+        yield "Routers were set so that text like the prompts of an expert, shown here, finds it."
+    yield _table(titles, zip(*(columns[title] for title in titles), strict=True))
+
+
+def _running(ready: Prepared) -> Iterator[str]:
+    """A script that generates, and the commands of the other readers."""
+    names = {path.name for path in ready.carried}
+    chat = any(name.startswith("chat_template") for name in names)
+    if "tokenizer_config.json" in names and not chat:
+        said = (ready.base.model.directory / "tokenizer_config.json").read_bytes()
+        chat = b'"chat_template"' in said
+    yield "## Running it"
+    yield (
+        "`.` stands for this directory; get it with `hf download user/name --local-dir .` if it is "
+        "on the Hub, or write its name there, `user/name`, in place of `.` (not for llama.cpp)."
     )
+    tokenizer = '"."'
+    if not any(name.startswith(("tokenizer", "vocab")) for name in names):
+        tokenizer = f'"{ready.base.model.reference.repo or "path/to/the/base/model"}"'
+        yield "It comes without a tokenizer: the base model's is the one."
+    yield _PYTHON.format(tokenizer=tokenizer, inputs=_CHAT if chat else _PROMPT)
+    yield _OTHERS
 
 
-def _routing(routing: dict[str, Any], experts: Sequence[str]) -> Iterator[str]:
+def _routing(ready: Prepared, routing: dict[str, Any], told: Told, picture: str) -> Iterator[str]:
     """The routers' summary as a section; nothing where it is not known."""
-    if routing.get("confusion"):
-        lines = [f"- {_shown(line, 300)}" for line in verdict(routing, experts)]
-        yield from ("## Routing", "", *lines, "")
-        yield f"| prompts of | {' | '.join(map(_shown, experts))} |"
-        yield "|---" * (len(experts) + 1) + "|"
-        for name, row in zip(experts, routing["confusion"], strict=True):
-            yield f"| {_shown(name)} | {' | '.join(f'{share:.0%}' for share in row)} |"
-        yield ""
+    if not routing.get("confusion"):
+        return
+    names = _names(ready)
+    if not told.config or any(expert.calibration for expert in ready.config.experts):
+        collisions = [{**one, "texts": []} for one in routing["collisions"]]
+        routing = {**routing, "collisions": collisions}
+    yield "## Routing"
+    yield "\n".join(f"- {_shown(line, 300)}" for line in verdict(routing, names))
+    yield "Each row: where the tokens of one expert's prompts go first, over all layers."
+    titles = ["prompts of", *map(_shown, names)]
+    rows = zip(names, routing["confusion"], strict=True)
+    yield _table(titles, ([_shown(n), *(f"{x:.0%}" for x in shares)] for n, shares in rows))
+    if picture:
+        yield (
+            f"![Heat maps, one for each expert's prompts: for every layer, the share of tokens "
+            f"that each expert gets first]({picture})"
+        )
+
+
+def _limits(ready: Prepared, routing: dict[str, Any]) -> Iterator[str]:
+    """What a person must not expect of it."""
+    mode = ready.plan.gate_mode
+    architecture = architectures.find(ready.plan.architecture)
+    lines = [
+        "It was not trained or evaluated as a whole: try it on your own task, and beside each of "
+        "its sources, before you rely on it. What its sources get wrong it may get wrong too."
+    ]
+    if not ready.gate.USES - {"seed"}:
+        lines.append(f"Its routers are random (`{mode}`): train it before use.")
+    elif routing.get("confusion"):
+        lines.append(
+            f"The routing numbers come from {routing['tokens']} tokens of prompts; other text may "
+            "be routed otherwise."
+        )
+    elif len(ready.plan.experts) > 1:
+        lines.append("How well its routers choose was not measured; training them may help.")
+    noise = any(expert.noise_scale for expert in ready.config.experts)
+    if len(ready.donors) > 1 and len({d.identity for d in ready.donors}) == 1 and not noise:
+        lines.append("All its experts are the same model: without training it gains nothing.")
+    lines += [_shown(line, 300) for line in architecture.caveats(ready.base.model.config)]
+    yield "## Limits"
+    yield "\n".join(f"- {line}" for line in lines)
+
+
+def _sources(ready: Prepared, claims: dict[str, Claims]) -> Iterator[str]:
+    """Where its weights come from, and under which terms."""
+    used: dict[str, list[str]] = {text: [] for text in ready.checkpoints}
+    whole = [("body", ready.base)] if ready.config.body == "base" else []
+    for name, donor in [*whole, *zip(_names(ready), ready.donors, strict=True)]:
+        for opened in _opened(donor):
+            used[opened.reference.text].append(_shown(name))
+    rows = [
+        (
+            _linked(opened.reference, opened.commit)
+            + " (a directory of its maker)" * (not opened.reference.repo),
+            ", ".join(dict.fromkeys(used[text])) or "tokenizer and configuration",
+            f"`{opened.commit}`" if opened.commit else "-",
+            _terms(claims[text]),
+        )
+        for text, opened in ready.checkpoints.items()
+    ]
+    yield "## Sources and licences"
+    yield _table(["source", "used for", "commit", "licence"], rows)
+    terms = {claim.terms for claim in claims.values()}
+    if len(terms) == 1 and "" not in terms:
+        yield f"All sources name the same licence, {_terms(next(iter(claims.values())))}."
+    if len(terms - {""}) > 1:
+        yield (
+            "**The sources' licences differ.** The terms of all of them hold together, and the "
+            "strictest may bind: read each before you use or pass on this model."
+        )
+    if "" in terms:
+        yield (
+            "Where the licence is unknown, the source's card names none that could be read: ask "
+            "its makers before you use or pass on this model."
+        )
+
+
+def _making(ready: Prepared, told: Told) -> Iterator[str]:
+    """What it was made with, and the config to make it again."""
+    tools = [f"moemerge {__version__}"]
+    if "model" in ready.gate.USES:
+        used = ("torch", "transformers")
+        tools += [f"{name} {importlib.metadata.version(name)}" for name in used]
+    seed = f", seed {ready.plan.seed}" if "seed" in ready.gate.USES else ""
+    yield "## How it was made"
+    yield f"With {', '.join(tools)}{seed}" + (", by this config:" if told.config else ".")
+    if told.config:
+        text, shortened = _public(ready.config)
+        if shortened:
+            yield "(Of what lies on its maker's disk, only the last part of the path is shown.)"
+        fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+        yield f"{fence}yaml\n{text}\n{fence}"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines as a block, as people do."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        """Plain or quoted as it must be, else a block."""
+        if "\n" not in text:
+            return super().represent_str(text)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|")
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def _public(config: MergeConfig) -> tuple[str, bool]:
+    """The config as YAML without paths of this disk, and whether it had any among its values.
+
+    Where there is a path, nothing is left of the text as it was written: comments tell paths too.
+    """
+    folder = config.folder
+
+    def cleaned(text: str) -> str:
+        try:
+            parts = parse_source(text, folder)
+        except ValueError:
+            return _last(text)
+        return "+".join(_name(part) if part.directory else part.text for part in parts if part)
+
+    def expert(one: Any) -> Any:
+        named = one.calibration
+        if named and _is_local(named, folder):
+            named = _last(named)
+        return dataclasses.replace(one, source_model=cleaned(one.source_model), calibration=named)
+
+    public = dataclasses.replace(
+        config,
+        base_model=cleaned(config.base_model),
+        experts=tuple(map(expert, config.experts)),
+        shared_experts=tuple(map(expert, config.shared_experts)),
+    )
+    if public == config and not _LOCAL.search(config.text):
+        return config.as_yaml().strip(), False
+    data = yaml.safe_load(dataclasses.replace(public, text="").as_yaml())
+    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    return str(text).strip(), public != config
+
+
+def _is_local(named: str, folder: Path | None) -> bool:
+    path = os.path.expanduser(named)  # noqa: PTH111 (it raises nothing)
+    places = [path, os.path.join(folder or "", path)]  # noqa: PTH118
+    return any(map(os.path.exists, places)) or not is_hub_id(named)
+
+
+def _last(path: str) -> str:
+    """The last part of a path, but never the home directory's, which is a person's name."""
+    full = os.path.abspath(os.path.expanduser(path.replace("\\", "/")))  # noqa: PTH100, PTH111
+    home = os.path.abspath(os.path.expanduser("~"))  # noqa: PTH100, PTH111
+    return os.path.basename(full) if full != home else "model"  # noqa: PTH119
+
+
+def _name(reference: Reference) -> str:
+    return _last(str(reference.directory)) or "model"
+
+
+def _names(ready: Prepared) -> list[str]:
+    """The experts' names; one that its home directory would give is not told."""
+    names = list(ready.plan.experts)
+    for number, (expert, donor) in enumerate(zip(ready.config.experts, ready.donors, strict=True)):
+        named_by = _opened(donor)[-1].reference
+        if not expert.name and named_by.directory and _name(named_by) != named_by.short:
+            names[number] = _name(named_by)
+    return names
+
+
+def _opened(donor: Donor) -> list[Checkpoint]:
+    """A donor's model, and the adapter on top if there is one."""
+    return [donor.model, *([donor.adapter.checkpoint] if donor.adapter else [])]
+
+
+def _source(donor: Donor) -> str:
+    return " + ".join(_linked(one.reference, one.commit) for one in _opened(donor))
+
+
+def _linked(reference: Reference, commit: str | None) -> str:
+    """A source by name, with a link to the very commit if it is on the Hub."""
+    if reference.directory:
+        return _shown(_name(reference))
+    return f"[{_shown(reference.text, 200)}]({_HUB}/{reference.repo}/tree/{commit})"
+
+
+def _calibration(named: str, folder: Path | None) -> str:
+    if _is_local(named, folder):
+        return _shown(_last(named))
+    return f"[{_shown(named)}]({_HUB}/datasets/{named})"
+
+
+def _terms(claims: Claims) -> str:
+    text = _shown(claims.terms or claims.license or "unknown")
+    return f"[{text}]({claims.license_link})" if claims.license_link else text
 
 
 def _prompts(prompts: tuple[str, ...]) -> str:
-    return "; ".join(map(_shown, prompts)) or "-"
+    more = len(prompts) - _MOST_PROMPTS
+    return "<br>".join(map(_shown, prompts[:_MOST_PROMPTS])) + f"<br>and {more} more" * (more > 0)
+
+
+def _table(titles: Sequence[str], rows: Any) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _shown(text: str, most: int = 60) -> str:
-    """Some text in a table's cell: one short line, and nothing in it is markup."""
-    text = " ".join(text.split())
+    """Some text on one short line or in a table's cell, and nothing in it is markup or a link."""
+    text = one_line(" ".join(text.split()))
     short = text if len(text) <= most else text[: most - 3] + "..."
-    return re.sub(r"([\\`|<\[*])", r"\\\1", short)
+    return re.sub(r"([\\`|<\[*~]|(?<=:)/(?=/)|(?<=www)\.)", r"\\\1", short)

@@ -6,8 +6,10 @@ import dataclasses
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from moemerge import card, output
+from moemerge import card_files, output
+from moemerge.card import Told
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.config import MergeConfig, load_config
 from moemerge.costs import transfer
@@ -34,7 +36,7 @@ def regate(
 
     The config may differ from the one that `out` was made from in gate mode, prompts, calibration
     and experts_per_token. The first shard is replaced in one step, then manifest, card and
-    config.json; killed in between, the same call again ends it.
+    config.json; killed in between, the same call again ends it. A card that somebody edited stays.
 
     Raises:
         InputError: `out` is no finished output, or the config asks for other weights.
@@ -75,7 +77,10 @@ def _write(
     with output.writing(out):
         if state.started().get("run") != plan.run_digest:
             state.clear(all=True)
-            state.start(plan.run_digest, manifest.files)
+            ours = {*manifest.files, *state.started().get("files", ())}
+            if not (out / output.PICTURE_FILE).exists():
+                ours.add(output.PICTURE_FILE)
+            state.start(plan.run_digest, ours)
     sources = fetch(ready, options, reporter)
     if not state.routers.exists():
         make_routers(ready, sources, options, reporter, state.routers)
@@ -83,11 +88,22 @@ def _write(
     how = How(options.threads, options.direct, options.checksums)
     entry = write_shard(plan.shards[0], sources, out, how, lambda nbytes: None)
     report = report_of(state.routers)
-    text = card.render(config, plan, ready.checkpoints, report)
-    with output.writing(out):
-        (out / output.CARD_FILE).write_text(text, encoding="utf-8")
+    told = _told(ready, options, manifest)
+    picture = card_files.write(out, ready, report, told, reporter)
+    own: dict[str, dict[str, Any]] = {name: {} for name in output.OWN_FILES}
     files = {**manifest.files, plan.shards[0].file: entry}
-    output.finish(out, Manifest(config.as_yaml(), plan, files, report, ready.folder))
+    files = {name: files[name] for name in files if name not in (output.PICTURE_FILE, *own)}
+    files |= {**picture, **own}
+    text, said = config.as_yaml(), vars(told)
+    output.finish(out, Manifest(text, plan, files, report, ready.folder, card=said))
+
+
+def _told(ready: Prepared, options: Options, manifest: Manifest) -> Told:
+    """What is wanted of the card: what the options say, else what they said before."""
+    before, said = manifest.card, options.flags
+    own = ready.own_card if "card" in said else str(before.get("own", ""))
+    shown = options.card_config if "card_config" in said else bool(before.get("config", True))
+    return Told(own, shown)
 
 
 def _check_same_weights(new: Plan, old: Plan, out: Path) -> None:

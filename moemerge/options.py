@@ -12,6 +12,7 @@ from moemerge.errors import InputError, Problem
 _POWERS = {"": 0, "K": 1, "M": 2, "B": 3, "G": 3, "T": 4}
 _SPELLED = {
     "checksums": "checksum",
+    "card_config": "config-in-card",
     "untrained_ok": "i-understand-this-is-not-useful-without-training",
 }
 
@@ -52,8 +53,9 @@ class Options:
     """Every way to run a merge; none changes what the config says is made, save `seed`.
 
     `jobs` None is two a processor; `shards` is this run's share, as `0/8`; `ray` is a cluster's
-    address, `local` for one of its own. `given` names options that a person spelled out; `flags`
-    adds those that differ from their defaults, so that one without effect can be said.
+    address, `local` for one of its own; `push` is a repository on the Hub. `given` names options
+    that a person spelled out; `flags` adds those that differ from their defaults, so that one
+    without effect can be said.
     """
 
     lazy: bool = False
@@ -74,6 +76,11 @@ class Options:
     shards: str = ""
     ray: str = ""
     stream: bool = False
+    push: str = ""
+    private: bool = False
+    push_as_you_go: bool = False
+    card: str = ""
+    card_config: bool = True
     given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
@@ -100,6 +107,16 @@ class Options:
                            ("overwrite", "each run would remove the others' work")):  # fmt: skip
             if self.shards and getattr(self, other):
                 problems.append(Problem("--shards", f"and --{other} cannot both be", why))
+        for name in ("private", "push_as_you_go"):
+            if getattr(self, name) and not self.push:
+                fix = "add --push USER/NAME"
+                problems.append(Problem(self._flag(name), "says nothing without --push", fix))
+        if self.push and self.shards:
+            fix = f"run `moemerge push OUT {self.push}` when all shares are done"
+            problems.append(Problem("--push", "and --shards cannot both be", fix))
+        if self.push_as_you_go and self.ray:
+            why = "shards leave one after another: use --push alone"
+            problems.append(Problem("--push-as-you-go", "and --ray cannot both be", why))
         if problems:
             raise InputError(problems)
 

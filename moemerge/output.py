@@ -24,6 +24,7 @@ from moemerge.version import __version__
 
 MANIFEST_FILE = "moemerge.json"
 CARD_FILE = "README.md"
+PICTURE_FILE = "routing.png"
 CONFIG_FILE = "config.json"
 OWN_FILES = (INDEX_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE)
 
@@ -40,7 +41,8 @@ class Manifest:
 
     `files` maps each name to its `bytes` and `xxh3` (64 bits, hex); `OWN_FILES`, which the plan
     decides or a person may edit, have neither. `routing` is how the routers do on the prompts,
-    `folder` where the config file stood, to which its relative paths relate.
+    `folder` where the config file stood, to which its relative paths relate, `card` what a person
+    wanted of the card.
     """
 
     config: str
@@ -49,6 +51,7 @@ class Manifest:
     routing: dict[str, Any] = field(default_factory=dict)
     folder: str | None = None
     version: str = __version__
+    card: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain data."""
@@ -62,6 +65,7 @@ class Manifest:
             "sources": plan.pop("sources"),
             "files": self.files,
             "routing": self.routing,
+            "card": self.card,
             "plan": plan,
         }
 
@@ -91,6 +95,7 @@ def read_manifest(out: Path) -> Manifest:
             dict(data.get("routing", {})),
             data.get("folder"),
             data["moemerge"],
+            dict(data.get("card", {})),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it lacks or mistypes {error}") from error
@@ -114,9 +119,9 @@ def check_carried(base: Path, carried: Iterable[Path], where: str, findings: Fin
 
 
 def file_names(plan: Plan, carried: Iterable[Path]) -> tuple[str, ...]:
-    """Every file that a merge by this plan writes."""
+    """Every file that a merge by this plan may write; the picture, if routing comes to be known."""
     shards = (shard.file for shard in plan.shards)
-    return (*shards, *(name.as_posix() for name in carried), *OWN_FILES)
+    return (*shards, *(name.as_posix() for name in carried), PICTURE_FILE, *OWN_FILES)
 
 
 def check(
@@ -176,7 +181,8 @@ def check(
             "name a new directory: --overwrite removes only what moemerge wrote",
         )
     elif (out / CONFIG_FILE).exists():
-        if not overwrite and not (options.shards and plan and is_finished(out, plan)):
+        goes_on = bool(options.shards or options.push) and not options.push_as_you_go
+        if not overwrite and not (goes_on and plan and is_finished(out, plan)):
             findings.problem(where, "holds a finished model", "pass --overwrite to replace it")
     elif started and plan and started.get("run") != plan.run_digest and not overwrite:
         findings.problem(
@@ -190,13 +196,19 @@ def check(
     if not os.access(parent, os.W_OK):
         findings.problem(where, f"{parent} cannot be written", "name a directory of your own")
     freed = sum((out / name).stat().st_size for name in ours if (out / name).is_file())
-    free, needed = shutil.disk_usage(parent).free + freed, plan.nbytes if plan else 0
+    free, needed = shutil.disk_usage(parent).free + freed, nbytes_at_once(plan, options)
     if needed > free:
         findings.problem(
             where,
             f"needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free",
             f"free {(needed - free) / 1e9:.1f} GB or name a directory on another disk",
         )
+
+
+def nbytes_at_once(plan: Plan | None, options: Options) -> int:
+    """The most bytes of shards that stand in the output together."""
+    sizes = sorted(shard.nbytes for shard in plan.shards) if plan else []
+    return sum(sizes[-2:] if options.push_as_you_go else sizes)
 
 
 def begin(out: Path, plan: Plan, files: Iterable[str], options: Options) -> None:
@@ -266,15 +278,19 @@ def _readable_by_version_4(content: bytes) -> bytes:
     return as_json(config).encode()
 
 
-def finish(out: Path, manifest: Manifest) -> None:
-    """Make the directory a model: manifest, then index, then config.json."""
+def finish(out: Path, manifest: Manifest, pushed: bool = False) -> None:
+    """Make the directory a model: manifest, then index, then config.json.
+
+    Where its shards have been `pushed` and are gone, the manifest is all.
+    """
     state = State(out)
+    files = (
+        (MANIFEST_FILE, manifest.to_json()),
+        (INDEX_FILE, weight_index(manifest.plan)),
+        (CONFIG_FILE, manifest.plan.config),
+    )
     with writing(out):
-        for name, data in (
-            (MANIFEST_FILE, manifest.to_json()),
-            (INDEX_FILE, weight_index(manifest.plan)),
-            (CONFIG_FILE, manifest.plan.config),
-        ):
+        for name, data in files[:1] if pushed else files:
             write_json(out / name, data, scratch=state.directory)
         state.remove()
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moemerge import card, output, recipe
+from moemerge import card_files, output, publish, recipe
+from moemerge.card import Told
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.config import MergeConfig, load_config
 from moemerge.costs import Transfer, check_cache_room, transfer
 from moemerge.disk import takes_direct
-from moemerge.errors import DiskFull, RunError
+from moemerge.errors import DiskFull, InputError, MoemergeError, RunError
 from moemerge.options import Options
 from moemerge.output import Manifest
 from moemerge.plan import ROUTERS, Plan, Shard
@@ -37,7 +38,7 @@ class Merged:
     `written` is what this run itself wrote, in bytes. Where several runs share the work, `missing`
     counts the shards that others have yet to finish; the model is whole when it is 0. `routing` is
     how the routers do on the prompts, held out (see `routing_stats.summary`); empty if not known.
-    `transfer` is what it had to have from the Hub.
+    `transfer` is what it had to have from the Hub, `address` where it was pushed, if it was.
     """
 
     plan: Plan
@@ -48,6 +49,7 @@ class Merged:
     missing: int
     routing: dict[str, Any]
     transfer: Transfer
+    address: str = ""
 
 
 def make_plan(config: MergeConfig | str | Path, options: Options | None = None) -> Prepared:
@@ -84,7 +86,7 @@ def merge(
     """
     config = _config(config)
     options = options or Options()
-    ready = prepare(config, options, Path(out))
+    ready = _prepare(config, options, Path(out))
     check_cache_room(ready, options, Path(out))
     return _Merge(Path(out), options, reporter or Silent(), ready).run()
 
@@ -94,17 +96,27 @@ class _Merge:
         self.out, self.options, self.reporter = out, options, reporter
         self.ready, self.plan, self.state = ready, ready.plan, State(out)
         self.stopped = threading.Event()
+        self.shipment = _shipment(out, options, self.state, self.stopped)
+        self.address = ""
 
     def run(self) -> Merged:
-        begun = time.monotonic()
+        try:
+            return self._run()
+        except BaseException:
+            self.stopped.set()
+            raise
+
+    def _run(self) -> Merged:
+        begun, options = time.monotonic(), self.options
         for note in self.ready.notes:
             self.reporter.say(note)
-        shared = bool(self.options.shards)
+        shared = bool(options.shards)
+        may_be_done = shared or bool(options.push and not (options.overwrite or self.shipment))
         written = missing = 0
-        if not (shared and output.is_finished(self.out, self.plan)):
+        if not (may_be_done and output.is_finished(self.out, self.plan)):
             sources = fetch(self.ready, self.options, self.reporter)
             with self._held(shared):
-                if not (shared and output.is_finished(self.out, self.plan)):
+                if not (may_be_done and output.is_finished(self.out, self.plan)):
                     written, missing = self._write(sources)
             if shared and not missing:
                 with self._held(shared=False, wait=True):  # until the other shares have let go
@@ -115,7 +127,20 @@ class _Merge:
         seconds = time.monotonic() - begun
         routing = {} if missing else output.read_manifest(self.out).routing
         hub, notes = transfer(self.ready, self.options), self.ready.notes
-        return Merged(self.plan, self.out, notes, seconds, written, missing, routing, hub)
+        if options.push and not self.shipment:
+            self._push()
+        return Merged(
+            self.plan, self.out, notes, seconds, written, missing, routing, hub, self.address
+        )
+
+    def _push(self) -> None:
+        repo, private = self.options.push, self.options.private
+        try:
+            self.address = publish.push(self.out, repo, private, self.reporter)
+        except MoemergeError as error:
+            command = f"moemerge push {self.out} {repo}{' --private' * private}"
+            what = "; ".join(str(error).splitlines())
+            raise RunError(f"{what} ({self.out} is finished: `{command}` goes on too)") from error
 
     @contextmanager
     def _held(self, shared: bool, wait: bool = False) -> Iterator[None]:
@@ -130,6 +155,8 @@ class _Merge:
         """Everything up to a whole directory: the bytes written here, the shards still missing."""
         plan, options = self.plan, self.options
         output.begin(self.out, plan, output.file_names(plan, self.ready.carried), options)
+        if self.shipment:
+            self.shipment.begin(plan)
         part, parts = options.share or (0, 1)
         mine = list(plan.shards[part::parts])
         if "model" in self.ready.gate.USES and self._only_reads(mine):
@@ -169,8 +196,10 @@ class _Merge:
         if len(todo) < len(shards):
             there = len(shards) - len(todo)
             self.reporter.say(f"going on: {there} of {len(shards)} shards are there")
-        how = self._how()
-        with self.reporter.progress("writing", sum(s.nbytes for s in todo), "B") as advance:
+        how, leaving = self._how(), [s for s in shards if not self.state.is_pushed(s)]
+        with ExitStack() as bars:
+            advance = self._bar(bars, "writing", todo)
+            self.sent = self._bar(bars, "uploading", leaving) if self.shipment else advance
 
             def step(nbytes: int) -> None:
                 if self.stopped.is_set():
@@ -184,7 +213,24 @@ class _Merge:
                     step(shard.nbytes)
                     self._done(shard, entry)
                 return sum(shard.nbytes for shard in todo)
-            return sum(self._write_claimed(todo, sources, how, step))
+            for shard in leaving if self.shipment else ():
+                if shard not in todo:
+                    self._send(shard, sources)
+            written = sum(self._write_claimed(todo, sources, how, step))
+            if self.shipment:
+                self.shipment.wait()
+            return written
+
+    def _bar(self, bars: ExitStack, what: str, shards: list[Shard]) -> Callable[[int], object]:
+        total = sum(shard.nbytes for shard in shards)
+        return bars.enter_context(self.reporter.progress(what, total, "B"))
+
+    def _send(self, shard: Shard, sources: Tensors) -> None:
+        """Let a finished shard leave for the Hub, if they do."""
+        if self.shipment:
+            if self.options.verify:
+                verify_shards(self.plan, self.out, sources, [shard])
+            self.shipment.send(shard, self.sent)
 
     def _how(self) -> How:
         options, say = self.options, self.reporter.say
@@ -207,11 +253,13 @@ class _Merge:
                     except DiskFull as error:
                         raise self._missing_space() from error
                     self._done(shard, entry)
+                    self._send(shard, sources)
                     yield shard.nbytes
 
     def _missing_space(self) -> DiskFull:
         left = [shard for shard in self.plan.shards if not self.state.entry(shard)]
-        needed = sum(shard.nbytes for shard in left) - shutil.disk_usage(self.out).free
+        sizes = sorted(shard.nbytes for shard in left)
+        needed = sum(sizes[-2:] if self.shipment else sizes) - shutil.disk_usage(self.out).free
         return DiskFull(
             f"{self.out}: the disk is full, {len(left)} shards are still to come; free "
             f"{max(needed, 0) / 1e9:.1f} GB, then run the same command again to go on"
@@ -220,6 +268,9 @@ class _Merge:
     def _is_done(self, shard: Shard) -> bool:
         """Whether a run before this one finished the shard and it is still what it was."""
         entry = self.state.entry(shard)
+        if self.state.is_pushed(shard):
+            (self.out / shard.file).unlink(missing_ok=True)
+            return True
         if entry and not is_whole(shard, self.out, entry):
             self.state.forget(shard)
             return False
@@ -235,17 +286,49 @@ class _Merge:
         out, plan, ready = self.out, self.plan, self.ready
         output.carry(ready.base.model.directory, out, ready.carried)
         report = report_of(self.state.routers)
-        text = card.render(ready.config, plan, ready.checkpoints, report)
-        with output.writing(out):
-            (out / output.CARD_FILE).write_text(text, encoding="utf-8")
-        if self.options.verify:
+        told = Told(ready.own_card, self.options.card_config)
+        picture = card_files.write(out, ready, report, told, self.reporter)
+        if self.options.verify and not self.shipment:
             verify_shards(plan, out, sources)
         files = {shard.file: self.state.entry(shard) for shard in plan.shards}
+        for entry in files.values():
+            entry.pop("sha256", None)
         for name in ready.carried:
             size = (out / name).stat().st_size
             files[name.as_posix()] = {"bytes": size, "xxh3": file_checksum(out / name)}
-        files |= {name: {} for name in output.OWN_FILES}
-        output.finish(out, Manifest(ready.config.as_yaml(), plan, files, report, ready.folder))
+        files |= {**picture, **{name: {} for name in output.OWN_FILES}}
+        text, said = ready.config.as_yaml(), vars(told)
+        manifest = Manifest(text, plan, files, report, ready.folder, card=said)
+        if self.shipment:
+            self.address = self.shipment.finish(manifest)
+        output.finish(out, manifest, pushed=bool(self.shipment))
+
+
+def _prepare(config: MergeConfig, options: Options, out: Path) -> Prepared:
+    """The merge made ready, and leave to push it; every problem of either in one list."""
+    if not options.push:
+        return prepare(config, options, out)
+    found: InputError | None = None
+    fresh = False
+    try:
+        ready = prepare(config, options, out)
+        shipment = _shipment(out, options, State(out), threading.Event())
+        resumed = shipment and shipment.goes_on(ready.plan.run_digest)
+        fresh = bool(shipment) and not (resumed or options.overwrite)
+    except InputError as error:
+        found = error
+    refusals = publish.refusals(options.push, options.private, fresh)
+    if problems := [*(found.problems if found else ()), *refusals]:
+        raise InputError(problems)
+    return ready
+
+
+def _shipment(
+    out: Path, options: Options, state: State, stopped: threading.Event
+) -> publish.Shipment | None:
+    if not options.push_as_you_go:
+        return None
+    return publish.Shipment(out, options.push, options.private, state, stopped)
 
 
 def _config(config: MergeConfig | str | Path) -> MergeConfig:

@@ -30,11 +30,15 @@ from moemerge.prompts import (
     open_encoder,
 )
 from moemerge.reporting import size
+from moemerge.source_cards import read_own
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A merge that can begin: its plan, its opened models, and what a person should know."""
+    """A merge that can begin: its plan, its opened models, and what a person should know.
+
+    `own_card` is the text of the card that a person wrote for it.
+    """
 
     config: MergeConfig
     plan: Plan
@@ -47,6 +51,7 @@ class Prepared:
     prompts: tuple[ExpertPrompts, ...]
     carried: tuple[Path, ...]
     notes: tuple[str, ...]
+    own_card: str = ""
 
     @property
     def folder(self) -> str | None:
@@ -87,6 +92,7 @@ class _Preparation:
         donors = self._donors()
         architecture = self._architecture(base)
         check_dtype(config, findings)
+        own_card = read_own(options.card, findings) if options.card else ""
         self._check_device(gate)
         self._check_ray()
         encoder, prompts = self._prompts(gate, settings, base, donors)
@@ -141,6 +147,7 @@ class _Preparation:
             prompts=prompts,
             carried=carried,
             notes=tuple(findings.notes),
+            own_card=own_card,
         )
 
     def _gate_mode(self) -> GateMode | None:

@@ -80,7 +80,13 @@ def make_routers(
     """
     made = run_gate(ready, sources, options, reporter)
     routed = routing_stats.held_out(made, ready.encoder)
-    report = routing_stats.summary(routed, ready.plan.experts, ready.plan.experts_per_token)
+    names, per_token = ready.plan.experts, ready.plan.experts_per_token
+    report = routing_stats.summary(routed, names, per_token)
+    if report:  # what its picture shows
+        report["texts"] = [
+            {"name": names[text["expert"]], "expert": text["expert"], "first": text["first"]}
+            for text in routing_stats.texts_of(routed, per_token)
+        ]
     save(ready.plan.shards[0], made.matrices, report, path)
 
 

@@ -29,6 +29,7 @@ class State:
 
     def __init__(self, out: Path):
         self.out, self.directory = out, out / STATE_DIRECTORY
+        self.pushed: dict[str, tuple[int, str]] = {}  # size and sha256 of what the Hub holds
 
     @property
     def routers(self) -> Path:
@@ -63,8 +64,14 @@ class State:
             self.directory.rmdir()
 
     def entry(self, shard: Shard) -> dict[str, Any]:
-        """A finished shard's manifest entry; empty if it is not finished."""
-        return read_json(self._entry(shard)) if (self.out / shard.file).is_file() else {}
+        """A finished shard's manifest entry; empty if it is neither here nor, as it was, pushed."""
+        there = (self.out / shard.file).is_file() or self.is_pushed(shard)
+        return read_json(self._entry(shard)) if there else {}
+
+    def is_pushed(self, shard: Shard) -> bool:
+        """Whether the Hub holds the very file that was finished here."""
+        entry = read_json(self._entry(shard)) if shard.file in self.pushed else {}
+        return (entry.get("bytes"), entry.get("sha256")) == self.pushed.get(shard.file)
 
     def finished(self, shard: Shard, entry: dict[str, Any]) -> None:
         """Note that a shard has its name and is whole."""

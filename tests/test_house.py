@@ -14,7 +14,7 @@ FLOORS = [
     ["reporting", "yaml_reader", "options", "disk"],
     ["config"],
     ["checkpoint"],
-    ["recipe", "calibration"],
+    ["recipe", "calibration", "source_cards"],
     ["plan", "body", "dense"],
     ["prompts", "compare", "state", "shard_file"],
     ["router_inputs", "own_text", "output", "reading"],
@@ -22,8 +22,8 @@ FLOORS = [
     ["architectures", "gates", "routing_stats"],
     ["layout"],
     ["prepare"],
-    ["write", "verify", "card", "costs", "routers", "page", "heat_map"],
-    ["on_ray"],
+    ["write", "verify", "card", "costs", "routers", "page", "heat_map", "shareable"],
+    ["on_ray", "card_files", "publish"],
     ["pipeline", "routing"],
     ["new_routers"],
     ["cli"],
@@ -86,7 +86,7 @@ def test_the_public_names() -> None:
         "Expert", "InputError", "MergeConfig", "Merged", "MoemergeError", "Options", "Plan",
         "PlannedTensor", "Prepared", "Problem", "ReadError", "Reporter", "RunError", "Shard",
         "Silent", "Source", "Verified", "VerifyError", "WriteError", "__version__", "load_config",
-        "make_plan", "merge", "parse_config", "regate", "routing_report", "verify_checkpoint",
+        "make_plan", "merge", "parse_config", "push", "regate", "routing_page", "routing_report", "verify_checkpoint",
     }  # fmt: skip
     assert all(hasattr(moemerge, name) for name in moemerge.__all__)
 

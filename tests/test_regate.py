@@ -203,7 +203,7 @@ class Death(BaseException):
     """The process ends here."""
 
 
-PLACES = ["moemerge.new_routers.write_shard", "moemerge.new_routers.card.render",
+PLACES = ["moemerge.new_routers.write_shard", "moemerge.card_files.card.render",
           "moemerge.new_routers.output.finish", "moemerge.output.write_json"]  # fmt: skip
 
 

@@ -69,7 +69,8 @@ app = typer.Typer(
 
 
 MERGE_ALONE = {
-    "overwrite", "verify", "copy_tokenizer", "jobs", "direct", "checksums", "shards", "ray"
+    "overwrite", "verify", "copy_tokenizer", "jobs", "direct", "checksums", "shards", "ray",
+    "card", "card_config", "push", "private", "push_as_you_go",
 }  # fmt: skip
 """The options of how files are written; `plan` takes them, so that a command is easily edited."""
 
@@ -147,6 +148,8 @@ def merge(config: Config, out: Out, options: Options, terminal: Terminal) -> Non
         f"wrote {size(merged.written)} in {merged.seconds:.1f} s ({size(round(rate))}/s)"
         + (f", peak memory {size(peak)}" if (peak := peak_memory()) else "")
     )
+    if merged.address:
+        terminal.result(f"pushed to {merged.address}")
 
 
 @app.command()
@@ -203,6 +206,23 @@ def verify(
             f"{out}: {size(found.bytes_read)} as the manifest says; {found.compared} of "
             f"{found.tensors} tensors equal to their sources'; {found.seconds:.1f} s"
         )
+
+
+@app.command()
+def push(
+    out: Out,
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository on the Hub.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository a private one.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Upload a finished OUT to the Hub: what is new, in one commit; the same again goes on."""
+    with explained():
+        from moemerge.publish import push
+
+        terminal = Terminal(quiet, False)
+        terminal.result(f"{out}: pushed to {push(out, repo, private, terminal)}")
 
 
 @app.command()

@@ -112,6 +112,22 @@ OPTIONS = {
         help="Keep no copy of models on the Hub: read the byte ranges that the merge needs, and no "
         "others, straight into the output.",
     ),
+    "push": _option(
+        str,
+        "",
+        "--push",
+        metavar="USER/NAME",
+        show_default=False,
+        help="Upload the result to this repository on the Hub.",
+    ),
+    "private": _option(bool, False, "--private", help="Make that repository a private one."),
+    "push_as_you_go": _option(
+        bool,
+        False,
+        "--push-as-you-go",
+        help="Upload each shard when it is finished, and delete it here: two are on the disk at "
+        "most, and OUT holds no model at the end.",
+    ),
     "ray": _option(
         str,
         "",
@@ -119,6 +135,20 @@ OPTIONS = {
         metavar="[ADDRESS]",
         show_default=False,
         help="Write on a Ray cluster (moemerge[ray]); without an address, on a local one.",
+    ),
+    "card": _option(
+        str,
+        "",
+        "--card",
+        metavar="FILE",
+        show_default=False,
+        help="A markdown file that the model card begins with; keys of its YAML head win.",
+    ),
+    "card_config": _option(
+        bool,
+        True,
+        "--config-in-card/--no-config-in-card",
+        help="Show the config and the prompts in the model card. (moemerge.json holds them.)",
     ),
     "quiet": _option(bool, False, "--quiet/--no-quiet", "-q", help="Print errors only."),
     "verbose": _option(bool, False, "--verbose", "-v", help="A line for every shard."),
@@ -129,7 +159,7 @@ READING = ("lazy", "device", "cuda", "cache_dir", "quiet")
 """Those of a command that runs models and writes none."""
 
 GATING = ("lazy", "seed", "device", "cuda", "load_in_4bit", "load_in_8bit", "allow_crimes",
-          "untrained_ok", "cache_dir", "quiet", "verbose")  # fmt: skip
+          "untrained_ok", "cache_dir", "card", "card_config", "quiet", "verbose")  # fmt: skip
 """Those of a command that makes routers alone."""
 
 
