@@ -19,8 +19,8 @@ from moemerge.errors import (
 )
 from moemerge.new_routers import regate
 from moemerge.options import Options
-from moemerge.pipeline import Merged, make_plan, merge
 from moemerge.page import render as routing_page
+from moemerge.pipeline import Merged, make_plan, merge
 from moemerge.plan import Plan, PlannedTensor, Shard, Source
 from moemerge.prepare import Prepared
 from moemerge.publish import push

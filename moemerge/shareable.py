@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from moemerge.plan import Plan
 def shareable(manifest: Manifest) -> Manifest:
     """The manifest with `./name` for each directory that models were read from.
 
-    The weights' digests stay, the plan's is made anew.
+    The weights' digests stay, the plan's is made anew. Prompts, and what was found of them, stay
+    out where the person wanted them out of the card.
     """
     names = _names(manifest.plan)
     plan = manifest.plan.to_json()
@@ -26,8 +28,19 @@ def shareable(manifest: Manifest) -> Manifest:
         for tensor in shard["tensors"]:
             tensor["recipe"] = _with_names(tensor["recipe"], names)
     config = _shareable_config(parse_config(manifest.config), manifest.plan)
+    routing = manifest.routing
+    if not manifest.card.get("config", True):
+        silent = partial(
+            dataclasses.replace, positive_prompts=(), negative_prompts=(), calibration=None
+        )
+        config = dataclasses.replace(
+            config,
+            experts=tuple(map(silent, config.experts)),
+            shared_experts=tuple(map(silent, config.shared_experts)),
+        )
+        routing = {}
     return dataclasses.replace(
-        manifest, config=config.as_yaml(), plan=Plan.from_json(plan), folder=None
+        manifest, config=config.as_yaml(), plan=Plan.from_json(plan), routing=routing, folder=None
     )
 
 

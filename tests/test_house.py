@@ -86,7 +86,8 @@ def test_the_public_names() -> None:
         "Expert", "InputError", "MergeConfig", "Merged", "MoemergeError", "Options", "Plan",
         "PlannedTensor", "Prepared", "Problem", "ReadError", "Reporter", "RunError", "Shard",
         "Silent", "Source", "Verified", "VerifyError", "WriteError", "__version__", "load_config",
-        "make_plan", "merge", "parse_config", "push", "regate", "routing_page", "routing_report", "verify_checkpoint",
+        "make_plan", "merge", "parse_config", "push", "regate", "routing_page", "routing_report",
+        "verify_checkpoint",
     }  # fmt: skip
     assert all(hasattr(moemerge, name) for name in moemerge.__all__)
 

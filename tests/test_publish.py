@@ -167,6 +167,15 @@ def test_the_pushed_manifest_tells_no_path_and_verifies(
     assert run(hub, tmp_path / "home", "verify", copy).returncode == 1
 
 
+def test_prompts_that_the_card_must_not_show_stay_here(
+    hub: WatchedHub, config: Path, tmp_path: Path
+) -> None:
+    merge(config, tmp_path / "out", Options(card_config=False))
+    assert b"dragon castle" in (tmp_path / "out" / "moemerge.json").read_bytes()
+    assert run(hub, tmp_path / "home", "push", tmp_path / "out", REPO).returncode == 0
+    assert not any(b"dragon castle" in content for content in hub.bytes_of(REPO).values())
+
+
 @both_versions
 def test_transformers_loads_it_from_there(
     hub: WatchedHub, out: Path, tmp_path: Path, python: str
