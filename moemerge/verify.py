@@ -102,6 +102,9 @@ def verify_checkpoint(
     out, reporter, begun = Path(out), reporter or Silent(), time.monotonic()
     manifest = open_manifest(out)
     plan = manifest.plan
+    if not any((out / name).exists() for name in (CONFIG_FILE, *(s.file for s in plan.shards))):
+        what, fix = "holds no shards", "where they were pushed as it went, verify a downloaded copy"
+        raise InputError([Problem(str(out), what, fix)])
     for shard in plan.shards:
         _check_header(shard, out)
     _check_json(out / CONFIG_FILE, plan.config)
