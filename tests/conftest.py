@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,3 +35,13 @@ def smollm2() -> Path:
     from smollm2 import model_dir
 
     return model_dir()
+
+
+@pytest.fixture(scope="session")
+def transformers4() -> str:
+    """The Python of the environment with huggingface_hub 0.36."""
+    made = subprocess.run(
+        [ROOT / "scripts" / "environment", "transformers4"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return f"{made.stdout.strip()}/bin/python"

@@ -237,6 +237,7 @@ def test_a_file_that_cannot_grow_exits_1_and_the_next_run_ends_well(
     config: Path, tmp_path: Path
 ) -> None:
     """A real failure of the file system, in the middle of the large shard."""
+    config.write_text(config.read_text() + "gate_mode: cheap_embed\n")
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run(config, whole) == 0
     limit = (60_000, resource.RLIM_INFINITY)

@@ -83,16 +83,6 @@ def hub(models: Models) -> FakeHub:
         yield hub
 
 
-@pytest.fixture(scope="module")
-def transformers4() -> str:
-    """The Python of the environment with huggingface_hub 0.36."""
-    made = subprocess.run(
-        [ROOT / "scripts" / "environment", "transformers4"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return f"{made.stdout.strip()}/bin/python"
-
-
 def run(
     environment: dict[str, str], *arguments: object, python: str = sys.executable
 ) -> subprocess.CompletedProcess[str]:

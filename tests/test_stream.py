@@ -73,8 +73,7 @@ def test_streaming_gives_the_bytes_of_the_cache(
     # Headers are read anew, by a block of 64 KiB a file, which real models do not notice.
     headers = 7 * (1 << 16)
     assert ranges <= sent(hub) - before <= 1.02 * ranges + headers
-    kept = [path for path in (tmp_path / "b").rglob("*.safetensors")]
-    assert not kept
+    assert not list((tmp_path / "b").rglob("*.safetensors"))
     assert f"read {ranges / 1e6:.1f} MB from the Hub" in done.stdout
 
 

@@ -24,6 +24,8 @@ _SMALL_FILES = [
 ]  # fmt: skip
 _TIMEOUT = 10  # seconds, as huggingface_hub's own for a file's metadata
 _BLOCK = 1 << 16
+_BUSY = (429, 500, 502, 503, 504)
+_ASKED_AGAIN = 2
 _TRIES, _WAIT, _LONGEST_WAIT = 6, 0.25, 30.0  # requests in vain, seconds, seconds
 
 
@@ -73,12 +75,16 @@ def open_snapshot(reference: Reference, cache_dir: str | None) -> Snapshot:
     reason = "HF_HUB_OFFLINE is set"
     failure: Exception | None = None
     if not constants.HF_HUB_OFFLINE:
-        try:
-            return _download_small_files(reference, cache_dir)
-        except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
-            if explained := _explain(error):
-                raise HubError(*_with_help(reference, error, explained)) from error
-            reason, failure = f"the Hub cannot be reached ({_one_line(error)})", error
+        for attempt in range(_ASKED_AGAIN + 1):
+            try:
+                return _download_small_files(reference, cache_dir)
+            except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
+                if explained := _explain(error):
+                    raise HubError(*_with_help(reference, error, explained)) from error
+                reason, failure = f"the Hub cannot be reached ({_one_line(error)})", error
+                if _status(error) not in _BUSY or attempt == _ASKED_AGAIN:
+                    break
+                time.sleep(_retry_after(error) or _WAIT * 2**attempt)
     folder = _cached(reference, Path(cache_dir or constants.HF_HUB_CACHE).expanduser())
     if folder is None:
         raise HubError(
@@ -341,7 +347,7 @@ def _explain(error: Exception) -> tuple[str, str] | None:
         return "has no such revision", "name a branch, tag or commit that exists"
     if isinstance(error, errors.HFValidationError):
         return f"is not a Hub id ({_one_line(error)})", "write `user/name`"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = _status(error)
     if status in (401, 403):
         return (
             f"is refused by the Hub (HTTP {status})",
@@ -365,6 +371,11 @@ def _with_help(
             names = [ref.name for ref in (*refs.branches, *refs.tags)]
             return what, nearest(str(reference.revision), names)
     return what, fix
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that an error is about, if any."""
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _of_file(file: str, explained: tuple[str, str]) -> tuple[str, str]:
