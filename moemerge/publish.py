@@ -283,7 +283,7 @@ class _Target:
         additions = []
         for names in filter(None, [*alone, together]):
             batch = [CommitOperationAdd(name, new[name]) for name in names]
-            with hub._bars(self.bars and sys.stderr.isatty()):
+            with hub.progress_bars(self.bars and sys.stderr.isatty()):
                 self._ask(
                     f"the upload of {names[0]}",
                     partial(self.api.preupload_lfs_files, self.repo, batch, free_memory=False),
@@ -346,7 +346,7 @@ class _Target:
                         f"{self.repo}: {what} failed ({_why(cause, status)}); "
                         "run the same command again to go on"
                     ) from error
-                wait = hub._retry_after(cause) or _WAIT * 2**failures
+                wait = hub.retry_after(cause) or _WAIT * 2**failures
                 time.sleep(min(wait, _LONGEST_WAIT))
         raise AssertionError("unreachable")
 
@@ -513,4 +513,4 @@ def _why(error: BaseException, status: int | None) -> str:
     if status is not None:
         said = " ".join(str(getattr(error, "server_message", None) or "").split())[:160]
         return f"HTTP {status}{': ' if said else ''}{said}"
-    return re.sub(r"https?://\S+", "the Hub", hub._one_line(Exception(str(error) or repr(error))))
+    return re.sub(r"https?://\S+", "the Hub", hub.shortened(Exception(str(error) or repr(error))))

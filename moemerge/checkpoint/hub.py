@@ -81,10 +81,10 @@ def open_snapshot(reference: Reference, cache_dir: str | None) -> Snapshot:
             except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
                 if explained := _explain(error):
                     raise HubError(*_with_help(reference, error, explained)) from error
-                reason, failure = f"the Hub cannot be reached ({_one_line(error)})", error
+                reason, failure = f"the Hub cannot be reached ({shortened(error)})", error
                 if _status(error) not in _BUSY or attempt == _ASKED_AGAIN:
                     break
-                time.sleep(_retry_after(error) or _WAIT * 2**attempt)
+                time.sleep(retry_after(error) or _WAIT * 2**attempt)
     folder = _cached(reference, Path(cache_dir or constants.HF_HUB_CACHE).expanduser())
     if folder is None:
         raise HubError(
@@ -143,7 +143,7 @@ def read_range(remote: Remote, start: int, view: memoryview) -> None:
         except HubError:
             raise
         except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
-            why, wait = _one_line(error), _retry_after(error)
+            why, wait = shortened(error), retry_after(error)
             if explained := _explain(error):
                 raise HubError(*_of_file(remote.file, explained)) from error
         failures = 0 if done > before else failures + 1
@@ -205,7 +205,7 @@ def _get(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Iterator[byte
             yield response, response.iter_content(1 << 20)
 
 
-def _retry_after(error: Exception) -> float:
+def retry_after(error: Exception) -> float:
     """How long the Hub asks to wait, in seconds; 0 where it does not say."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     value = headers.get("retry-after", "")
@@ -227,12 +227,12 @@ def fetch(remotes: Iterable[Remote], cache_dir: str | None) -> None:
     files = {remote.file: remote for remote in remotes}
     wanted, (repo, commit) = sorted(files), next((r.repo, r.commit) for r in files.values())
     try:
-        with _bars(sys.stderr.isatty()):
+        with progress_bars(sys.stderr.isatty()):
             folder = snapshot_download(
                 repo, revision=commit, cache_dir=cache_dir, allow_patterns=wanted
             )
     except Exception as error:
-        raise _failed(repo, _one_line(error)) from error
+        raise _failed(repo, shortened(error)) from error
     for file in wanted:  # without a network, some versions return what the cache holds
         path = Path(folder) / file
         if not path.exists():
@@ -274,7 +274,7 @@ def _download_small_files(reference: Reference, cache_dir: str | None) -> Snapsh
         )
 
     info = ask(reference.revision)
-    with _bars(False):
+    with progress_bars(False):
         folder = Path(
             snapshot_download(
                 reference.repo,
@@ -299,7 +299,7 @@ def _download_small_files(reference: Reference, cache_dir: str | None) -> Snapsh
 
 
 @contextmanager
-def _bars(wanted: bool) -> Iterator[None]:
+def progress_bars(wanted: bool) -> Iterator[None]:
     """huggingface_hub's progress bars, only where `wanted`; it draws them into log files too."""
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
@@ -346,7 +346,7 @@ def _explain(error: Exception) -> tuple[str, str] | None:
     if isinstance(error, errors.RevisionNotFoundError):
         return "has no such revision", "name a branch, tag or commit that exists"
     if isinstance(error, errors.HFValidationError):
-        return f"is not a Hub id ({_one_line(error)})", "write `user/name`"
+        return f"is not a Hub id ({shortened(error)})", "write `user/name`"
     status = _status(error)
     if status in (401, 403):
         return (
@@ -383,7 +383,7 @@ def _of_file(file: str, explained: tuple[str, str]) -> tuple[str, str]:
     return f"{file}: {explained[0]}", explained[1]
 
 
-def _one_line(error: Exception) -> str:
+def shortened(error: Exception) -> str:
     """An HTTP library's message, which can be a page, as the beginning of one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else f"{text[:160]}..."
