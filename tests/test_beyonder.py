@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -9,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from stand_ins import make_cache
+from fake_hub import FakeHub
+from stand_ins import MODELS, make_cache, make_model
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "examples" / "configs" / "beyonder-4x7b.yaml"
@@ -63,3 +65,23 @@ def test_its_numbers(cache: Path) -> None:
     assert made["active_parameters"] == outside + 32 * (attention + norms + router + 2 * mlp)
     assert made["config"]["num_local_experts"] == 4
     assert made["config"]["sliding_window"] == 4096
+
+
+def test_from_a_hub_it_costs_less_than_5_mb(tmp_path: Path) -> None:
+    """Headers of twelve shards, small files, and each vocabulary once: of 58 GB of weights."""
+    with FakeHub() as hub:
+        for repo, vocabulary in MODELS.items():
+            directory = tmp_path / repo
+            make_model(directory, vocabulary)
+            for path in directory.glob("*.safetensors"):  # hashing its hole would take minutes
+                hub.know(path, hashlib.sha256(str(path).encode()).hexdigest())
+            hub.publish(repo, directory)
+        done = subprocess.run(
+            [sys.executable, "-m", "moemerge", "plan", str(CONFIG), "--json"],
+            env={**os.environ, **hub.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert sum(request.sent for request in hub.requests) < 5e6
+    made = json.loads(done.stdout)["transfer"]
+    assert made["files"] == made["sources"] > 57e9 and made["cached"] == 0

@@ -370,7 +370,7 @@ def test_a_download_that_does_not_come_is_said(
 from moemerge.checkpoint import hub
 from moemerge.errors import ReadError
 try:
-    hub.fetch("lab/base", "{commit}", ["model-mlp.safetensors"], None)
+    hub.fetch([hub.Remote("lab/base", "{commit}", "model-mlp.safetensors", 0, "")], None)
 except ReadError as error:
     print(error)
 """

@@ -281,21 +281,36 @@ def _download_small_files(reference: Reference, cache_dir: str | None) -> Snapsh
                 revision=reference.revision,
                 cache_dir=cache_dir,
                 allow_patterns=_SMALL_FILES,
+                ignore_patterns=[
+                    one.file for one in _listed(reference, info) if one.etag in _vocabularies
+                ],
             )
         )
     if folder.name != info.sha:  # pushed to between the two questions
         info = ask(folder.name)
-    files = {
-        one.rfilename: Remote(
+    files = {one.file: one for one in _listed(reference, info)}
+    _vocabularies.update(one.etag for one in files.values() if one.file in _VOCABULARIES)
+    return Snapshot(folder, folder.name, files)
+
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+_vocabularies: set[str] = set()
+"""The etags of those that this process has had: megabytes each, and the fine-tunes of one base have
+the same. The base is opened first, so it is its own that are there."""
+
+
+def _listed(reference: Reference, info: Any) -> list[Remote]:
+    """The files that the Hub lists at a commit."""
+    return [
+        Remote(
             reference.repo,
-            folder.name,
+            info.sha,
             one.rfilename,
             one.size or 0,
             (one.lfs.sha256 if one.lfs else one.blob_id) or "",
         )
         for one in info.siblings or ()
-    }
-    return Snapshot(folder, folder.name, files)
+    ]
 
 
 @contextmanager
