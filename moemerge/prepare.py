@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moemerge import architectures, gates, output
+from moemerge import architectures, gate_setup, output
 from moemerge.architectures import Architecture
 from moemerge.body import Body
-from moemerge.calibration import read_documents
 from moemerge.checkpoint import Checkpoint, Donor, Opener
 from moemerge.compare import compare, same_vocabulary
-from moemerge.config import MergeConfig, check_values, held
-from moemerge.dense import available_memory, model_bytes
+from moemerge.config import MergeConfig, check_values
 from moemerge.errors import Findings, nearest
 from moemerge.gates import GateMode
 from moemerge.layout import check_dtype, lay_out
 from moemerge.options import Options
-from moemerge.plan import Plan, digest_of
+from moemerge.plan import Plan
 from moemerge.prompts import (
     Encoder,
     ExpertPrompts,
-    check_prompts,
-    encode_prompts,
-    open_encoder,
 )
-from moemerge.reporting import size
 from moemerge.source_cards import read_own
 
 
@@ -86,16 +78,16 @@ class _Preparation:
     def run(self, out: Path | None) -> Prepared:
         config, options, findings = self.config, self.options, self.findings
         check_values(config, findings)
-        gate = self._gate_mode()
-        settings = self._settings(gate)
+        gate = gate_setup.find_mode(config, findings)
+        settings = gate_setup.settings_of(config, gate, findings)
         base = self.opener.donor(config.base_model, config.where("base_model"), "base")
         donors = self._donors()
         architecture = self._architecture(base)
         check_dtype(config, findings)
         own_card = read_own(options.card, findings) if options.card else ""
-        self._check_device(gate)
+        gate_setup.check_device(options, gate, findings)
         self._check_ray()
-        encoder, prompts = self._prompts(gate, settings, base, donors)
+        encoder, prompts = gate_setup.read_prompts(config, gate, settings, base, donors, findings)
         for donor in donors:
             if base and donor:
                 compare(
@@ -113,7 +105,8 @@ class _Preparation:
             raise AssertionError("unreachable")
         self._note_what_has_no_effect(gate, base, donors)
         if "experts" in gate.USES and any(donors):
-            self._check_room_for([donor for donor in donors if donor], settings)
+            there = [donor for donor in donors if donor]
+            gate_setup.check_room(config, options, there, settings, findings)
         if findings.problems:  # tensors are named from a config that is not trusted yet
             self._check_output(out, None, ())
             findings.refuse()
@@ -128,7 +121,7 @@ class _Preparation:
             self.opener.opened.values(),
             findings,
             uses=gate.USES,
-            gate_inputs=self._gate_inputs(gate, settings, prompts),
+            gate_inputs=gate_setup.digest_of_inputs(config, options, gate, settings, prompts),
         )
         carried = output.carried_files(base.model.directory, options.copy_tokenizer)
         output.check_carried(base.model.directory, carried, base.where, findings)
@@ -149,36 +142,6 @@ class _Preparation:
             notes=tuple(findings.notes),
             own_card=own_card,
         )
-
-    def _gate_mode(self) -> GateMode | None:
-        mode = self.config.mode
-        if mode in gates.names():
-            return gates.find(mode)
-        where = self.config.where("gate.mode" if "mode" in self.config.gate else "gate_mode")
-        self.findings.problem(where, f"{mode!r} is no gate mode", nearest(mode, gates.names()))
-        return None
-
-    def _settings(self, gate: GateMode | None) -> Any:
-        """The gate mode's own options as it declares them; None where it has none."""
-        config, findings = self.config, self.findings
-        declared: Any = getattr(gate, "Settings", None)
-        hints = typing.get_type_hints(declared) if declared else {}
-        known = {name.rstrip("_"): name for name in hints}
-        values: dict[str, Any] = {}
-        for key, value in config.gate.items():
-            where = config.where(f"gate.{key}")
-            if key in known:
-                values[known[key]] = held(value, hints[known[key]], where, findings)
-            elif key != "mode" and gate:
-                what = f"is no option of gate mode {config.mode}"
-                fix = nearest(key, known) if known else "remove it: it has none"
-                findings.problem(where, what, fix)
-        if declared is None or findings.problems:
-            return None
-        settings = declared(**values)
-        for key, what, fix in settings.problems():
-            findings.problem(config.where(f"gate.{key}"), what, fix)
-        return settings
 
     def _body(self, base: Donor, donors: list[Donor]) -> Body:
         if self.config.body == "base":
@@ -239,126 +202,9 @@ class _Preparation:
                 findings.note(line)
         return architecture
 
-    def _check_device(self, gate: GateMode | None) -> None:
-        name = self.options.device
-        if gate is None or "model" not in gate.USES or name in ("auto", "cpu"):
-            return
-        import torch
-
-        kind, _, number = name.partition(":")
-        there = (
-            int(number or 0) < torch.cuda.device_count()
-            if kind == "cuda"
-            else torch.backends.mps.is_available()
-        )
-        if not there:
-            flag = self.options.flags["device"]
-            self.findings.problem(flag, f"there is no {name} device here", "use --device cpu")
-
     def _check_ray(self) -> None:
         if self.options.ray and importlib.util.find_spec("ray") is None:
             self.findings.problem("--ray", "Ray is not installed", "pip install 'moemerge[ray]'")
-
-    def _prompts(
-        self,
-        gate: GateMode | None,
-        settings: Any,
-        base: Donor | None,
-        donors: list[Donor | None],
-    ) -> tuple[Encoder | None, tuple[ExpertPrompts, ...]]:
-        config, findings = self.config, self.findings
-        none = tuple(ExpertPrompts() for _ in config.experts)
-        if gate is None or not {"prompts", "any prompts"} & gate.USES:
-            if gate and any(e.positive_prompts or e.negative_prompts for e in config.experts):
-                findings.note(f"prompts have no effect with gate_mode: {config.mode}")
-            if gate and any(expert.calibration for expert in config.experts):
-                findings.note(f"calibration has no effect with gate_mode: {config.mode}")
-            return None, none
-        if "prompts" in gate.USES:
-            check_prompts(config, findings)
-        documents = read_documents(config, findings)
-        encoder = open_encoder(base, findings) if base else None
-        if base is None or encoder is None:
-            return None, none
-        if "experts" in gate.USES and not encoder.start().ids:
-            for index, expert in enumerate(config.experts):
-                if not expert.positive_prompts:
-                    findings.problem(
-                        config.where(f"experts[{index}]"),
-                        "has no positive_prompts, and the tokenizer no token that texts begin with",
-                        "add some prompts",
-                    )
-        apart = "experts" not in gate.USES  # which go on from the same prompts in their own ways
-        prompts = encode_prompts(config, encoder, base, documents, findings, apart)
-        if "experts" in gate.USES:
-            self._check_own_text(encoder, prompts, [base, *donors], settings)
-        return encoder, prompts
-
-    def _check_own_text(
-        self,
-        encoder: Encoder,
-        prompts: tuple[ExpertPrompts, ...],
-        models: list[Donor | None],
-        settings: Any,
-    ) -> None:
-        """Record what is too long to be written and read, and beginnings that an expert lacks.
-
-        The first of `models` is the base, the others are the experts.
-        """
-        begun = [expert.positive or (encoder.start(),) for expert in prompts]
-        longest = max((len(prompt.ids) for of_one in begun for prompt in of_one), default=0)
-        positions = [d.model.config.get("max_position_embeddings") for d in models if d]
-        most = min((limit for limit in positions if isinstance(limit, int)), default=2**63)
-        if settings and longest + settings.tokens > most:
-            what = f"is {settings.tokens}, after prompts of up to {longest}; the models take {most}"
-            fix = f"write at most {most - longest}, or shorten the prompts"
-            self.findings.problem(self.config.where("gate.tokens"), what, fix)
-        for of_one, donor in zip(begun, models[1:], strict=True):
-            last = max((token for prompt in of_one for token in prompt.ids), default=0)
-            known = donor.model.config.get("vocab_size") if donor else None
-            if donor and isinstance(known, int) and last >= known:
-                what = f"its text would begin with token {last}, and it embeds {known}"
-                fix = "use other prompts, or gate_mode: ridge"
-                self.findings.problem(donor.where, what, fix)
-
-    def _gate_inputs(
-        self, gate: GateMode, settings: Any, prompts: tuple[ExpertPrompts, ...]
-    ) -> str:
-        """A digest of what routers come from besides the sources' weights."""
-        options = self.options
-        bits = 4 if options.load_in_4bit else 8 if options.load_in_8bit else 16
-        made_of = {
-            "mode": self.config.mode,
-            "settings": dataclasses.asdict(settings) if settings else None,
-            "body": [self.config.body, *(expert.body_weight for expert in self.config.experts)],
-            "prompts": [dataclasses.asdict(expert) for expert in prompts],
-            "bits": bits if "model" in gate.USES else None,
-            "seed": options.seed if "seed" in gate.USES else None,
-            "base": self.config.base_model,
-        }
-        return digest_of(made_of)
-
-    def _check_room_for(self, donors: list[Donor], settings: Any) -> None:
-        """Say what it costs that every expert's own model runs; record one that has no room."""
-        sizes = [model_bytes(donor.model.tensors.values()) for donor in donors]
-        free = available_memory()
-        largest, steps = max(sizes), settings.tokens if settings else 0
-        streamed = sum(sizes) * steps
-        if free is not None and largest > free and not self.options.lazy:
-            self.findings.problem(
-                donors[sizes.index(largest)].where,
-                f"writes its own text, for which it needs {size(largest)} of memory; {size(free)} "
-                "are free",
-                f"pass --lazy to read it layer by layer for every token ({size(streamed)} in all), "
-                f"or use gate_mode: ridge with prompts",
-            )
-        elif settings:
-            read = streamed if self.options.lazy else sum(sizes)
-            self.findings.note(
-                f"gate_mode: {self.config.mode}: each of {len(donors)} experts writes "
-                f"{settings.samples} texts of {settings.tokens} tokens, for which {size(read)} are "
-                "read" + (f" ({size(streamed)} with --lazy)" if not self.options.lazy else "")
-            )
 
     def _note_what_has_no_effect(
         self, gate: GateMode, base: Donor, donors: list[Donor | None]

@@ -20,7 +20,7 @@ FLOORS = [
     ["router_inputs", "own_text", "output", "reading"],
     ["fitting"],
     ["architectures", "gates", "routing_stats"],
-    ["layout"],
+    ["layout", "gate_setup"],
     ["prepare"],
     ["write", "verify", "card", "costs", "routers", "page", "heat_map", "shareable"],
     ["on_ray", "card_files", "publish"],
