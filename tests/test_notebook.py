@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -45,3 +46,19 @@ def test_the_cell_merges_shows_and_pushes(tmp_path: Path, monkeypatch: pytest.Mo
         pushed = hub.repositories["user/mixture"].find("main")
         assert pushed is not None and "config.json" in pushed.files
     assert (tmp_path / "out/config.json").exists()
+
+
+def test_the_cell_runs_on_the_demo_experts(
+    tmp_path: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    config = (ROOT / "examples/configs/quickstart.yaml").read_text(encoding="utf-8")
+    config = config.replace("../models/SmolLM2-135M-Instruct", str(smollm2))
+    config = config.replace("../experts", str(ROOT / "examples/experts"))
+    notebook = cell_with(CONFIG=config, OUT=str(tmp_path / "out"))
+    NotebookClient(notebook, timeout=400, resources={"metadata": {"path": tmp_path}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert (
+        re.search(r"373,\d{3},\d{3} parameters", printed) and "find their expert first" in printed
+    )
