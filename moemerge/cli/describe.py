@@ -41,6 +41,11 @@ def plan_lines(ready: Any, options: Options) -> Iterator[str]:
             f"disk: {size(made.nbytes)} for the output"
             + (f" and {size(hub.files)} for the cache, unless with --stream" if hub.files else "")
         )
+    if hub.ranges > hub.files > 0:
+        yield (
+            "--stream reads more than it saves: the gate mode runs the experts, which are then "
+            "read twice (ridge with on_policy: false does not)"
+        )
     for text in hub.whole:
         yield f"{text} holds .bin files alone: they are downloaded whole, even with --stream"
     yield f"base      {ready.base.model.reference.text}"
