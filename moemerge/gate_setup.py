@@ -59,8 +59,14 @@ def settings_of(config: MergeConfig, gate: GateMode | None, findings: Findings) 
 
 def check_device(options: Options, gate: GateMode | None, findings: Findings) -> None:
     """Record a device that the gate mode needs and that is not here."""
+    if gate is not None and "model" in gate.USES:
+        check_device_is_here(options, findings)
+
+
+def check_device_is_here(options: Options, findings: Findings) -> None:
+    """Record a device that is not here."""
     name = options.device
-    if gate is None or "model" not in gate.USES or name in ("auto", "cpu"):
+    if name in ("auto", "cpu"):
         return
     import torch
 

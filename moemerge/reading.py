@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.dense import available_memory, pick_device
-from moemerge.errors import InputError, Problem
+from moemerge.errors import InputError, Problem, RunError
 from moemerge.options import Options
 from moemerge.prompts import Prompt
 from moemerge.reporting import Reporter, size
 
 BATCH_TOKENS = 2048
 """The most tokens that are read at once, padding included."""
+
+_MOST = 700.0
+"""A mean loss from which on no float holds the perplexity."""
 
 _ROUTERS = (".gate", ".router", ".router.layer")
 
@@ -23,7 +26,7 @@ def load_mixture(out: Path, options: Options, reporter: Reporter) -> Any:
     """The mixture in transformers.
 
     Raises:
-        InputError: memory is too small.
+        InputError: memory is too small, or transformers cannot load it.
     """
     needed = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     free = available_memory()
@@ -36,10 +39,19 @@ def load_mixture(out: Path, options: Options, reporter: Reporter) -> Any:
 
     transformers.utils.logging.disable_progress_bar()
     with reporter.progress("loading the mixture", 1, "model"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+        except Exception as error:  # it lets through what any of many libraries raises
+            what = f"transformers cannot load it ({_first_line(error)})"
+            fix = "name one that it loads; `moemerge verify` checks one that moemerge made"
+            raise InputError([Problem(str(out), what, fix)]) from error
     if model.dtype == torch.float16:
         model = model.float()
     return model.eval().to(pick_device(options.device))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def set_experts_per_token(model: Any, count: int) -> bool:
@@ -62,6 +74,9 @@ def mean_loss(
     """The mean loss (nats) of the passages' own tokens; their router logits into `routed`.
 
     Each passage gets (L, T, E), in the order of the passages.
+
+    Raises:
+        RunError: the model gives no number, or has no router where one is known.
     """
     import numpy as np
     import torch
@@ -81,6 +96,8 @@ def mean_loss(
             with _router_logits(model, seen if routed is not None else None):
                 device = model.device if model.device.type != "meta" else "cpu"
                 done = model(input_ids=ids.to(device), attention_mask=mask.to(device))
+            if routed is not None and not seen:
+                raise RunError(f"{what}: the model has no router that moemerge knows")
             scores = done.logits[:, :-1].float().log_softmax(-1).cpu()
             losses = -scores.gather(2, ids[:, 1:, None])[..., 0]
             for row, n in enumerate(batch):
@@ -93,6 +110,8 @@ def mean_loss(
                     layers = [one[prompt.own : len(prompt.ids)].numpy() for one in layers]
                     logits[n] = np.stack(layers)
             advance(len(batch))
+    if not total / tokens < _MOST:
+        raise RunError(f"{what}: the loss came out as {total / tokens:g}; the model is broken")
     if routed is not None:
         routed += [logits[n] for n in range(len(passages))]
     return total / tokens

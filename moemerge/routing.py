@@ -17,7 +17,8 @@ from moemerge.checkpoint import Donor
 from moemerge.compare import same_vocabulary
 from moemerge.config import parse_config
 from moemerge.dense import whole_model
-from moemerge.errors import InputError, Problem
+from moemerge.errors import Findings, InputError, Problem
+from moemerge.gate_setup import check_device_is_here
 from moemerge.options import Options
 from moemerge.output import CONFIG_FILE, MANIFEST_FILE, Manifest
 from moemerge.prepare import Prepared, prepare
@@ -30,7 +31,7 @@ from moemerge.verify import open_manifest
 
 PAGE_TOKENS = 256
 PAGE_PASSAGES = 4
-_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token")
+_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 Passages = dict[str, tuple[Prompt, ...]]
@@ -58,9 +59,12 @@ def report(
         seed = manifest.plan.seed
         options = dataclasses.replace(options, seed=seed, allow_crimes=True)
     count = next(int(config[key]) for key in _EXPERTS if key in config)
-    per_token = next(int(config[key]) for key in _EXPERTS_PER_TOKEN if key in config)
+    per_token = next(int(config[key]) for key in _PER_TOKEN if key in config)
     experts = manifest.plan.experts if manifest else tuple(f"expert {n}" for n in range(count))
     if texts:
+        findings = Findings()
+        check_device_is_here(options, findings)
+        findings.refuse()
         encoder = _encoder(out)
         passages = {name: _passages(name, path, encoder) for name, path in texts.items()}
         reading = _Reading(passages, encoder, experts, per_token, options, reporter)
@@ -76,9 +80,10 @@ def report(
 def _config_of(out: Path) -> dict[str, Any]:
     try:
         config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
-        if any(key in config for key in _EXPERTS) and any(k in config for k in _EXPERTS_PER_TOKEN):
+        numbers = [[config[key] for key in k if key in config] for k in (_EXPERTS, _PER_TOKEN)]
+        if all(of and isinstance(of[0], int) and of[0] > 0 for of in numbers):
             return dict(config)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         pass
     fix = "name a directory that holds a mixture of experts"
     raise InputError([Problem(str(out), f"has no {CONFIG_FILE} of a mixture", fix)])
@@ -136,6 +141,7 @@ class _Reading:
     def run(self, out: Path, manifest: Manifest | None) -> tuple[list[Routed], dict[str, Any]]:
         """The passages as routers saw them, and mean losses (nats): by k, and by source."""
         model = load_mixture(out, self.options, self.reporter)
+        self._check_tokens(model.get_input_embeddings().num_embeddings)
         count = len(self.experts)
         others = sorted({1, 2, self.per_token + 1, count} - {self.per_token})
         by_count: dict[str, dict[str, float]] = {str(self.per_token): {}}
@@ -152,6 +158,17 @@ class _Reading:
             else:
                 self.reporter.say(f"{name} is not compared: it does not know token {last}")
         return routed, measured
+
+    def _check_tokens(self, known: int) -> None:
+        """Refuse texts with tokens that the mixture does not embed."""
+        fix = "use the tokenizer that the model came with"
+        last = {name: max(max(p.ids) for p in of_one) for name, of_one in self.passages.items()}
+        if problems := [
+            Problem(f"--text {name}", f"has token {token}, the model embeds {known}", fix)
+            for name, token in last.items()
+            if token >= known
+        ]:
+            raise InputError(problems)
 
     def _routed(self, model: Any, losses: dict[str, float]) -> Iterator[Routed]:
         owner = {str(n): n for n in range(len(self.experts))}
@@ -223,7 +240,7 @@ def _assemble(
             shown[one.name] += 1
             passages.append(routing_stats.passage_of(one, numbers[one.name], PAGE_TOKENS))
     overall = {
-        k: math.exp(sum(losses.values()) / len(losses)) for k, losses in sorted(by_count.items())
+        k: math.exp(sum(by_count[k].values()) / len(by_count[k])) for k in sorted(by_count, key=int)
     }
     verdicts = [*_expert_verdicts(texts, experts), *_whole_verdicts(overall, per_token, measured)]
     if held_out:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 from babies import make_adapter, make_model, simple_config, write_config
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moemerge import InputError, Options, RunError, make_plan, merge
+from moemerge.calibration import texts_of
 from moemerge.cli import app
 from moemerge.prompts import Encoder
 from moemerge.routing import report
@@ -471,3 +476,80 @@ def test_the_plan_of_a_mixture_is_not_needed_twice(built: Path) -> None:
     finally:
         config.write_text(text)
     assert make_plan(config).plan.gate_mode == "ridge"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_local_experts": "many"}, "no config.json of a mixture"),
+        ({"model_type": "mixtrol"}, "transformers cannot load it"),
+        ({"num_local_experts": 4}, "transformers cannot load it"),
+    ],
+)
+def test_what_transformers_cannot_load_is_refused(
+    built: Path, texts: dict[str, Path], tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    out = Path(shutil.copytree(built, tmp_path / "out"))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=said):
+        report(out, texts)
+
+
+def test_a_cut_shard_is_refused(built: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+    out = Path(shutil.copytree(built, tmp_path / "out"))
+    for shard in out.glob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(InputError, match="transformers cannot load it"):
+        report(out, texts)
+
+
+def test_tokens_and_devices_that_are_not_there_are_refused(
+    built: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(built, tmp_path / "out"))
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["maths"] = 5000
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match="--text other: has token 5000, the model embeds 64"):
+        report(out, texts)
+    with pytest.raises(InputError, match="no cuda:99 device here"):
+        report(built, texts, Options(device="cuda:99"))
+
+
+def test_a_mixture_of_no_numbers_ends_in_one_line(
+    built: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(built, tmp_path / "out"))
+    shard = next(out.glob("model-00001-of-*.safetensors"))
+    save_file({k: v * math.nan for k, v in load_file(shard).items()}, shard, {"format": "pt"})
+    with pytest.raises(RunError, match="the loss came out as nan"):
+        report(out, texts)
+
+
+@pytest.mark.parametrize("flag", ["--html", "--png"])
+def test_a_file_that_cannot_be_written_is_told(built: Path, tmp_path: Path, flag: str) -> None:
+    ran = CliRunner().invoke(app, ["routing", str(built), flag, str(tmp_path)])
+    assert ran.exit_code == 2 and "is a directory; name a file" in ran.stderr
+    if Path("/dev/full").exists():
+        ran = CliRunner().invoke(app, ["routing", str(built), flag, "/dev/full"])
+        assert ran.exit_code == 1 and "/dev/full: no space left" in ran.stderr
+
+
+def test_a_jsonl_text_may_hold_a_line_separator(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "code\u2028python"}\n{"text": "story\x85"}\r\n', encoding="utf-8")
+    assert texts_of(path) == ["code\u2028python", "story\x85"]
+
+
+def test_a_full_standard_output_ends_in_one_line(built: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "moemerge", "routing", str(built)],
+            stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        )  # fmt: skip
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: standard output: cannot be written")
+    assert len(ran.stderr.splitlines()) == 1

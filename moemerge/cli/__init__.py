@@ -24,7 +24,7 @@ from moemerge.cli.options import (
     with_options,
     with_ray_address,
 )
-from moemerge.cli.terminal import Terminal, explained, peak_memory
+from moemerge.cli.terminal import Terminal, explained, peak_memory, show
 from moemerge.errors import InputError, Problem, nearest
 from moemerge.options import Options
 from moemerge.reporting import count, size
@@ -180,7 +180,7 @@ def plan(
             "digest": made.digest,
             "notes": list(ready.notes),
         }
-        print(json.dumps({**totals, **made.to_json()}, indent=1))
+        show(json.dumps({**totals, **made.to_json()}, indent=1))
         return
     for line in plan_lines(ready, options):
         terminal.result(line)
@@ -263,6 +263,7 @@ def routing(
 ) -> None:
     """Show how the mixture in OUT routes: the config's prompts held out, or given texts."""
     from moemerge import heat_map, page
+    from moemerge.output import writing
     from moemerge.routing import report
 
     texts = _texts(text or ())
@@ -270,16 +271,20 @@ def routing(
         if not path.absolute().parent.is_dir():
             fix = "name a file in a directory that exists"
             raise InputError([Problem(str(path), "its directory does not exist", fix)])
+        if path.is_dir():
+            raise InputError([Problem(str(path), "is a directory", "name a file")])
     if png and importlib.util.find_spec("matplotlib") is None:
         fix = "pip install 'moemerge[report]'"
         raise InputError([Problem("--png", "matplotlib is not installed", fix)])
     found = report(out, texts, options, terminal)
     if html:
-        html.write_text(page.render(found), encoding="utf-8")
+        with writing(html):
+            html.write_text(page.render(found), encoding="utf-8")
     if png:
-        heat_map.save(found, png)
+        with writing(png):
+            heat_map.save(found, png)
     if as_json:
-        print(json.dumps(found))
+        show(json.dumps(found))
         return
     for line in routing_lines(found):
         terminal.result(line)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from moemerge.errors import InputError, MoemergeError, one_line
+from moemerge.errors import InputError, MoemergeError, WriteError, one_line
 
 
 class Terminal:
@@ -37,7 +37,7 @@ class Terminal:
     def result(self, line: str) -> None:
         """Print the one line that the command ends with."""
         if not self.quiet:
-            print(line)
+            show(line)
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
@@ -57,6 +57,21 @@ class Terminal:
             dynamic_ncols=True,
         ) as bar:
             yield bar.update
+
+
+def show(line: str) -> None:
+    """Print to standard output.
+
+    Raises:
+        WriteError: it takes no more, a pipe that nobody reads (which typer ends for) apart.
+    """
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (Python would try again at its end)
+        raise WriteError(f"standard output: cannot be written ({error.strerror})") from error
 
 
 @contextmanager
