@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -59,7 +60,7 @@ def texts_of(path: Path) -> list[str]:
 
 
 def _read(named: str, beside: Path | None) -> list[str]:
-    places = [Path(named).expanduser()]
+    places = [Path(os.path.expanduser(named))]  # noqa: PTH111 (it raises nothing)
     if beside and not places[0].is_absolute():
         places.append(beside / places[0])
     try:
@@ -75,12 +76,11 @@ def _read(named: str, beside: Path | None) -> list[str]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(str(path or named), split="train", streaming=True)
-        return list(_texts(islice(rows, MOST_DOCUMENTS), named))
-    except ValueError:
-        raise
+        documents = load_dataset(str(path or named), split="train", streaming=True)
+        rows = list(islice(documents, MOST_DOCUMENTS))
     except Exception as error:  # the library lets many kinds through
         raise ValueError(f"{named} cannot be loaded as a dataset ({error})") from error
+    return list(_texts(rows, named))
 
 
 def _texts(rows: Iterable[Any], where: str) -> Iterator[str]:

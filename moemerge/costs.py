@@ -5,6 +5,7 @@ The constants were measured (`scripts/bench_memory.py`): what Python and torch h
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -84,7 +85,8 @@ def check_cache_room(ready: Prepared, options: Options, out: Path) -> None:
         return
     from huggingface_hub import constants
 
-    cache = _existing(Path(options.cache_dir or constants.HF_HUB_CACHE).expanduser())
+    named = os.path.expanduser(options.cache_dir or constants.HF_HUB_CACHE)  # noqa: PTH111
+    cache = _existing(Path(named))
     if cache.stat().st_dev == _existing(out.absolute()).stat().st_dev:
         needed += ready.plan.nbytes
     free = shutil.disk_usage(cache).free

@@ -186,11 +186,23 @@ def ridge(
     1 in all, and so do its negative ones. `lambda_` is relative to the mean of the Gram matrix's
     diagonal; its default is `default_lambda`. That it beats averages, and by how much, is measured
     by `scripts/bench_routing.py`. Held out, a text is left out of the fit, in closed form.
+
+    Raises:
+        RunError: `lambda_` is so small that the numbers do not suffice.
     """
+    import numpy as np
+
     left = [n for n, example in enumerate(examples) if _may_leave(example, examples)]
-    matrices, held_out = [], []
+    matrices: list[Matrix] = []
+    held_out = []
     for layer in inputs_of(task, examples, on_policy):
-        rows, without = _ridge(layer, examples, task.shape[0], lambda_, left)
+        try:
+            rows, without = _ridge(layer, examples, task.shape[0], lambda_, left)
+        except np.linalg.LinAlgError as error:
+            raise RunError(
+                f"gate.lambda: no router comes of it in layer {len(matrices)} ({error}); write a "
+                "larger number"
+            ) from error
         scale = sharpness(rows, examples, layer, kappa)
         matrices.append((scale * rows).astype("float32"))
         held_out.append([(scale * logits).astype("float32") for logits in without])

@@ -19,6 +19,7 @@ from typing import Any
 from moemerge.errors import DiskFull, Findings, ReadError, WriteError
 from moemerge.options import Options
 from moemerge.plan import INDEX_FILE, Plan, weight_index
+from moemerge.reporting import size
 from moemerge.state import STATE_DIRECTORY, State, as_json, is_inside, read_json, write_json
 from moemerge.version import __version__
 
@@ -200,8 +201,8 @@ def check(
     if needed > free:
         findings.problem(
             where,
-            f"needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free",
-            f"free {(needed - free) / 1e9:.1f} GB or name a directory on another disk",
+            f"needs {size(needed)}, its disk has {size(free)} free",
+            f"free {size(needed - free)} or name a directory on another disk",
         )
 
 

@@ -23,7 +23,7 @@ from moemerge.options import Options
 from moemerge.output import Manifest
 from moemerge.plan import ROUTERS, Plan, Shard
 from moemerge.prepare import Prepared, prepare
-from moemerge.reporting import Reporter, Silent
+from moemerge.reporting import Reporter, Silent, size
 from moemerge.routers import Tensors, fetch, make_routers, report_of
 from moemerge.shard_file import file_checksum
 from moemerge.state import State
@@ -262,7 +262,7 @@ class _Merge:
         needed = sum(sizes[-2:] if self.shipment else sizes) - shutil.disk_usage(self.out).free
         return DiskFull(
             f"{self.out}: the disk is full, {len(left)} shards are still to come; free "
-            f"{max(needed, 0) / 1e9:.1f} GB, then run the same command again to go on"
+            f"{size(max(needed, 0))}, then run the same command again to go on"
         )
 
     def _is_done(self, shard: Shard) -> bool:
@@ -280,7 +280,7 @@ class _Merge:
         with output.writing(self.out):
             self.state.finished(shard, entry)
         digest = f", xxh3 {entry['xxh3']}" if "xxh3" in entry else ""
-        self.reporter.detail(f"{shard.file}: {shard.nbytes / 1e9:.2f} GB{digest}")
+        self.reporter.detail(f"{shard.file}: {size(shard.nbytes)}{digest}")
 
     def _finish(self, sources: Tensors) -> None:
         out, plan, ready = self.out, self.plan, self.ready

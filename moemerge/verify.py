@@ -21,7 +21,7 @@ from moemerge.errors import InputError, Problem, VerifyError
 from moemerge.output import CONFIG_FILE, MANIFEST_FILE, MODEL_SUFFIXES, Manifest, read_manifest
 from moemerge.plan import INDEX_FILE, Plan, PlannedTensor, Shard, Source, weight_index
 from moemerge.recipe import Sources
-from moemerge.reporting import Reporter, Silent
+from moemerge.reporting import Reporter, Silent, size
 from moemerge.shard_file import (
     ShardFile,
     checksum,
@@ -262,12 +262,12 @@ def _reopen(source: Source, cache_dir: str | None) -> Checkpoint:
 
 
 def _say_how_long(
-    plan: Plan, out: Path, sources: Sources, compared: set[str], size: int, reporter: Reporter
+    plan: Plan, out: Path, sources: Sources, compared: set[str], whole: int, reporter: Reporter
 ) -> None:
     """Time a few megabytes of each kind of work and say what all of it will take."""
     largest = max(plan.shards, key=lambda shard: shard.nbytes)
 
-    seconds = size / _rate(lambda: len(read_chunk(out / largest.file, 0, CHUNK_BYTES)))
+    seconds = whole / _rate(lambda: len(read_chunk(out / largest.file, 0, CHUNK_BYTES)))
     kinds: dict[bool, list[PlannedTensor]] = {True: [], False: []}
     for tensor in plan.tensors:
         if tensor.name in compared:
@@ -280,7 +280,7 @@ def _say_how_long(
         seconds += sum(tensor.nbytes for tensor in tensors) / rate
     again = sum(tensor.nbytes for tensors in kinds.values() for tensor in tensors)
     reporter.say(
-        f"reading {size / 1e9:.2f} GB, {again / 1e9:.2f} GB of them against their sources: "
+        f"reading {size(whole)}, {size(again)} of them against their sources: "
         f"about {max(seconds, 1):.0f} s"
     )
 

@@ -17,7 +17,7 @@ from babies import make_adapter, make_model, simple_config, write_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from moemerge import InputError, Options, gates, make_plan, merge, parse_config
+from moemerge import InputError, Options, RunError, gates, make_plan, merge, parse_config
 from moemerge.own_text import write_texts
 from moemerge.prompts import Prompt
 from moemerge.reporting import Silent
@@ -301,6 +301,25 @@ def test_self_and_calibration_count_together(tmp_path: Path, babies: dict[str, P
     without, with_it = made_by(text), made_by(given)
     assert len(with_it.texts) == len(without.texts) + 1
     assert not np.allclose(without.matrices[1], with_it.matrices[1], atol=1e-3)
+
+
+def test_a_lambda_too_small_ends_in_one_line(babies: dict[str, Path], tmp_path: Path) -> None:
+    base, first, second = babies.values()
+    text = with_gate(base, [first, second], "mode: ridge, lambda: 1e-300")
+    text = text.replace("- code python", "- function class")  # the same twice
+    with pytest.raises(RunError, match=r"gate\.lambda: .* in layer 0 .*; write a larger number"):
+        merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
+
+
+def test_a_dataset_that_cannot_be_read_is_named(babies: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_bytes(b"\xd4\xff\xfe")
+    base, first, second = babies.values()
+    text = with_gate(base, [first, second], "mode: ridge")
+    text += f"    calibration: {tmp_path / 'texts'}\n"
+    with pytest.raises(InputError, match="texts cannot be loaded as a dataset"):
+        make_plan(parse_config(text))
 
 
 def test_self_with_nothing_to_begin_with_is_refused(tmp_path: Path) -> None:

@@ -243,6 +243,9 @@ EDITS = {
     "source is missing above": ("{first}", "../nowhere", FIRST, "no directory", "check"),
     "absolute source is missing": ("{first}", "/nowhere/at/all", FIRST, "no directory", "check"),
     "home source is missing": ("{first}", "~/nowhere-at-all", FIRST, "no directory", "check"),
+    "nobody's home": ("{first}", "~nosuchuser/a", FIRST, "no directory '~nosuchuser/a'", "check"),
+    "calibration is in nobody's home": ("name: teller", "calibration: ~nosuchuser/a",
+                                        "experts[1].calibration", "no ~nosuchuser/a", "name a"),
     "source is no Hub id": ("{first}", "'a model'", FIRST, "neither a directory nor a Hub id",
                             "check"),
     "Hub id mistyped": ("{first}", "nobody/nothing", FIRST, "nobody/nothing",
@@ -842,7 +845,7 @@ def test_a_disk_that_is_too_small_is_refused(
     full = namedtuple("full", "total used free")(10**12, 10**12, 5)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     [problem] = refused(write(tmp_path, GOOD, babies), tmp_path / "out")
-    assert "its disk has" in problem and "free" in problem
+    assert "KB, its disk has 5 B free; free" in problem
     assert not (tmp_path / "out").exists()
 
 

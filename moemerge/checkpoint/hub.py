@@ -85,7 +85,8 @@ def open_snapshot(reference: Reference, cache_dir: str | None) -> Snapshot:
                 if _status(error) not in _BUSY or attempt == _ASKED_AGAIN:
                     break
                 time.sleep(retry_after(error) or _WAIT * 2**attempt)
-    folder = _cached(reference, Path(cache_dir or constants.HF_HUB_CACHE).expanduser())
+    cache = Path(os.path.expanduser(cache_dir or constants.HF_HUB_CACHE))  # noqa: PTH111
+    folder = _cached(reference, cache)
     if folder is None:
         raise HubError(
             f"is neither a directory nor in the Hub's cache, and {reason}",

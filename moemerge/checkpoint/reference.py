@@ -68,7 +68,7 @@ def _reference(text: str, beside: Path | None) -> Reference:
 def _directory(text: str, beside: Path | None) -> Path | None:
     if not text.strip() or "\0" in text:
         return None
-    path = Path(text.strip()).expanduser()
+    path = Path(os.path.expanduser(text.strip()))  # noqa: PTH111 (it raises nothing)
     for candidate in (path, beside / path if beside else path):
         try:
             if candidate.is_dir():
