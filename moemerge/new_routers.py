@@ -22,7 +22,7 @@ from moemerge.prepare import Prepared, prepare
 from moemerge.reporting import Reporter, Silent
 from moemerge.routers import fetch, make_routers, report_of
 from moemerge.state import State
-from moemerge.verify import open_manifest
+from moemerge.verify import check_shards, open_manifest
 from moemerge.write import How, write_shard
 
 
@@ -46,6 +46,7 @@ def regate(
     reporter = reporter or Silent()
     config = config if isinstance(config, MergeConfig) else load_config(config)
     manifest = open_manifest(out)
+    check_shards(out, manifest.plan, "regate")
     ready = prepare(config, options)
     _check_same_weights(ready.plan, manifest.plan, out)
     shard = dataclasses.replace(ready.plan.shards[0], file=manifest.plan.shards[0].file)

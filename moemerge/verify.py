@@ -102,9 +102,7 @@ def verify_checkpoint(
     out, reporter, begun = Path(out), reporter or Silent(), time.monotonic()
     manifest = open_manifest(out)
     plan = manifest.plan
-    if not any((out / name).exists() for name in (CONFIG_FILE, *(s.file for s in plan.shards))):
-        what, fix = "holds no shards", "where they were pushed as it went, verify a downloaded copy"
-        raise InputError([Problem(str(out), what, fix)])
+    check_shards(out, plan, "verify")
     for shard in plan.shards:
         _check_header(shard, out)
     _check_json(out / CONFIG_FILE, plan.config)
@@ -115,7 +113,7 @@ def verify_checkpoint(
     compared = {
         tensor.name
         for tensor in plan.tensors
-        if all(read.source in sources for read in recipe.reads(tensor.recipe))
+        if all(r.tensor in sources.get(r.source, ()) for r in recipe.reads(tensor.recipe))
     }
     size = sum((out / name).stat().st_size for name in manifest.files if (out / name).is_file())
     _say_how_long(plan, out, sources, compared, size, reporter)
@@ -128,6 +126,16 @@ def verify_checkpoint(
             _check_small_file(name, out, manifest)
             advance((out / name).stat().st_size)
     return Verified(size, len(compared), len(list(plan.tensors)), time.monotonic() - begun)
+
+
+def check_shards(out: Path, plan: Plan, action: str) -> None:
+    """Refuse a directory whose shards were pushed as they were finished, and are gone."""
+    if not any((out / name).exists() for name in (CONFIG_FILE, *(s.file for s in plan.shards))):
+        what, fix = (
+            "holds no shards",
+            f"where they were pushed as it went, {action} a downloaded copy",
+        )
+        raise InputError([Problem(str(out), what, fix)])
 
 
 def open_manifest(out: Path) -> Manifest:
@@ -248,6 +256,8 @@ def _available(plan: Plan, reporter: Reporter, cache_dir: str | None) -> dict[st
         found[source.reference] = {
             name: at for name, at in opened.tensors.items() if at.file.name not in opened.absent
         }
+        if opened.tensors and not found[source.reference]:
+            reporter.say(f"{source.reference}: not compared (the Hub's cache has no weights of it)")
     return found
 
 

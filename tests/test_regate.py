@@ -188,6 +188,19 @@ def test_what_is_no_finished_output_is_refused(
     assert (files(out) if out.is_dir() else {}) == before
 
 
+def test_where_the_shards_were_pushed_and_are_gone_nothing_is_written(
+    config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    merge(config, out)
+    for file in (*out.glob("*.safetensors"), out / "config.json", *out.glob("*.index.json")):
+        file.unlink()
+    before = files(out)
+    with pytest.raises(InputError, match=r"holds no shards; .* regate a downloaded copy"):
+        regate(out, config)
+    assert files(out) == before
+
+
 def test_problems_of_the_config_are_told_and_nothing_changes(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     merge(config, out)

@@ -75,6 +75,9 @@ def test_streaming_gives_the_bytes_of_the_cache(
     assert ranges <= sent(hub) - before <= 1.02 * ranges + headers
     assert not list((tmp_path / "b").rglob("*.safetensors"))
     assert f"read {ranges / 1e6:.1f} MB from the Hub" in done.stdout
+    verified = run(hub, tmp_path / "b", "verify", tmp_path / "streamed")
+    assert verified.returncode == 0, verified.stderr
+    assert "user/first: not compared (the Hub's cache has no weights of it)" in verified.stderr
 
 
 def sent(hub: FakeHub) -> int:
