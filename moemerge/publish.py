@@ -98,7 +98,8 @@ def refusals(repo: str, private: bool, fresh: bool = False) -> Iterator[Problem]
     try:
         yield from _refusals(repo, private, fresh)
     except RunError as error:
-        yield Problem(repo, str(error), "try again, or push later with `moemerge push`")
+        what = str(error).removeprefix(f"{repo}: ").partition("; run the same")[0]
+        yield Problem(repo, what, "try again, or push later with `moemerge push`")
 
 
 def _refusals(repo: str, private: bool, fresh: bool) -> Iterator[Problem]:

@@ -22,7 +22,8 @@ COLLIDING = 0.15
 """From this share of one expert's tokens that another gets first, the two are said to collide."""
 
 IDLE = 0.2
-"""Below this part of an even load, an expert is said to hardly fire."""
+"""Below this part of an even load, an expert is said to hardly fire, if it has text among what is
+read, or no expert has."""
 
 BLIND = 0.25
 """Below this part of the way from chance to certainty, a layer cannot tell experts apart."""
@@ -78,11 +79,12 @@ def summary(routed: Sequence[Routed], experts: Sequence[str], per_token: int) ->
     load = np.mean([share["load"].mean(axis=0) for share in shares.values()], axis=0)
     used = load[load > 0]
     entropy = float(-(used * np.log(used)).sum() / np.log(count)) if count > 1 else 1.0
+    read = sorted({one.expert for one in routed if one.expert is not None}) or range(count)
     found: dict[str, Any] = {
         "tokens": sum(one.logits.shape[1] for one in routed),
         "load": _rounded(load),
         "entropy": round(entropy, 4),
-        "idle": [e for e in range(count) if load[e] < IDLE / count],
+        "idle": [e for e in read if load[e] < IDLE / count],
         "t1": None, "t2": None, "layer_t1": None, "by_expert": {}, "confusion": None,
         "collisions": [], "blind_layers": [],
     }  # fmt: skip

@@ -364,7 +364,8 @@ def test_offline_or_down_nothing_begins(hub: WatchedHub, config: Path, tmp_path:
     hub.fault("503", times=None)
     down = run(hub, home, config, tmp_path / "out", "--push", REPO)
     assert down.returncode == 2
-    assert "asking who you are failed (HTTP 503" in down.stderr
+    assert f"\n  {REPO}: asking who you are failed (HTTP 503" in down.stderr
+    assert "run the same command" not in down.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -24,6 +24,7 @@ from moemerge.calibration import texts_of
 from moemerge.cli import app
 from moemerge.prompts import Encoder
 from moemerge.routing import report
+from moemerge.routing_stats import Routed, summary
 
 TEXTS = {
     "first": "code python function class return story and code",
@@ -553,3 +554,16 @@ def test_a_full_standard_output_ends_in_one_line(built: Path) -> None:
     assert ran.returncode == 1
     assert ran.stderr.startswith("error: standard output: cannot be written")
     assert len(ran.stderr.splitlines()) == 1
+
+
+def test_an_expert_without_text_is_not_said_to_idle() -> None:
+    def idle(name: str, favoured: int) -> list[int]:
+        logits = np.zeros((2, 5, 3))
+        logits[..., favoured] = 1
+        owner = {"first": 0}.get(name)
+        found: list[int] = summary([Routed(name, owner, logits)], ["a", "b", "c"], 1)["idle"]
+        return found
+
+    assert idle("first", 0) == []
+    assert idle("first", 1) == [0]
+    assert idle("other", 1) == [0, 2]
