@@ -16,8 +16,8 @@ class Settings:
     """`samples` texts of `tokens` tokens an expert, drawn with `temperature` and `top_p`.
 
     `lambda` as in ridge; `kappa` too where there are prompts. Text begun from nothing strays, so
-    then its default is 2, which on other text than the experts' costs nothing against no routing
-    at all (at 5: .5% to 2%), and on theirs gains .004 nats (`scripts/bench_routing.py`).
+    then its default is 2: on other text than the experts' that costs 1% against no routing at all,
+    where 5 costs 2%, and on theirs it costs nothing (`scripts/bench_routing.py`).
     """
 
     samples: int = 20
