@@ -18,7 +18,7 @@ NO_MEANING = {
     "--lazy-unpickle": "weights are always read lazily, and no pickle is ever run",
     "--trust-remote-code": "no repository's code is ever run",
     "--clone-tensors": "tensors are never shared",
-    "--low-cpu-memory": "memory is bounded anyway; --lazy bounds the hidden pass too",
+    "--low-cpu-memory": "memory is bounded anyway; --lazy bounds what gate modes run too",
     "--safe-serialization": "safetensors is the only format written",
     "--write-model-card": "the card is always written",
     "--read-to-gpu": "bytes go from file to file",
@@ -52,19 +52,19 @@ UNHEARD = "moemerge: mergekit's flags that mean nothing here"
 _UNTRAINED = "--i-understand-this-is-not-useful-without-training"
 
 OPTIONS = {
-    "lazy": _option(bool, False, "--lazy", help="Low memory: hidden gates hold one decoder layer "
-                    "of the base model at a time, not two."),
+    "lazy": _option(bool, False, "--lazy", help="Low memory: gate modes that run a model "
+                    "hold one decoder layer of it at a time, not two (self: not all)."),
     "shard_size": _option(str, "5GB", "--shard-size", "--out-shard-size", metavar="SIZE",
                           help="The most a shard holds: 1B or 500M parameters, 5GB or 2GiB bytes."),
     "seed": _option(int, 0, "--seed", "--random-seed", help="Seed of random gates and noise."),
     "device": _option(str, "auto", "--device", metavar="auto|cpu|cuda[:N]|mps",
-                      help="Where the base model runs for hidden gates."),
+                      help="Where models run for gate modes that need it."),
     "cuda": _option(bool | None, None, "--cuda/--no-cuda", hidden=True,
                     help="The same as --device cuda, or --device cpu."),
     "load_in_4bit": _option(bool, False, "--load-in-4bit",
-                            help="Quantise the base model for hidden gates (bitsandbytes)."),
+                            help="Quantise the model that gate modes run (bitsandbytes)."),
     "load_in_8bit": _option(bool, False, "--load-in-8bit",
-                            help="Quantise the base model for hidden gates (bitsandbytes)."),
+                            help="Quantise the model that gate modes run (bitsandbytes)."),
     "overwrite": _option(bool, False, "--overwrite",
                          help="Replace what moemerge wrote to OUT before; nothing else."),
     "verify": _option(bool, True, "--verify/--no-verify",
