@@ -159,6 +159,8 @@ class _Merge:
             self.shipment.begin(plan)
         part, parts = options.share or (0, 1)
         mine = list(plan.shards[part::parts])
+        if there := sum(bool(self.state.entry(shard)) for shard in mine):
+            self.reporter.say(f"going on: {there} of {len(mine)} shards are there")
         if "model" in self.ready.gate.USES and self._only_reads(mine):
             routers, others = mine[: part == 0], mine[part == 0 :]
             with ThreadPoolExecutor(1) as beside:  # the disk is busy while the model runs
@@ -193,9 +195,6 @@ class _Merge:
     def _write_shards(self, shards: list[Shard], sources: Tensors) -> int:
         """Write those of the shards that are not there; returns the bytes written."""
         todo = [shard for shard in shards if not self._is_done(shard)]
-        if len(todo) < len(shards):
-            there = len(shards) - len(todo)
-            self.reporter.say(f"going on: {there} of {len(shards)} shards are there")
         how, leaving = self._how(), [s for s in shards if not self.state.is_pushed(s)]
         with ExitStack() as bars:
             advance = self._bar(bars, "writing", todo)
