@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moemerge.fitting import KAPPA, Example, Routers, Task, examples_of, not_positive, ridge
 from moemerge.own_text import write_texts
+from moemerge.prompts import Prompt
 
 USES = frozenset({"any prompts", "model", "experts", "seed"})
 
@@ -15,9 +16,7 @@ USES = frozenset({"any prompts", "model", "experts", "seed"})
 class Settings:
     """`samples` texts of `tokens` tokens an expert, drawn with `temperature` and `top_p`.
 
-    `lambda` as in ridge; `kappa` too where there are prompts. Text begun from nothing strays, so
-    then its default is 2: on other text than the experts' that costs 1% against no routing at all,
-    where 5 costs 2%, and on theirs it costs nothing (`scripts/bench_routing.py`).
+    `lambda` and `kappa` as in ridge.
     """
 
     samples: int = 20
@@ -25,7 +24,7 @@ class Settings:
     temperature: float = 1.0
     top_p: float = 1.0
     lambda_: float | None = None
-    kappa: float | None = None
+    kappa: float = KAPPA
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """What cannot be."""
@@ -44,7 +43,9 @@ def routers(task: Task) -> Routers:
 
     Text that a model writes shows what it was trained on (self-generated calibration data: Williams
     and Aletras 2024, "Self-calibration for language model quantization and pruning",
-    https://arxiv.org/abs/2410.17170). Negative prompts and calibration texts count as in ridge.
+    https://arxiv.org/abs/2410.17170). Of a text begun from nothing the first quarter does not
+    count: it has yet to come to anything (`scripts/bench_routing.py`). Negative prompts and
+    calibration texts count as in ridge.
     """
     own, written = task.settings, []
     assert task.encoder is not None
@@ -61,10 +62,9 @@ def routers(task: Task) -> Routers:
             task.options,
             task.reporter,
         )
-        written += [Example(text, index) for text in texts]
+        unsettled = 0 if task.experts[index].positive else own.tokens // 4
+        written += [Example(Prompt(text.ids, text.own + unsettled), index) for text in texts]
     given = [
         x for x in examples_of(task.experts) if x.prompt not in task.experts[x.expert].positive
     ]
-    begun = all(expert.positive for expert in task.experts)
-    kappa = own.kappa or (KAPPA if begun else 2.0)
-    return ridge(task, [*written, *given], own.lambda_, kappa, on_policy=True)
+    return ridge(task, [*written, *given], own.lambda_, own.kappa, on_policy=True)
