@@ -191,6 +191,13 @@ def check(
             "holds an unfinished merge of another config, or of sources that changed since",
             "go on with that config, pass --overwrite to start over, or name another directory",
         )
+    elif (
+        MANIFEST_FILE in ours
+        and not any(n.endswith(".safetensors") for n in ours)
+        and not (started or overwrite)
+    ):
+        what = "holds what is left of a mixture whose shards were pushed as it went"
+        findings.problem(where, what, "name another directory, or --overwrite to make it anew")
     elif ours and not started and not overwrite:
         what = f"holds {min(ours)} of a merge that is no longer whole"
         findings.problem(where, what, "pass --overwrite to start over")

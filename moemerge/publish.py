@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import re
-import sys
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from moemerge.checkpoint import hub
-from moemerge.errors import InputError, MoemergeError, Problem, RunError, VerifyError
+from moemerge.errors import InputError, Problem, RunError, VerifyError
+from moemerge.hub_repository import SHARD, Content, Repository, holds, size_of
 from moemerge.output import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -28,17 +22,11 @@ from moemerge.plan import INDEX_FILE, Plan, Shard, weight_index
 from moemerge.reporting import Reporter, Silent, size
 from moemerge.shareable import shareable
 from moemerge.state import State, as_json, read_json, write_json
-from moemerge.verify import is_whole, open_manifest, verify_checkpoint
+from moemerge.verify import check_shards, is_whole, open_manifest, verify_checkpoint
 from moemerge.version import __version__
 
-T = TypeVar("T")
-Content = Path | bytes
-"""What a file on the Hub is to hold: that of a file here, or these bytes."""
-
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _WEIGHTS = (".safetensors", ".bin")
-_TRIES, _TRIES_BEFORE = 8, 3  # in vain, on the way and before it
-_WAIT, _LONGEST_WAIT = 0.25, 30.0  # seconds
+_TRIES_BEFORE = 3  # in vain, before a merge begins
 _STARTED = "push.json"
 
 
@@ -62,7 +50,7 @@ def push(
         RunError: the Hub or the network failed.
     """
     out, reporter = Path(out), reporter or Silent()
-    open_manifest(out)
+    check_shards(out, open_manifest(out).plan, "push")
     if not State(out).is_free(shared=True):
         fix = "wait until it ends"
         raise InputError([Problem(str(out), "another moemerge is writing there", fix)])
@@ -74,15 +62,15 @@ def push(
         name: out / name for name in dict.fromkeys([*manifest.files, *OWN_FILES])
     }
     content[MANIFEST_FILE] = _manifest_bytes(manifest)
-    target = _Target(repo, bars=True)
+    target = Repository(repo, bars=True)
     target.create(private)
     there = target.files()
-    new = {name: what for name, what in content.items() if not _is(what, there.get(name))}
+    new = {name: what for name, what in content.items() if not holds(what, there.get(name))}
     gone = _stale(there, manifest.plan)
     if not new and not gone:
         reporter.say(f"{repo}: nothing has changed, so nothing was sent")
         return target.url
-    total = sum(map(_size, new.values()))
+    total = sum(map(size_of, new.values()))
     reporter.say(f"{repo}: {len(new)} of {len(content)} files are new, {size(total)}")
     with reporter.progress("uploading", total, "B") as advance:
         target.commit(new, gone, f"A mixture made with moemerge {__version__}", advance)
@@ -125,7 +113,7 @@ def _refusals(repo: str, private: bool, fresh: bool) -> Iterator[Problem]:
         fix = "run `hf auth login` with a token that may write, or set HF_TOKEN"
         yield Problem(repo, "you are not logged in to the Hub", fix)
         return
-    target = _Target(repo, tries=_TRIES_BEFORE)
+    target = Repository(repo, tries=_TRIES_BEFORE)
     account = target.whoami()
     if account is None:
         fix = "run `hf auth login` anew, or correct HF_TOKEN"
@@ -149,7 +137,7 @@ def _refusals(repo: str, private: bool, fresh: bool) -> Iterator[Problem]:
         fix = "make it private on the Hub, or name a new one"
         yield Problem(repo, "exists and is public", fix)
     there = target.files()
-    strangers = [n for n in there if n.endswith(_WEIGHTS) and not _SHARD.fullmatch(n)]
+    strangers = [n for n in there if n.endswith(_WEIGHTS) and not SHARD.fullmatch(n)]
     strangers += [CONFIG_FILE] * (CONFIG_FILE in there)
     if strangers and MANIFEST_FILE not in there:
         what = f"holds {strangers[0]}, which moemerge did not make"
@@ -186,172 +174,6 @@ def _cannot_create(repo: str, account: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(repo, what, fix)
 
 
-@dataclass(frozen=True)
-class _There:
-    """A file on the Hub: its size in bytes, and its sha256 (`lfs`) or Git's id."""
-
-    nbytes: int
-    digest: str
-    lfs: bool
-
-
-class _Target:
-    """A model repository as whoever is logged in may use it. All questions are asked again while
-    the Hub is busy or the network fails.
-
-    Every method raises RunError with one line where that does not help.
-    """
-
-    def __init__(self, repo: str, bars: bool = False, tries: int = _TRIES):
-        from huggingface_hub import HfApi, constants, get_token
-
-        self.tries = tries
-        self.bars = bars  # huggingface_hub's own, on a terminal: bytes of the file on its way
-        self.repo, self.url = repo, f"{constants.ENDPOINT}/{repo}"
-        self.api = HfApi(token=get_token())
-
-    def whoami(self) -> dict[str, Any] | None:
-        """What the Hub says of the token's holder; None if it does not know the token."""
-        return self._ask("asking who you are", self.api.whoami, missing=(401,))
-
-    def info(self) -> Any:
-        """The repository's entry on the Hub; None if it is not there, or hidden."""
-        return self._ask(
-            "looking at it",
-            lambda: self.api.model_info(self.repo, files_metadata=True),
-            missing=(401, 404),
-        )
-
-    def files(self) -> dict[str, _There]:
-        """What the repository holds; nothing if it does not exist."""
-        info = self.info()
-        return {
-            one.rfilename: _There(
-                one.size or 0, (one.lfs.sha256 if one.lfs else one.blob_id) or "", bool(one.lfs)
-            )
-            for one in (info.siblings if info else None) or ()
-        }
-
-    def may_write(self) -> bool:
-        """Whether a commit would be taken: the question that comes before one, and no more.
-
-        That `create_repo` succeeds would say nothing: it does for whatever exists.
-        """
-        from huggingface_hub import constants
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]
-            build_hf_headers,
-            get_session,
-            hf_raise_for_status,
-        )
-
-        def ask() -> bool:
-            answer = get_session().post(
-                f"{constants.ENDPOINT}/api/models/{self.repo}/preupload/main",
-                json={"files": [{"path": CONFIG_FILE, "sample": "e30=", "size": 2}]},
-                headers=build_hf_headers(token=self.api.token),
-                timeout=30,
-            )
-            hf_raise_for_status(answer)
-            return True
-
-        return bool(self._ask("asking for leave to write", ask, missing=(401, 403)))
-
-    def create(self, private: bool) -> None:
-        """Make the repository, unless it exists."""
-        if self.info() is None:
-            self._ask(
-                "making the repository",
-                lambda: self.api.create_repo(self.repo, private=private, exist_ok=True),
-            )
-
-    def commit(
-        self,
-        new: Mapping[str, Content],
-        gone: Collection[str],
-        title: str,
-        advance: Callable[[int], object] = lambda nbytes: None,
-        stopped: Callable[[], bool] = lambda: False,
-    ) -> dict[str, str]:
-        """Upload files and commit them, with what is to be deleted; return each one's sha256.
-
-        Objects that the Hub has already are not sent again. `advance` is called with each file's
-        size; once `stopped`, nothing is committed.
-        """
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-        alone = [[name] for name in new if _SHARD.fullmatch(name)]
-        together = [name for name in new if not _SHARD.fullmatch(name)]
-        additions = []
-        for names in filter(None, [*alone, together]):
-            batch = [CommitOperationAdd(name, new[name]) for name in names]
-            with hub.progress_bars(self.bars and sys.stderr.isatty()):
-                self._ask(
-                    f"the upload of {names[0]}",
-                    partial(self.api.preupload_lfs_files, self.repo, batch, free_memory=False),
-                )
-            additions += batch
-            advance(sum(_size(new[name]) for name in names))
-        tried = False
-
-        def ask() -> None:
-            nonlocal tried
-            if tried:  # it may have been done, and the answer lost
-                there = self.files()
-                done = all(_is(content, there.get(name)) for name, content in new.items())
-                if done and not set(gone) & there.keys():
-                    return
-            tried = True
-            deletions = [CommitOperationDelete(name) for name in gone]
-            self.api.create_commit(self.repo, [*additions, *deletions], commit_message=title)
-
-        if not stopped():
-            self._ask("the commit", ask)
-        return {one.path_in_repo: one.upload_info.sha256.hex() for one in additions}
-
-    def check(self, content: Mapping[str, Content | int]) -> None:
-        """See that everything is there; a `.gitignore` keeps files out without a word.
-
-        Raises:
-            RunError: a file is not.
-        """
-        there = self.files()
-        for name, what in content.items():
-            nbytes = what if isinstance(what, int) else _size(what)
-            if name not in there or there[name].nbytes != nbytes:
-                raise RunError(
-                    f"{self.repo}: {name} did not arrive there; see whether the repository has a "
-                    ".gitignore, then run the same command again"
-                )
-
-    def _ask(self, what: str, ask: Callable[[], T], missing: Collection[int] = ()) -> T | None:
-        """An answer of the Hub, asked for again while that may help; None for `missing` statuses.
-
-        Raises:
-            RunError: it does not help.
-        """
-        for failures in range(1, self.tries + 1):
-            try:
-                with _quiet():
-                    return ask()
-            except MoemergeError:
-                raise
-            except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
-                cause = _cause(error)
-                status = getattr(getattr(cause, "response", None), "status_code", None)
-                if status in missing:
-                    return None
-                again = status in (408, 409, 412, 429) or (status or 0) >= 500
-                again = again or (status is None and _is_network(cause))
-                if not again or failures == self.tries:
-                    raise RunError(
-                        f"{self.repo}: {what} failed ({_why(cause, status)}); "
-                        "run the same command again to go on"
-                    ) from error
-                wait = hub.retry_after(cause) or _WAIT * 2**failures
-                time.sleep(min(wait, _LONGEST_WAIT))
-        raise AssertionError("unreachable")
-
-
 @dataclass
 class Shipment:
     """Shards that go to the Hub one by one, as they are finished, and are then deleted here.
@@ -374,7 +196,7 @@ class Shipment:
 
     def begin(self, plan: Plan) -> None:
         """Make the repository no model and learn which shards it has."""
-        self.target = _Target(self.repo)
+        self.target = Repository(self.repo)
         self.target.create(self.private)
         there = self.target.files()
         if not self.goes_on(plan.run_digest):
@@ -428,7 +250,7 @@ class Shipment:
         content[INDEX_FILE] = as_json(weight_index(manifest.plan)).encode()
         content[CONFIG_FILE] = as_json(manifest.plan.config).encode()
         there = self.target.files()
-        new = {name: what for name, what in content.items() if not _is(what, there.get(name))}
+        new = {name: what for name, what in content.items() if not holds(what, there.get(name))}
         gone = _stale(there, manifest.plan)
         if new or gone:
             self.target.commit(new, gone, f"A mixture made with moemerge {__version__}")
@@ -455,63 +277,4 @@ def _manifest_bytes(manifest: Manifest) -> bytes:
 def _stale(there: Collection[str], plan: Plan) -> list[str]:
     """Shards of an earlier mixture, which some programs would read."""
     ours = {shard.file for shard in plan.shards}
-    return [name for name in there if _SHARD.fullmatch(name) and name not in ours]
-
-
-def _is(content: Content, there: _There | None) -> bool:
-    """Whether a file on the Hub holds this content."""
-    if there is None or there.nbytes != _size(content):
-        return False
-    if there.lfs:
-        return _sha256(content) == there.digest
-    data = content if isinstance(content, bytes) else content.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == there.digest
-
-
-def _sha256(content: Content) -> str:
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    digest, view = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with content.open("rb", buffering=0) as file:
-        while got := file.readinto(view):
-            digest.update(view[:got])
-    return digest.hexdigest()
-
-
-def _size(content: Content) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what huggingface_hub logs of each failed try: addresses that carry signatures."""
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _cause(error: Exception) -> Exception:
-    """The error that tells: the first with an answer, else the innermost."""
-    while getattr(error, "response", None) is None and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return error
-
-
-def _is_network(error: BaseException) -> bool:
-    """Whether a connection failed: requests' errors are OSErrors of no file, httpx has its own."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return "TransportError" in names or (isinstance(error, OSError) and error.filename is None)
-
-
-def _why(error: BaseException, status: int | None) -> str:
-    """One line without addresses, which may carry signatures."""
-    if status in (401, 403):
-        return f"HTTP {status}: your token may not write there"
-    if status is not None:
-        said = " ".join(str(getattr(error, "server_message", None) or "").split())[:160]
-        return f"HTTP {status}{': ' if said else ''}{said}"
-    return re.sub(r"https?://\S+", "the Hub", hub.shortened(Exception(str(error) or repr(error))))
+    return [name for name in there if SHARD.fullmatch(name) and name not in ours]

@@ -27,7 +27,7 @@ from moemerge.reading import load_mixture, mean_loss, set_experts_per_token
 from moemerge.reporting import Reporter, Silent
 from moemerge.routers import Tensors, fetch, run_gate
 from moemerge.routing_stats import Routed
-from moemerge.verify import open_manifest
+from moemerge.verify import check_shards, open_manifest
 
 PAGE_TOKENS = 256
 PAGE_PASSAGES = 4
@@ -53,8 +53,10 @@ def report(
         InputError: `out` is no mixture, a text cannot be read, or there is nothing to go by.
     """
     out, options, reporter = Path(out), options or Options(), reporter or Silent()
-    config = _config_of(out)
     manifest = open_manifest(out) if (out / MANIFEST_FILE).exists() else None
+    if manifest:
+        check_shards(out, manifest.plan, "look at")
+    config = _config_of(out)
     if manifest:  # what was merged may be looked at
         seed = manifest.plan.seed
         options = dataclasses.replace(options, seed=seed, allow_crimes=True)

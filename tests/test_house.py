@@ -20,7 +20,7 @@ FLOORS = [
     ["router_inputs", "own_text", "output", "reading"],
     ["fitting"],
     ["architectures", "gates", "routing_stats"],
-    ["layout", "gate_setup"],
+    ["layout", "gate_setup", "hub_repository"],
     ["prepare"],
     ["write", "verify", "card", "costs", "routers", "page", "heat_map", "shareable"],
     ["on_ray", "card_files", "publish"],
