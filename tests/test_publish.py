@@ -452,6 +452,11 @@ def test_as_you_go_two_shards_are_here_at_most_and_the_same_arrives(
     left = {path.name for path in new.iterdir()}
     assert not left & {"config.json", "model.safetensors.index.json", ".moemerge"}
     assert not list(new.glob("*.safetensors"))
+    for what in (["routing", new], ["push", new, REPO]):
+        refused = run(hub, tmp_path / "home", *what)
+        assert refused.returncode == 2 and "holds no shards" in refused.stderr
+    again = run(hub, tmp_path / "home", config, new, "--push", "user/other", "--push-as-you-go")
+    assert again.returncode == 2 and "shards were pushed as it went" in again.stderr
     verified = run(hub, tmp_path / "home", "verify", new)
     assert (verified.returncode, "holds no shards; where they were pushed" in verified.stderr) == (
         2,
