@@ -55,6 +55,7 @@ class Opener:
                 if not found.is_adapter:
                     raise SourceProblem("is no adapter", "write `base+adapter`")
                 adapter = open_adapter(found, model)
+                self.opened[on_top] = adapter.checkpoint
         except SourceProblem as error:
             self.findings.problem(where, f"{opening.text}: {error.what}", error.fix)
             return None

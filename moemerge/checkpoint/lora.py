@@ -6,12 +6,14 @@ scale = alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv:231
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from moemerge.checkpoint.model import Checkpoint, SourceProblem
+from moemerge.checkpoint.fused import row_name, rows_of
+from moemerge.checkpoint.model import Checkpoint, SourceProblem, with_rows
 
 _PREFIX = "base_model.model."
 _MERGE_FIRST = "merge it into its base with PEFT's merge_and_unload and name the result"
@@ -29,7 +31,10 @@ class Delta:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter does, by the names of its model's tensors."""
+    """What an adapter does, by the names of its model's tensors.
+
+    Of one trained on fused tensors each part has a delta: all of `down`, and its rows of `up`.
+    """
 
     checkpoint: Checkpoint
     deltas: dict[str, Delta]
@@ -46,29 +51,49 @@ def open_adapter(checkpoint: Checkpoint, model: Checkpoint) -> Adapter:
     _refuse_what_is_not_plain(config)
     deltas: dict[str, Delta] = {}
     replacements: dict[str, str] = {}
-    for name in checkpoint.tensors:
+    for name in [name for name in checkpoint.tensors if name not in checkpoint.views]:
         module = name.removeprefix(_PREFIX)
         found = re.fullmatch(r"(.+)\.lora_(A|B)(?:\.\w+)?\.weight", module)
         if found:
             if found[2] == "A":
                 target, up = _add(found[1], name), _partner(name)
-                deltas[target] = _delta(checkpoint, model, found[1], target, name, up)
+                whole = _delta(checkpoint, model, found[1], target, name, up)
+                for part, its_up in _parts(model, target, up).items():
+                    deltas[part] = dataclasses.replace(whole, up=its_up)
         elif re.search(r"lora_|\.ranknum|token_adapter|magnitude", module):
             raise SourceProblem(f"holds {name!r}, which is more than plain LoRA", _MERGE_FIRST)
         else:
             target = re.sub(r"\.modules_to_save(\.\w+)?(?=\.\w+$)", "", module)
-            have = model.tensors.get(target)
-            if have is None or have.shape != checkpoint.tensors[name].shape:
-                shape = list(have.shape) if have else "no such tensor"
+            have = _shape(model, target)
+            if have != checkpoint.tensors[name].shape:
                 raise SourceProblem(
                     f"replaces {target!r} by {list(checkpoint.tensors[name].shape)}, "
-                    f"the model has {shape}",
+                    f"the model has {'no such tensor' if have is None else list(have)}",
                     "name the model that the adapter was trained on",
                 )
-            replacements[target] = name
+            replacements |= _parts(model, target, name)
     if not deltas and not replacements:
         raise SourceProblem("holds no LoRA weights", "name another adapter")
-    return Adapter(checkpoint, deltas, replacements)
+    rows = [*(delta.up for delta in deltas.values()), *replacements.values()]
+    return Adapter(with_rows(checkpoint, rows), deltas, replacements)
+
+
+def _shape(model: Checkpoint, target: str) -> tuple[int, ...] | None:
+    """The shape of the model's tensor as the adapter was trained on it, fused or not."""
+    if target in model.tensors:
+        return model.tensors[target].shape
+    parts = rows_of(model.views, target)
+    if not parts:
+        return None
+    return (sum(map(len, parts.values())), *model.tensors[next(iter(parts))].shape[1:])
+
+
+def _parts(model: Checkpoint, target: str, tensor: str) -> dict[str, str]:
+    """The model's tensors that the adapter's `tensor` is for, and which rows of it each has."""
+    parts = rows_of(model.views, target)
+    if target in model.tensors or not parts:
+        return {target: tensor}
+    return {name: row_name(tensor, rows) for name, rows in parts.items()}
 
 
 def _refuse_what_is_not_plain(config: dict[str, Any]) -> None:
@@ -102,15 +127,16 @@ def _delta(
 ) -> Delta:
     if up not in checkpoint.tensors:
         raise SourceProblem(f"holds {down!r} but not {up!r}", "save the adapter again")
-    if target not in model.tensors:
+    w = _shape(model, target)
+    if w is None:
         raise SourceProblem(
             f"changes {target!r}, which the model does not have",
             "name the model that the adapter was trained on",
         )
-    a, b, w = checkpoint.tensors[down].shape, checkpoint.tensors[up].shape, model.tensors[target]
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != w.shape:
+    a, b = checkpoint.tensors[down].shape, checkpoint.tensors[up].shape
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != w:
         raise SourceProblem(
-            f"{target}: its matrices are {list(a)} and {list(b)}, the model's {list(w.shape)}",
+            f"{target}: its matrices are {list(a)} and {list(b)}, the model's {list(w)}",
             "name the model that the adapter was trained on",
         )
     config = checkpoint.config

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from moemerge.checkpoint import hub, safetensors_file, torch_file
+from moemerge.checkpoint.fused import View, rows_named, views_of, with_views
 from moemerge.checkpoint.model_config import normalise
 from moemerge.checkpoint.reference import Reference
 from moemerge.checkpoint.tensors import Location
@@ -33,6 +34,8 @@ class SourceProblem(Exception):
 class Checkpoint:
     """One source, opened. `absent` are weight files that are on the Hub alone.
 
+    `views` are those of `tensors` that are parts of tensors of its files.
+
     `fingerprint` tells this source's content from another's: the Hub's commit, or a digest of
     sizes, times and headers. `note` is a line that a person should read.
     """
@@ -46,6 +49,7 @@ class Checkpoint:
     modified: int | None = None
     absent: dict[str, hub.Remote] = field(default_factory=dict)
     note: str = ""
+    views: dict[str, View] = field(default_factory=dict)
 
     @property
     def is_adapter(self) -> bool:
@@ -86,6 +90,8 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -
         path = checkpoint.directory / file
         try:
             found = _read_local_header(path)
+            parts = checkpoint.views.items()
+            found |= {name: view.at(found[view.of]) for name, view in parts if view.of in found}
         except (OSError, ValueError) as error:
             raise ReadError(f"{path}: {error}; download it again") from error
         for name, location in found.items():
@@ -106,6 +112,15 @@ def streamed(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, tensors=tensors)
 
 
+def with_rows(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    """The same with those of `names` that `fused.row_name` gives to rows of its tensors."""
+    views = rows_named(checkpoint.tensors, names)
+    if not views:
+        return checkpoint
+    tensors = checkpoint.tensors | {n: v.at(checkpoint.tensors[v.of]) for n, v in views.items()}
+    return dataclasses.replace(checkpoint, tensors=tensors, views=checkpoint.views | views)
+
+
 def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) -> Checkpoint:
     listed = set(snapshot.files) if snapshot else set()
     partial = snapshot is not None and not listed
@@ -119,6 +134,7 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     if config_name not in names:
         raise _no_model(directory, names)
     config = _read_json(directory / config_name)
+    family = config.get("model_type")
     if not adapter:
         try:
             config = normalise(config)
@@ -154,6 +170,13 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
             f"config.json: num_hidden_layers is {layers}, its weights are {count} tensors",
             "use the weights and the config.json of one and the same model",
         )
+    views: dict[str, View] = {}
+    if not adapter:
+        try:
+            views = views_of(tensors, family, config)
+        except ValueError as error:
+            fix = "use the weights and the config.json of one and the same model"
+            raise SourceProblem(str(error), fix) from error
     commit = snapshot.commit if snapshot else None
     fingerprint = commit or digest.hexdigest()
     remote = snapshot.files if snapshot else {}
@@ -163,12 +186,13 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         reference=reference,
         directory=directory,
         config=config,
-        tensors=tensors,
+        tensors=with_views(tensors, views),
         fingerprint=fingerprint,
         commit=commit,
         modified=None if snapshot else newest,
         absent=absent,
         note=note,
+        views=views,
     )
 
 

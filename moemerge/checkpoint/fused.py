@@ -1,0 +1,160 @@
+"""Fused tensors as their parts: each is a byte range, tensors being row-major; nothing is copied.
+
+A phi3's projections become a mistral's, and experts that a writer stacked become each expert's own,
+under the names of `moe_names`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moemerge.checkpoint.moe_names import FAMILIES, LAYER, Names
+from moemerge.checkpoint.tensors import ITEMSIZE, Location
+
+MAX_PARTS = 1 << 19
+"""Ten times what any model has; bounds what a header's claims can cost."""
+
+_PHI3 = re.compile(r"(model\.layers\.\d+\.)(self_attn\.qkv|mlp\.gate_up)_proj\.(weight|bias)")
+_ROWS = re.compile(r"(.+)\[(\d{1,18}):(\d{1,18})\]")
+
+
+@dataclass(frozen=True)
+class View:
+    """A part of a tensor: of tensor `of`, a stretch that begins at value `start`."""
+
+    of: str
+    start: int
+    shape: tuple[int, ...]
+
+    def at(self, whole: Location) -> Location:
+        """Where it lies, given where the whole tensor does.
+
+        Raises:
+            ValueError: the tensor does not reach so far.
+        """
+        if self.start + math.prod(self.shape) > math.prod(whole.shape):
+            raise ValueError(f"{self.of} is {list(whole.shape)}, which is not what it was")
+        offset = whole.offset + self.start * ITEMSIZE[whole.dtype]
+        return dataclasses.replace(whole, offset=offset, shape=self.shape)
+
+
+def views_of(
+    tensors: Mapping[str, Location], family: object, config: Mapping[str, Any]
+) -> dict[str, View]:
+    """The parts of a model's fused tensors, by the names of tensors that are not.
+
+    Raises:
+        ValueError: one cannot be what its name says, by its shape and the config.
+    """
+    if family == "phi3":
+        parts = _parts_of_phi3(tensors, config)
+    elif isinstance(family, str) and family in FAMILIES:
+        parts = _parts_of_moe(tensors, FAMILIES[family], config)
+    else:
+        return {}
+    views: dict[str, View] = {}
+    for name, view in parts:
+        if name in tensors and name != view.of:
+            raise ValueError(f"{name!r} is there, and in {view.of!r} again")
+        if len(views) == MAX_PARTS:
+            raise ValueError(f"{view.of!r} and others claim to be more parts than any model has")
+        views[name] = view
+    return views
+
+
+def with_views(tensors: Mapping[str, Location], views: Mapping[str, View]) -> dict[str, Location]:
+    """The tensors with the views in place of what they are views of."""
+    fused = {view.of for view in views.values()}
+    kept = {name: at for name, at in tensors.items() if name not in fused}
+    return kept | {name: view.at(tensors[view.of]) for name, view in views.items()}
+
+
+def rows_of(views: Mapping[str, View], of: str) -> dict[str, range]:
+    """Which rows of tensor `of` each view of it is, by the views' names."""
+    found = {}
+    for name, view in views.items():
+        if view.of == of:
+            start = view.start // math.prod(view.shape[1:])
+            found[name] = range(start, start + view.shape[0])
+    return found
+
+
+def row_name(of: str, rows: range) -> str:
+    """The name under which some rows of a tensor go."""
+    return f"{of}[{rows.start}:{rows.stop}]"
+
+
+def rows_named(tensors: Mapping[str, Location], names: Iterable[str]) -> dict[str, View]:
+    """What those of `names` that are as `row_name` makes them speak of, where it is there."""
+    views = {}
+    for name in names:
+        found = _ROWS.fullmatch(name)
+        if found and found[1] in tensors:
+            shape, start, stop = tensors[found[1]].shape, int(found[2]), int(found[3])
+            if name not in tensors and shape and start < stop <= shape[0]:
+                views[name] = _rows(found[1], shape, start, stop)
+    return views
+
+
+def _rows(of: str, shape: tuple[int, ...], start: int, stop: int) -> View:
+    return View(of, start * math.prod(shape[1:]), (stop - start, *shape[1:]))
+
+
+def _parts_of_phi3(
+    tensors: Mapping[str, Location], config: Mapping[str, Any]
+) -> Iterator[tuple[str, View]]:
+    """Queries, keys and values one below the other, and gate above up."""
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    shares = {
+        "self_attn.qkv": {"self_attn.q": heads, "self_attn.k": groups, "self_attn.v": groups},
+        "mlp.gate_up": {"mlp.gate": 1, "mlp.up": 1},
+    }
+    for name, at in tensors.items():
+        if not (found := _PHI3.fullmatch(name)):
+            continue
+        layer, kind, end = found.groups()
+        whole = sum(shares[kind].values())
+        if not at.shape or not at.shape[0] or at.shape[0] % whole:
+            raise ValueError(f"{name} is {list(at.shape)}, which is not cut into {whole} parts")
+        start = 0
+        for part, share in shares[kind].items():
+            stop = start + at.shape[0] // whole * share
+            yield f"{layer}{part}_proj.{end}", _rows(name, at.shape, start, stop)
+            start = stop
+
+
+def _parts_of_moe(
+    tensors: Mapping[str, Location], names: Names, config: Mapping[str, Any]
+) -> Iterator[tuple[str, View]]:
+    """Each expert's matrices, of one tensor with all experts' gate above up and one with down."""
+    count, hidden = names.count_of(config), config.get("hidden_size")
+    for name, at in tensors.items():
+        found = LAYER.fullmatch(name)
+        layer, inside = (found[1], found[3]) if found else ("", "")
+        if inside in names.routers:
+            yield layer + names.router, View(name, 0, at.shape)
+        elif inside in (*names.uppers, *names.lowers):
+            upper = inside in names.uppers
+            if not _is_stack(at.shape, upper, count, hidden):
+                wanted = [count, "2F", hidden] if upper else [count, hidden, "F"]
+                raise ValueError(f"{name} is {list(at.shape)}, config.json says {wanted}")
+            experts, high, wide = at.shape
+            matrices = (0, 1) if upper else (2,)
+            step = high // len(matrices)
+            for row in range(experts * len(matrices)):
+                expert, which = divmod(row, len(matrices))
+                view = View(name, row * step * wide, (step, wide))
+                yield layer + names.matrix(expert, matrices[which]), view
+
+
+def _is_stack(shape: tuple[int, ...], upper: bool, count: object, hidden: object) -> bool:
+    """Whether it is (E, 2F, D), or (E, D, F) if not `upper`."""
+    if len(shape) != 3 or not math.prod(shape):
+        return False
+    fits = shape[2] == hidden and shape[1] % 2 == 0 if upper else shape[1] == hidden
+    return fits and shape[0] == count
