@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint import Donor
 from moemerge.errors import Findings
+from moemerge.tokenizer_files import chat_template
+from moemerge.tokens import Comparison, compare_tokens, read_tokens, shown
+from moemerge.vocabulary import Vocabulary
 
 _MUST_AGREE = ("num_hidden_layers", "hidden_size", "intermediate_size", "hidden_act")
 _ATTENTION_STAYS = "its attention is not used"
@@ -30,13 +32,15 @@ def compare(
     allow_crimes: bool = False,
     attention: bool = False,
     runs: bool = False,
+    vocabulary: Vocabulary | None = None,
 ) -> None:
     """Record every difference between the base model and one expert.
 
     Depth, width, activation and family decide whether the expert's MLPs see in the base's body what
     they saw in their own: a difference there is a problem. Everything else of the expert stays
     behind, so a difference is a note; but where its `attention` is averaged with others', that must
-    agree too, and where the expert itself `runs`, its tokens must be the base model's.
+    agree too, and where the expert itself `runs`, its tokens must be those of the mixture's
+    `vocabulary`, by default the base model's.
     """
     ours, theirs = base.model.config, expert.model.config
     family, other = ours.get("model_type"), theirs.get("model_type")
@@ -62,53 +66,63 @@ def compare(
                 f"{key} is {_short(theirs.get(key))}, the base model's is {_short(ours.get(key))}",
                 "such attentions have no average: use body: base",
             )
-        else:
+        elif not (key == "vocab_size" and vocabulary and vocabulary.has_rows_of(expert)):
             findings.note(
                 f"{expert.name}: {key} is {_short(theirs.get(key))}, the base model's is "
                 f"{_short(ours.get(key))}; {why}"
             )
-    line = _compare_vocabularies(base.model.directory, expert.model.directory)
-    if line and runs:
-        fix = "its text would be read as another: use gate_mode: ridge with prompts"
-        findings.problem(where, line, fix)
-    elif line:
-        findings.note(f"{expert.name}: {line}")
+    vocabulary = vocabulary or Vocabulary(base, base.model.directory)
+    _compare_vocabularies(base, expert, vocabulary, where, findings, runs)
 
 
 def same_vocabulary(base: Donor, expert: Donor) -> bool:
     """Whether each token has one id, and its rows in embedding and head one place, in both."""
     configs = [donor.model.config for donor in (base, expert)]
     shapes = {(c.get("vocab_size"), c.get("tie_word_embeddings")) for c in configs}
-    line = _compare_vocabularies(base.model.directory, expert.model.directory)
-    return len(shapes) == 1 and line is None
+    found = _compared(base.model.directory, expert.model.directory)
+    return len(shapes) == 1 and not found.moved
 
 
-def _compare_vocabularies(base: Path, expert: Path) -> str | None:
-    """Say whether the two tokenizers give some text other ids; None where they agree."""
-    ours, theirs = (path / "tokenizer.json" for path in (base, expert))
+def _compare_vocabularies(
+    base: Donor,
+    expert: Donor,
+    vocabulary: Vocabulary,
+    where: str,
+    findings: Findings,
+    runs: bool,
+) -> None:
+    ours, theirs = (donor.model.directory for donor in (base, expert))
+    if ours == theirs:
+        return
+    found = _compared(ours, theirs)
+    if found:
+        stays = vocabulary.directory == ours and not vocabulary.written
+        kept = "; prompts and text are the base's" if stays else ""
+        if stays and found.more:
+            kept += " (tokenizer: union would have its tokens too)"
+        findings.note(f"{expert.name}: {found}{kept}")
+    template = chat_template(theirs)
+    if template and template != vocabulary.template:
+        findings.note(f"{expert.name}: its chat template is another than the mixture's")
+    tokens = vocabulary.tokens
+    if not runs or tokens is None:
+        return
     try:
-        if base == expert or ours.read_bytes() == theirs.read_bytes():
-            return None
-        left, right = _vocabulary(ours), _vocabulary(theirs)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
-    moved = [token for token, number in right.items() if left.get(token, number) != number]
-    if not moved:
-        return None
-    shown = ", ".join(repr(token) for token in sorted(moved)[:3])
-    return (
-        f"{len(moved)} tokens have other ids than in the base model ({shown}); "
-        "prompts and text are the base's"
-    )
+        moved = compare_tokens(tokens, read_tokens(theirs)).moved
+    except ValueError:
+        return
+    if moved:
+        what = f"{len(moved)} tokens have other ids than in the mixture ({shown(moved)})"
+        fix = "its text would be read as another: use gate_mode: ridge with prompts"
+        findings.problem(where, what, fix)
 
 
-def _vocabulary(path: Path) -> dict[str, int]:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    vocabulary = data["model"]["vocab"]
-    if isinstance(vocabulary, list):  # a Unigram model lists [token, score]
-        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-    added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
-    return {**vocabulary, **added}
+def _compared(base: Path, expert: Path) -> Comparison:
+    """One directory's tokenizer beside another's; as if alike where one cannot be read."""
+    try:
+        return compare_tokens(read_tokens(base), read_tokens(expert))
+    except ValueError:
+        return Comparison()
 
 
 def _same_value(value: Any) -> Any:

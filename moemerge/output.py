@@ -21,7 +21,9 @@ from moemerge.options import Options
 from moemerge.plan import INDEX_FILE, Plan, weight_index
 from moemerge.reporting import size
 from moemerge.state import STATE_DIRECTORY, State, as_json, is_inside, read_json, write_json
+from moemerge.tokenizer_files import GENERATION_FILE
 from moemerge.version import __version__
+from moemerge.vocabulary import Vocabulary
 
 MANIFEST_FILE = "moemerge.json"
 CARD_FILE = "README.md"
@@ -102,21 +104,25 @@ def read_manifest(out: Path) -> Manifest:
         raise ValueError(f"it lacks or mistypes {error}") from error
 
 
-def carried_files(base: Path, copy_tokenizer: bool) -> tuple[Path, ...]:
-    """The base model's files that go along, relative to it: generation config and tokenizer."""
-    names = [Path("generation_config.json")]
+def carried_files(vocabulary: Vocabulary, copy_tokenizer: bool) -> tuple[Path, ...]:
+    """The files that go along, relative to their model: generation config and tokenizer."""
+    directory, names = vocabulary.directory, [Path(GENERATION_FILE)]
     if copy_tokenizer:
         names += map(Path, _TOKENIZER_FILES)
-        extra = base / "additional_chat_templates"
-        names += sorted(path.relative_to(base) for path in extra.glob("*.jinja"))
-    return tuple(name for name in names if (base / name).is_file())
+        extra = directory / "additional_chat_templates"
+        names += sorted(path.relative_to(directory) for path in extra.glob("*.jinja"))
+    written = vocabulary.written
+    return tuple(n for n in names if n.as_posix() in written or (directory / n).is_file())
 
 
-def check_carried(base: Path, carried: Iterable[Path], where: str, findings: Findings) -> None:
+def check_carried(
+    vocabulary: Vocabulary, carried: Iterable[Path], where: str, findings: Findings
+) -> None:
     """Record the files to carry along that cannot be read."""
     for name in carried:
-        if not os.access(base / name, os.R_OK):
-            findings.problem(where, f"{base / name} cannot be read", "check its permissions")
+        path = vocabulary.directory / name
+        if name.as_posix() not in vocabulary.written and not os.access(path, os.R_OK):
+            findings.problem(where, f"{path} cannot be read", "check its permissions")
 
 
 def file_names(plan: Plan, carried: Iterable[Path]) -> tuple[str, ...]:
@@ -247,18 +253,20 @@ def is_finished(out: Path, plan: Plan) -> bool:
         return False
 
 
-def carry(base: Path, out: Path, carried: Iterable[Path]) -> None:
-    """Copy the base model's small files byte for byte, but for what transformers 4 trips over.
+def carry(vocabulary: Vocabulary, out: Path, carried: Iterable[Path]) -> None:
+    """Copy a model's small files byte for byte, but for what is added to its tokenizer and what
+    transformers 4 trips over.
 
     Raises:
         ReadError: one cannot be read any more.
         WriteError: `out` cannot be written.
     """
     for name in carried:
+        path = vocabulary.directory / name
         try:
-            content = (base / name).read_bytes()
+            content = vocabulary.written.get(name.as_posix()) or path.read_bytes()
         except OSError as error:
-            raise ReadError(f"{base / name}: cannot be read ({error.strerror})") from error
+            raise ReadError(f"{path}: cannot be read ({error.strerror})") from error
         if name.name == "tokenizer_config.json":
             content = _readable_by_version_4(content)
         with writing(out):

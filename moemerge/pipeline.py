@@ -283,7 +283,7 @@ class _Merge:
 
     def _finish(self, sources: Tensors) -> None:
         out, plan, ready = self.out, self.plan, self.ready
-        output.carry(ready.base.model.directory, out, ready.carried)
+        output.carry(ready.vocabulary, out, ready.carried)
         report = report_of(self.state.routers)
         told = Told(ready.own_card, self.options.card_config)
         picture = card_files.write(out, ready, report, told, self.reporter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from moemerge.checkpoint import Donor
 from moemerge.config import MergeConfig
 from moemerge.errors import Findings
+from moemerge.tokens import TOKENIZER_FILE
+from moemerge.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -93,13 +95,13 @@ def _check_apart(
         seen.setdefault(both, index)
 
 
-def open_encoder(base: Donor, findings: Findings) -> Encoder | None:
-    """The base model's tokenizer; None, with a problem recorded, where it cannot be read."""
+def open_encoder(vocabulary: Vocabulary, findings: Findings) -> Encoder | None:
+    """The mixture's tokenizer; None, with a problem recorded, where it cannot be read."""
     try:
-        return Encoder(base.model.directory)
+        return Encoder(vocabulary.directory, vocabulary.written)
     except ValueError as error:
         fix = "add its tokenizer.json, or use gate_mode: random"
-        findings.problem(base.where, f"prompts cannot be read: {error}", fix)
+        findings.problem(vocabulary.base.where, f"prompts cannot be read: {error}", fix)
         return None
 
 
@@ -149,15 +151,15 @@ def encode_prompts(
 
 
 class Encoder:
-    """The base model's tokenizer, read without running anything of the repository."""
+    """A tokenizer, read without running anything of the repository."""
 
-    def __init__(self, directory: Path):
-        """Open the tokenizer of a model directory.
+    def __init__(self, directory: Path, written: Mapping[str, bytes] | None = None):
+        """Open the tokenizer of a model directory; what is `written` of it counts instead.
 
         Raises:
             ValueError: there is none that can be read.
         """
-        self.tokenizer = _open(directory)
+        self.tokenizer = _open(directory, written or {})
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.fallback = _first_seen(self.tokenizer, directory)
@@ -238,11 +240,13 @@ def _first_seen(tokenizer: Tokenizer, directory: Path) -> list[int]:
     return [min(known)] if known else []
 
 
-def _open(directory: Path) -> Tokenizer:
+def _open(directory: Path, written: Mapping[str, bytes]) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    path = directory / "tokenizer.json"
+    path = directory / TOKENIZER_FILE
     try:
+        if path.name in written:
+            return Tokenizer.from_str(written[path.name].decode())
         if path.is_file():
             return Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exceptions

@@ -60,6 +60,9 @@ def _shareable_config(config: MergeConfig, plan: Plan) -> MergeConfig:
                 return "+".join(names.get(part, part) for part in stripped)
         return text
 
+    def extra(said: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return f"./{Path(said).name}" if isinstance(said, str) else said
+
     def calibration(text: str | None) -> str | None:
         return text if not text or is_hub_id(text) else f"./{Path(text).name}"
 
@@ -75,6 +78,8 @@ def _shareable_config(config: MergeConfig, plan: Plan) -> MergeConfig:
         base_model=source(config.base_model),
         experts=tuple(map(expert, config.experts)),
         shared_experts=tuple(map(expert, config.shared_experts)),
+        tokenizer=source(config.tokenizer),
+        extra_tokens=extra(config.extra_tokens),
         text="",
     )
 

@@ -94,6 +94,10 @@ class Vocabulary:
         """The chat template, one text or several by name; None if there is none."""
         return chat_template(self.directory, self.written)
 
+    def has_rows_of(self, donor: Donor) -> bool:
+        """Whether some row is the donor's."""
+        return any(part.donor is donor for part in self.rows)
+
     def needs(self) -> Iterator[tuple[Donor, dict[str, tuple[int, ...]]]]:
         """What is read of other models than the base: names with their shapes."""
         names = (

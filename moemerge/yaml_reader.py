@@ -15,6 +15,9 @@ from moemerge.errors import Findings, nearest
 SourceText: TypeAlias = Annotated[str, "source"]
 """A source as the config names it: `path`, `user/name@revision`, `model+adapter`."""
 
+FileOrTexts: TypeAlias = Annotated[str | tuple[str, ...], "file or texts"]
+"""A file's name, or a list of texts."""
+
 Choices: TypeAlias = Annotated[dict[str, Any], "choices"]
 """A mapping of plain values whose keys somebody else declares and checks."""
 
@@ -101,6 +104,9 @@ class Reader:
             return self.sequence(node, typing.get_args(hint)[0], at)
         if hint == SourceText:
             return self.source(node, at)
+        if hint == FileOrTexts:
+            listed = isinstance(node, yaml.SequenceNode)
+            return self.sequence(node, str, at) if listed else self.text(node, at)
         if hint == Choices:
             return self.choices(node, at)
         if hint in (int, float):
