@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from moemerge import architectures
 from moemerge.checkpoint import Checkpoint, Donor
 from moemerge.checkpoint.reference import Reference, is_hub_id, parse_source
 from moemerge.config import MergeConfig
@@ -156,7 +155,7 @@ def _what(ready: Prepared) -> Iterator[str]:
         f"feed-forward parts (MLPs) of {number} model{'s' * (number != 1)} {each} its experts, and "
         f"in every layer a small router chooses {per_token} of {number} for each token. All "
         f"else, attention, norms and embeddings, is {body}. It takes text and continues it, and "
-        f"runs wherever a {plan.architecture.capitalize()} runs."
+        f"runs wherever a {plan.architecture} runs."
     )
     context = plan.config.get("max_position_embeddings")
     rows = {
@@ -254,7 +253,6 @@ def _routing(ready: Prepared, routing: dict[str, Any], told: Told, picture: str)
 def _limits(ready: Prepared, routing: dict[str, Any]) -> Iterator[str]:
     """What a person must not expect of it."""
     mode = ready.plan.gate_mode
-    architecture = architectures.find(ready.plan.architecture)
     lines = [
         "It was not trained or evaluated as a whole: try it on your own task, and beside each of "
         "its sources, before you rely on it. What its sources get wrong it may get wrong too."
@@ -271,7 +269,9 @@ def _limits(ready: Prepared, routing: dict[str, Any]) -> Iterator[str]:
     noise = any(expert.noise_scale for expert in ready.config.experts)
     if len(ready.donors) > 1 and len({d.identity for d in ready.donors}) == 1 and not noise:
         lines.append("All its experts are the same model: without training it gains nothing.")
-    lines += [_shown(line, 300) for line in architecture.caveats(ready.base.model.config)]
+    host = ready.host
+    caveats = host.architecture.caveats(ready.base.model.config, host.mixture)
+    lines += [_shown(line, 300) for _, line in caveats]
     yield "## Limits"
     yield "\n".join(f"- {line}" for line in lines)
 
@@ -280,7 +280,8 @@ def _sources(ready: Prepared, claims: dict[str, Claims]) -> Iterator[str]:
     """Where its weights come from, and under which terms."""
     used: dict[str, list[str]] = {text: [] for text in ready.checkpoints}
     whole = [("body", ready.base)] if ready.config.body == "base" else []
-    for name, donor in [*whole, *zip(_names(ready), ready.donors, strict=True)]:
+    shared = [("a shared expert", donor) for donor in ready.shared]
+    for name, donor in [*whole, *zip(_names(ready), ready.donors, strict=True), *shared]:
         for opened in _opened(donor):
             used[opened.reference.text].append(_shown(name))
     rows = [

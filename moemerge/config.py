@@ -14,7 +14,15 @@ from typing import Any
 import yaml
 
 from moemerge.errors import Findings, InputError, nearest
-from moemerge.yaml_reader import Choices, Reader, SourceText, compose, spoken, without_none
+from moemerge.yaml_reader import (
+    Choices,
+    FileOrTexts,
+    Reader,
+    SourceText,
+    compose,
+    spoken,
+    without_none,
+)
 
 DEFAULT_GATE_MODE = "ridge"
 BODIES = ("base", "average")
@@ -27,7 +35,8 @@ class Expert:
     `noise_scale` is the standard deviation of Gaussian noise added to its MLPs; `residual_scale`
     multiplies its down projections, and so all that it adds to the residual stream. `calibration`
     names a text or jsonl file, a directory or a dataset on the Hub whose documents are for it too;
-    `body_weight` is its weight where the body is the experts' average.
+    `body_weight` is its weight where the body is the experts' average. `renew` is the share of its
+    neurons that begin anew, for training (Drop-Upcycling).
     """
 
     source_model: SourceText
@@ -38,6 +47,7 @@ class Expert:
     name: str = ""
     calibration: str | None = None
     body_weight: float = 1.0
+    renew: float = 0.0
 
     def __post_init__(self) -> None:
         _hold_types(self)
@@ -51,6 +61,10 @@ class MergeConfig:
     `dtype` None is the base model's; `experts_per_token` None is 2, or 1 for a single expert.
     `gate` holds the gate mode's own options, and `mode`, for which `gate_mode` is short. `body` is
     whose attention, norms and embeddings there are: the `base` model's or the experts' `average`.
+    `architecture` None is the one that fits; `architecture_options` are its own, `training` what
+    its config.json says of training. Each expert is cut into `segments`; `split` cuts the base
+    model's MLPs into experts instead. `tokenizer` is the `base`'s, the `union` of all, or that of
+    the source it names, with `extra_tokens`, and rows up to a multiple of `pad_vocabulary`.
     """
 
     base_model: SourceText
@@ -62,6 +76,13 @@ class MergeConfig:
     experts_per_token: int | None = None
     shared_experts: tuple[Expert, ...] = ()
     architecture: str | None = None
+    architecture_options: Choices = field(default_factory=dict)
+    segments: int = 1
+    split: Choices = field(default_factory=dict)
+    training: Choices = field(default_factory=dict)
+    tokenizer: SourceText = "base"
+    extra_tokens: FileOrTexts = ()
+    pad_vocabulary: int = 1
     text: str = field(default="", compare=False, metadata={"internal": True})
     file: str = field(default="config", compare=False, metadata={"internal": True})
     folder: Path | None = field(default=None, compare=False, metadata={"internal": True})
@@ -108,6 +129,8 @@ def held(value: Any, hint: Any, at: str, findings: Findings) -> Any:
     hint, optional = without_none(hint)
     if value is None and optional:
         return None
+    if hint == FileOrTexts:
+        hint = SourceText if isinstance(value, str | os.PathLike) else tuple[str, ...]
     if typing.get_origin(hint) is tuple:
         if isinstance(value, list | tuple):
             inner = typing.get_args(hint)[0]

@@ -77,8 +77,7 @@ def load_tensors(
     memory = {} if memory is None else memory
     for name in names:
         made = recipe_of(prefix + name)
-        read = next(recipe.reads(made))
-        shape = sources[read.source][read.tensor].shape
+        shape = recipe.shape_of(made, sources)
         memory[name] = recipe.load(prefix + name, shape, made, sources, into=memory.get(name))
     return {name: memory[name].to(dtype) for name in names}
 
@@ -141,7 +140,7 @@ def _load_when_run(
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """Of a config.json only what describes the model: the rest are its saver's wishes."""
     settings = {key: config[key] for key in (*DEFAULTS[config["model_type"]], *_BEYOND_DEFAULTS)}
-    return settings | dict.fromkeys(("bos_token_id", "eos_token_id"))
+    return settings | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
 def _on_meta(kind: Any, settings: dict[str, Any]) -> Any:

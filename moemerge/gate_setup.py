@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from dataclasses import replace
 from typing import Any
 
 from moemerge import gates
@@ -23,6 +24,7 @@ from moemerge.prompts import (
     open_encoder,
 )
 from moemerge.reporting import size
+from moemerge.vocabulary import Vocabulary
 
 
 def find_mode(config: MergeConfig, findings: Findings) -> GateMode | None:
@@ -81,15 +83,29 @@ def check_device_is_here(options: Options, findings: Findings) -> None:
         findings.problem(flag, f"there is no {name} device here", "use --device cpu")
 
 
+def with_shared(config: MergeConfig) -> MergeConfig:
+    """The config with all shared experts as one more expert, if prompts are to gate them."""
+    prompts = tuple(p for one in config.shared_experts for p in one.positive_prompts)
+    against = tuple(p for one in config.shared_experts for p in one.negative_prompts)
+    if not prompts:
+        return config
+    one = replace(config.shared_experts[0], positive_prompts=prompts, negative_prompts=against)
+    return replace(config, experts=(*config.experts, one))
+
+
 def read_prompts(
     config: MergeConfig,
     gate: GateMode | None,
     settings: Any,
-    base: Donor | None,
+    vocabulary: Vocabulary | None,
     donors: list[Donor | None],
     findings: Findings,
 ) -> tuple[Encoder | None, tuple[ExpertPrompts, ...]]:
-    """The tokenizer and each expert's prompts, as far as the gate mode uses them."""
+    """The tokenizer and each expert's prompts, as far as the gate mode uses them.
+
+    Those of shared experts come last, as one expert's, where they have some.
+    """
+    config = with_shared(config)
     none = tuple(ExpertPrompts() for _ in config.experts)
     if gate is None or not {"prompts", "any prompts"} & gate.USES:
         if gate and any(e.positive_prompts or e.negative_prompts for e in config.experts):
@@ -100,9 +116,10 @@ def read_prompts(
     if "prompts" in gate.USES:
         check_prompts(config, findings)
     documents = read_documents(config, findings)
-    encoder = open_encoder(base, findings) if base else None
-    if base is None or encoder is None:
+    encoder = open_encoder(vocabulary, findings) if vocabulary else None
+    if vocabulary is None or encoder is None:
         return None, none
+    base = vocabulary.speaker
     if "experts" in gate.USES and not encoder.start().ids:
         for index, expert in enumerate(config.experts):
             if not expert.positive_prompts:

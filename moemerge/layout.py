@@ -2,95 +2,128 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from moemerge import recipe
-from moemerge.architectures import Architecture, Slot
 from moemerge.body import VOCABULARY, Body
 from moemerge.checkpoint import FLOATS, ITEMSIZE, Checkpoint, Donor
 from moemerge.config import Expert, MergeConfig
 from moemerge.errors import Findings, nearest
+from moemerge.hosts import Host
 from moemerge.options import Options, ShardSize
-from moemerge.plan import Plan, PlannedTensor, Source, make_shards, router_tensor
+from moemerge.plan import ROUTERS, Plan, PlannedTensor, Source, make_shards
+from moemerge.recipe import Recipe
+from moemerge.slots import (
+    DOWN,
+    Constant,
+    FromBody,
+    FromExpert,
+    Joined,
+    Made,
+    Slot,
+    dense_shapes,
+)
 
 _DTYPES = {**FLOATS, "bf16": "BF16", "fp16": "F16", "fp32": "F32", "half": "F16", "float": "F32"}
 _LONG_NAMES = {short: long for long, short in FLOATS.items()}
+_MLP = ".mlp."
 
 
-def lay_out(
-    config: MergeConfig,
-    options: Options,
-    architecture: Architecture,
-    body: Body,
-    donors: list[Donor],
-    opened: Iterable[Checkpoint],
-    findings: Findings,
-    uses: Collection[str],
-    gate_inputs: str,
-) -> Plan:
+@dataclass(frozen=True)
+class Member:
+    """Whose MLPs an expert has, and what the config says of it.
+
+    Its neurons are those from `start` to `stop`, if `stop` is given; what it adds to the residual
+    stream is multiplied by `factor`.
+    """
+
+    donor: Donor | Body
+    said: Expert | None = None
+    start: int = 0
+    stop: int = 0
+    factor: float = 1.0
+
+    def recipe(self, tensor: str, seed: int) -> Recipe:
+        """How the dense tensor of that name becomes this expert's."""
+        donor, down = self.donor, f".{DOWN}." in tensor
+        made = donor.recipe(tensor) if isinstance(donor, Body) else recipe.of_donor(donor, tensor)
+        if self.stop:
+            made = recipe.Cut(made, 1 if down else 0, self.start, self.stop)
+        if self.said and self.said.noise_scale:
+            made = recipe.Noise(made, self.said.noise_scale, seed)
+        factor = self.factor * (self.said.residual_scale if self.said else 1.0)
+        return recipe.Scale(made, factor) if down and factor != 1 else made
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What fills an architecture's slots: the body, the routed experts and the shared ones."""
+
+    body: Body
+    routed: tuple[Member, ...]
+    shared: tuple[Member, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything that decides a plan's tensors. `uses` is the gate mode's: running a model needs
+    tensors that are not in the output; `gate_inputs` is the digest of what routers are made from.
+    """
+
+    config: MergeConfig
+    options: Options
+    host: Host
+    parts: Parts
+    donors: tuple[Donor, ...]
+    shared: tuple[Donor, ...]
+    uses: Collection[str]
+    gate_inputs: str
+
+
+def lay_out(made: Layout, opened: Iterable[Checkpoint], findings: Findings) -> Plan:
     """The plan: every slot of the architecture with its recipe, cut into shards.
 
     Tensors that are missing, of another shape, quantised or left over are recorded; a plan with
-    recorded problems must not be run. `uses` is the gate mode's: running a model needs tensors
-    that are not in the output; `gate_inputs` is the digest of what routers are made from.
+    recorded problems must not be run.
     """
-    base, count = body.base, len(donors)
-    model = base.model.config
-    per_token = config.experts_per_token or min(2, count)
-    slots = list(architecture.slots(model, count))
-    dtype = _dtype(config, base, slots)
-    routers = [router_tensor(slot.name, slot.shape, dtype) for slot in slots if not slot.source]
+    config, options, host, body = made.config, made.options, made.host, made.parts.body
+    model = body.config
+    slots = list(host.architecture.slots(model, host.mixture))
+    dtype = _dtype(config, body.base, slots)
     tensors = [
-        _tensor(
-            slot,
-            body if slot.expert is None else donors[slot.expert],
-            None if slot.expert is None else config.experts[slot.expert],
-            dtype,
-            options.seed,
+        PlannedTensor(
+            slot.name,
+            slot.shape,
+            slot.dtype or dtype,
+            _recipe(slot, made),
+            slot.expert,
+            slot.of.kind if isinstance(slot.of, Made) else "",
         )
         for slot in slots
-        if slot.source
     ]
-    sources = tuple(map(_source, opened))
+    sources = tuple(map(source_of, opened))
     tensors_of = {checkpoint.reference.text: checkpoint.tensors for checkpoint in opened}
-    _check_sources(tensors, base, donors, tensors_of, findings)
-    if "model" in uses:
-        own = (dataclasses.replace(slot, expert=None) for slot in slots if slot.expert == 0)
-        mlps = [_tensor(slot, body, None, dtype, options.seed) for slot in own]
-        _check_sources(mlps, base, donors, tensors_of, findings)
-    if "experts" in uses:
-        for number, donor in enumerate(donors):
-            dense = (slot for slot in architecture.slots(donor.model.config, 1) if slot.source)
-            own = (dataclasses.replace(slot, expert=number) for slot in dense)
-            whole = [_tensor(slot, donor, None, dtype, options.seed) for slot in own]
-            _check_sources(whole, base, donors, tensors_of, findings)
-    for number, donor in enumerate(body.experts):
-        own = (dataclasses.replace(slot, expert=number) for slot in slots if slot.expert is None)
-        parts = [slot for slot in own if slot.source and slot.source not in VOCABULARY]
-        attention = [_tensor(slot, donor, None, dtype, options.seed) for slot in parts]
-        _check_sources(attention, base, donors, tensors_of, findings)
-    _check_left_over(tensors, body, donors, findings)
+    needs = _needs(made, slots)
+    _check_sources(needs, made, tensors_of, findings)
+    _check_left_over(tensors, made, findings)
     if config.dtype is None:
-        _note_what_is_narrowed(tensors, base, donors, tensors_of, dtype, findings)
+        _note_what_is_narrowed(needs, made, tensors_of, dtype, findings)
+    limit = ShardSize.parse(options.shard_size).max_bytes(ITEMSIZE[dtype])
+    routers = [tensor for tensor in tensors if tensor.made]
+    others = [tensor for tensor in tensors if not tensor.made]
     return Plan(
-        architecture=(config.architecture or "mixtral").lower(),
+        architecture=host.name,
         gate_mode=config.mode,
-        gate_inputs=gate_inputs,
+        gate_inputs=made.gate_inputs,
         seed=options.seed,
         dtype=dtype,
-        experts=tuple(donor.name for donor in donors),
-        experts_per_token=per_token,
-        config=architecture.output_config(model, count, per_token, _LONG_NAMES[dtype]),
+        experts=tuple(donor.name for donor in made.donors),
+        experts_per_token=host.mixture.per_token * len(made.donors) // host.mixture.experts,
+        config=host.architecture.output_config(model, host.mixture, _LONG_NAMES[dtype]),
         sources=sources,
-        shards=make_shards(
-            routers,
-            tensors,
-            ShardSize.parse(options.shard_size).max_bytes(ITEMSIZE[dtype]),
-            sources,
-            gate_inputs,
-        ),
+        shards=make_shards(routers, others, limit, sources, made.gate_inputs),
     )
 
 
@@ -110,26 +143,35 @@ def _dtype(config: MergeConfig, base: Donor, slots: list[Slot]) -> str:
         return _DTYPES[config.dtype.removeprefix("torch.")]
     sizes: Counter[str] = Counter()
     for slot in slots:
-        found = base.model.tensors.get(slot.source or "")
-        if slot.expert is None and found:
+        found = base.model.tensors.get(slot.of.tensor) if isinstance(slot.of, FromBody) else None
+        if found:
             sizes[found.dtype] += found.nbytes
     most = max(sizes, key=sizes.__getitem__, default="BF16")
     return "F32" if most == "F64" else most if most in _LONG_NAMES else "BF16"
 
 
-def _tensor(
-    slot: Slot, donor: Donor | Body, expert: Expert | None, dtype: str, seed: int
-) -> PlannedTensor:
-    name = slot.source or ""
-    made = donor.recipe(name) if isinstance(donor, Body) else recipe.of_donor(donor, name)
-    if expert and expert.noise_scale:
-        made = recipe.Noise(made, expert.noise_scale, seed)
-    if expert and slot.residual and expert.residual_scale != 1:
-        made = recipe.Scale(made, expert.residual_scale)
-    return PlannedTensor(slot.name, slot.shape, dtype, made, slot.expert)
+def _recipe(slot: Slot, made: Layout) -> Recipe:
+    """How what the slot holds is made of its sources."""
+    parts, of = made.parts, slot.of
+    if isinstance(of, FromBody):
+        return parts.body.recipe(of.tensor)
+    if isinstance(of, FromExpert):
+        member = (parts.shared if of.shared else parts.routed)[of.expert]
+        return member.recipe(of.tensor, made.options.seed)
+    if isinstance(of, Constant):
+        return recipe.Fill(of.value, slot.shape)
+    if isinstance(of, Joined):
+        return recipe.Join(tuple(_recipe(part, made) for part in of.parts), of.axis)
+    whole = recipe.Read(ROUTERS, slot.name)
+    times = made.host.mixture.experts // len(made.donors)
+    if of.kind == "shared gate" or times == 1:
+        return whole
+    rows = (recipe.Cut(whole, 0, at, at + 1) for at in range(len(made.donors)))
+    return recipe.Join(tuple(row for row in rows for _ in range(times)))
 
 
-def _source(checkpoint: Checkpoint) -> Source:
+def source_of(checkpoint: Checkpoint) -> Source:
+    """What a plan says of an opened model or adapter."""
     reference = checkpoint.reference
     return Source(
         reference=reference.text,
@@ -141,72 +183,95 @@ def _source(checkpoint: Checkpoint) -> Source:
     )
 
 
+@dataclass(frozen=True)
+class _Need:
+    """Dense tensors of a donor, with their shapes; `written` if they come into the output."""
+
+    donor: Donor
+    shapes: dict[str, tuple[int, ...]]
+    written: bool = True
+
+
+def _needs(made: Layout, slots: Sequence[Slot]) -> list[_Need]:
+    """What is needed of each donor."""
+    body, base = made.parts.body, made.parts.body.base
+    dense = dense_shapes(base.model.config)
+    mlps = {name: shape for name, shape in dense.items() if _MLP in name}
+    rest = {name: shape for name, shape in dense.items() if _MLP not in name}
+    found = [_Need(base, rest)]
+    if any(isinstance(member.donor, Body) for member in made.parts.routed):
+        found.append(_Need(base, mlps))
+    found += [_Need(donor, mlps) for donor in (*made.donors, *made.shared)]
+    attention = {name: shape for name, shape in rest.items() if name not in VOCABULARY}
+    found += [_Need(donor, attention) for donor in body.experts]
+    if body.vocabulary:
+        found += [_Need(donor, shapes) for donor, shapes in body.vocabulary.needs()]
+    if "model" in made.uses:
+        found += [_Need(donor, mlps, False) for donor in (base, *body.experts)]
+    if "experts" in made.uses:
+        found += [_Need(d, dense_shapes(d.model.config), False) for d in made.donors]
+    return found
+
+
 def _check_sources(
-    tensors: list[PlannedTensor],
-    base: Donor,
-    donors: list[Donor],
-    sources: recipe.Sources,
-    findings: Findings,
+    needs: list[_Need], made: Layout, sources: recipe.Sources, findings: Findings
 ) -> None:
     """Record, once a donor and kind, the tensors that are missing or not what they should be."""
-    wrong: dict[tuple[int | None, str, str], list[str]] = {}
-    for tensor, read in [(t, read) for t in tensors for read in recipe.firsts(t.recipe)]:
-        found = sources[read.source].get(read.tensor)
-        if found is None:
-            kind = ("is missing", "download or save the model again")
-        elif found.shape != tensor.shape:
-            kind = (
-                f"is {list(found.shape)}, config.json says {list(tensor.shape)}",
-                "use the weights and the config.json of one and the same model",
-            )
-        elif found.dtype not in ("F64", *_LONG_NAMES):
-            kind = (f"holds {found.dtype} values: it is quantised", "merge the original weights")
-        elif f"{read.tensor.removesuffix('.weight')}.bias" in sources[read.source]:
-            kind = ("has a bias, which the output has no place for", "use a model without biases")
-        else:
-            continue
-        expert = tensor.expert
-        if expert is None and read.source != base.model.reference.text:  # a part of an average
-            texts = [donor.model.reference.text for donor in donors]
-            expert = texts.index(read.source) if read.source in texts else None
-        wrong.setdefault((expert, *kind), []).append(read.tensor)
-    for (expert, what, fix), names in wrong.items():
-        who = base if expert is None else donors[expert]
+    wrong: dict[tuple[str, str, str], list[str]] = {}
+    for need in needs:
+        config = need.donor.model.config
+        held = dense_shapes(config) if "qkv_bias" in config else need.shapes
+        for name, shape in need.shapes.items():
+            read = next(recipe.reads(recipe.of_donor(need.donor, name)))
+            found = sources[read.source].get(read.tensor)
+            bias = f"{name.removesuffix('.weight')}.bias"
+            if found is None:
+                kind = ("is missing", "download or save the model again")
+            elif found.shape != shape:
+                kind = (
+                    f"is {list(found.shape)}, config.json says {list(shape)}",
+                    "use the weights and the config.json of one and the same model",
+                )
+            elif found.dtype not in ("F64", *_LONG_NAMES):
+                kind = (
+                    f"holds {found.dtype} values: it is quantised",
+                    "merge the original weights",
+                )
+            elif bias in need.donor.model.tensors and bias not in held:
+                kind = ("has a bias, which the output has no place for", "use one without biases")
+            else:
+                continue
+            names = wrong.setdefault((need.donor.where, *kind), [])
+            names += [] if read.tensor in names else [read.tensor]
+    for (where, what, fix), names in wrong.items():
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        findings.problem(who.where, f"{names[0]} {what}{more}", fix)
+        findings.problem(where, f"{names[0]} {what}{more}", fix)
 
 
 def _note_what_is_narrowed(
-    tensors: list[PlannedTensor],
-    base: Donor,
-    donors: list[Donor],
-    sources: recipe.Sources,
-    dtype: str,
-    findings: Findings,
+    needs: list[_Need], made: Layout, sources: recipe.Sources, dtype: str, findings: Findings
 ) -> None:
     """Say, once a donor, which of its values the dtype that nobody chose cannot hold exactly."""
-    narrowed: dict[int | None, set[str]] = {}
+    narrowed: dict[str, set[str]] = {}
     lossy = {"F64"} if dtype == "F32" else {"F64", *_LONG_NAMES} - {dtype}
-    for tensor in tensors:
-        for read in recipe.firsts(tensor.recipe):
+    for need in needs:
+        for name in need.shapes if need.written else ():
+            read = next(recipe.reads(recipe.of_donor(need.donor, name)))
             found = sources[read.source].get(read.tensor)
             if found and found.dtype in lossy:
-                narrowed.setdefault(tensor.expert, set()).add(found.dtype)
-    for expert, dtypes in narrowed.items():
-        who = base if expert is None else donors[expert]
+                narrowed.setdefault(need.donor.name, set()).add(found.dtype)
+    for name, dtypes in narrowed.items():
         kinds = " and ".join(sorted(_LONG_NAMES.get(kind, "float64") for kind in dtypes))
         keep = "the widest there is" if dtype == "F32" else "set dtype: float32 to keep them"
-        findings.note(f"{who.name}: {kinds} tensors are written as {_LONG_NAMES[dtype]}; {keep}")
+        findings.note(f"{name}: {kinds} tensors are written as {_LONG_NAMES[dtype]}; {keep}")
 
 
-def _check_left_over(
-    tensors: list[PlannedTensor], made: Body, donors: list[Donor], findings: Findings
-) -> None:
+def _check_left_over(tensors: list[PlannedTensor], made: Layout, findings: Findings) -> None:
     """Say what of the adapters and of the base model's body is not used."""
-    base = made.base
+    base = made.parts.body.base
     used = {read for tensor in tensors for read in recipe.reads(tensor.recipe)}
     body_only = "(attention, norms, embeddings): those parts are the base model's"
-    for donor in (base, *donors):
+    for donor in (base, *made.donors, *made.shared):
         if donor.adapter is None:
             continue
         text = donor.adapter.checkpoint.reference.text
@@ -224,10 +289,10 @@ def _check_left_over(
     stray = sorted(
         name
         for name in base.model.tensors.keys() - body
-        if not name.endswith(("inv_freq", ".bias")) and ".mlp." not in name
+        if not name.endswith(("inv_freq", ".bias")) and _MLP not in name
     )
     if base.model.config.get("tie_word_embeddings"):
         stray = [name for name in stray if name != "lm_head.weight"]
-    if stray and not made.experts:
+    if stray and not made.parts.body.experts:
         more = f" (and {len(stray) - 1} more)" if len(stray) > 1 else ""
         findings.note(f"base: {stray[0]} is not used{more}")

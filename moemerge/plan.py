@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moemerge import recipe
 from moemerge.checkpoint import ITEMSIZE
-from moemerge.recipe import Read, Recipe
+from moemerge.recipe import Recipe
 
 ROUTERS = ""
 """The source that router tensors are read from: made by a gate mode, never named by a config."""
@@ -22,13 +22,18 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One output tensor; `expert` is the index of the expert that it belongs to alone, if any."""
+    """One output tensor; `expert` is the index of the expert that it belongs to alone, if any.
+
+    It is -1 where all experts have an equal part of it. `made` is what a gate mode makes of it: a
+    `router`, a selection `bias` or a `shared gate`.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     recipe: Recipe
     expert: int | None = None
+    made: str = ""
 
     @property
     def parameters(self) -> int:
@@ -185,8 +190,14 @@ def make_shards(
     A shard's digest is made of its tensors' recipes and its sources' fingerprints; the routers'
     also of `gate_inputs`.
     """
+    return shards_of([tuple(routers), *cut(others, max_shard_bytes)], sources, gate_inputs)
+
+
+def shards_of(
+    groups: Sequence[tuple[PlannedTensor, ...]], sources: Iterable[Source], gate_inputs: str
+) -> tuple[Shard, ...]:
+    """A shard for each group of tensors; see `make_shards`."""
     fingerprints = {source.reference: source.fingerprint for source in sources}
-    groups = [tuple(routers), *cut(others, max_shard_bytes)]
     shards = []
     for number, group in enumerate(groups, start=1):
         reads = {read.source for tensor in group for read in recipe.reads(tensor.recipe)}
@@ -237,11 +248,6 @@ def weight_index(plan: Plan) -> dict[str, Any]:
         "metadata": {"total_size": sum(tensor.nbytes for tensor in plan.tensors)},
         "weight_map": {t.name: shard.file for shard in plan.shards for t in shard.tensors},
     }
-
-
-def router_tensor(name: str, shape: tuple[int, ...], dtype: str) -> PlannedTensor:
-    """A layer's router, (E, D), read from what the gate mode made."""
-    return PlannedTensor(name, shape, dtype, Read(ROUTERS, name))
 
 
 def digest_of(data: object) -> str:

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moemerge import architectures, gate_setup, output
-from moemerge.architectures import Architecture
+from moemerge import gate_setup, output
+from moemerge import vocabulary as vocabularies
 from moemerge.body import Body
 from moemerge.checkpoint import Checkpoint, Donor, Opener
 from moemerge.compare import compare, same_vocabulary
-from moemerge.config import MergeConfig, check_values
-from moemerge.errors import Findings, nearest
+from moemerge.config import Expert, MergeConfig, check_values
+from moemerge.errors import Findings
 from moemerge.gates import GateMode
-from moemerge.layout import check_dtype, lay_out
+from moemerge.hosts import Host, find_host
+from moemerge.layout import Layout, Member, Parts, check_dtype, lay_out
 from moemerge.options import Options
 from moemerge.plan import Plan
 from moemerge.prompts import (
     Encoder,
     ExpertPrompts,
 )
+from moemerge.slots import Mixture
 from moemerge.source_cards import read_own
+from moemerge.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A merge that can begin: its plan, its opened models, and what a person should know.
 
-    `own_card` is the text of the card that a person wrote for it.
+    `donors` are the routed experts and `shared` the shared ones. `own_card` is the text of the card
+    that a person wrote for it.
     """
 
     config: MergeConfig
     plan: Plan
+    host: Host
     body: Body
+    vocabulary: Vocabulary
     donors: tuple[Donor, ...]
     checkpoints: dict[str, Checkpoint]
     gate: GateMode
@@ -44,6 +50,7 @@ class Prepared:
     carried: tuple[Path, ...]
     notes: tuple[str, ...]
     own_card: str = ""
+    shared: tuple[Donor, ...] = ()
 
     @property
     def folder(self) -> str | None:
@@ -81,14 +88,23 @@ class _Preparation:
         gate = gate_setup.find_mode(config, findings)
         settings = gate_setup.settings_of(config, gate, findings)
         base = self.opener.donor(config.base_model, config.where("base_model"), "base")
-        donors = self._donors()
-        architecture = self._architecture(base)
+        donors = self._donors(config.experts, "experts")
+        shared = self._donors(config.shared_experts, "shared_experts")
+        host = self._host(base)
         check_dtype(config, findings)
         own_card = read_own(options.card, findings) if options.card else ""
         gate_setup.check_device(options, gate, findings)
         self._check_ray()
-        encoder, prompts = gate_setup.read_prompts(config, gate, settings, base, donors, findings)
-        for donor in donors:
+        gating = [donor for donor in shared[:1] if host and host.mixture.gated]
+        asked = [*donors, *gating]
+        cache = options.cache_dir
+        vocabulary = vocabularies.choose(config, base, donors, findings, cache) if base else None
+        if vocabulary and vocabulary.written and not options.copy_tokenizer:
+            findings.note("--no-copy-tokenizer: the tokens that are added stand in no file")
+        encoder, prompts = gate_setup.read_prompts(
+            config, gate, settings, vocabulary, asked, findings
+        )
+        for donor in (*donors, *shared):
             if base and donor:
                 compare(
                     base,
@@ -98,8 +114,9 @@ class _Preparation:
                     options.allow_crimes,
                     attention=config.body == "average",
                     runs="experts" in gate.USES if gate else False,
+                    vocabulary=vocabulary,
                 )
-        if base is None or architecture is None or gate is None:
+        if base is None or vocabulary is None or host is None or gate is None:
             self._check_output(out, None, ())
             findings.refuse()
             raise AssertionError("unreachable")
@@ -111,27 +128,33 @@ class _Preparation:
             self._check_output(out, None, ())
             findings.refuse()
         there = [donor for donor in donors if donor]
-        body = self._body(base, there)
+        body = replace(self._body(base, there), vocabulary=vocabulary)
+        always = tuple(donor for donor in shared if donor)
         plan = lay_out(
-            config,
-            options,
-            architecture,
-            body,
-            there,
+            Layout(
+                config=config,
+                options=options,
+                host=host,
+                parts=Parts(body, self._routed(there, base), self._shared(always, host)),
+                donors=tuple(there),
+                shared=always,
+                uses=gate.USES,
+                gate_inputs=gate_setup.digest_of_inputs(config, options, gate, settings, prompts),
+            ),
             self.opener.opened.values(),
             findings,
-            uses=gate.USES,
-            gate_inputs=gate_setup.digest_of_inputs(config, options, gate, settings, prompts),
         )
-        carried = output.carried_files(base.model.directory, options.copy_tokenizer)
-        output.check_carried(base.model.directory, carried, base.where, findings)
+        carried = output.carried_files(vocabulary, options.copy_tokenizer)
+        output.check_carried(vocabulary, carried, base.where, findings)
         self._check_output(out, plan, carried)
         findings.refuse()
         checkpoints = {ref.text: opened for ref, opened in self.opener.opened.items()}
         return Prepared(
             config=config,
             plan=plan,
+            host=host,
             body=body,
+            vocabulary=vocabulary,
             donors=tuple(there),
             checkpoints=checkpoints,
             gate=gate,
@@ -141,6 +164,7 @@ class _Preparation:
             carried=carried,
             notes=tuple(findings.notes),
             own_card=own_card,
+            shared=always,
         )
 
     def _body(self, base: Donor, donors: list[Donor]) -> Body:
@@ -155,11 +179,11 @@ class _Preparation:
         total = sum(weights)
         return Body(base, tuple(donors), tuple(w / total for w in weights), all(agree))
 
-    def _donors(self) -> list[Donor | None]:
+    def _donors(self, experts: tuple[Expert, ...], key: str) -> list[Donor | None]:
         donors: list[Donor | None] = []
-        taken = {expert.name for expert in self.config.experts}
-        for index, expert in enumerate(self.config.experts):
-            where = self.config.where(f"experts[{index}].source_model")
+        taken = {expert.name for expert in experts}
+        for index, expert in enumerate(experts):
+            where = self.config.where(f"{key}[{index}].source_model")
             donor = self.opener.donor(expert.source_model, where, expert.name)
             if donor:
                 name, number = donor.name, 2
@@ -170,37 +194,53 @@ class _Preparation:
             donors.append(donor)
         return donors
 
-    def _architecture(self, base: Donor | None) -> Architecture | None:
-        config, findings = self.config, self.findings
-        name = config.architecture or "mixtral"
-        if name.lower() not in architectures.names():
-            findings.problem(
-                config.where("architecture"),
-                f"{name!r} is no architecture that moemerge writes",
-                nearest(name, architectures.names()),
-            )
+    def _host(self, base: Donor | None) -> Host | None:
+        """The architecture that holds these models, once there is a base model to go by."""
+        config, count = self.config, max(len(self.config.experts), 1)
+        if base is None:
             return None
-        architecture = architectures.find(name.lower())
-        if config.shared_experts and not architecture.SHARED_EXPERTS:
-            findings.problem(
-                config.where("shared_experts"),
-                f"a {name} has no shared experts",
-                "remove them, or make them ordinary experts",
-            )
-        if base:
-            family = str(base.model.config.get("model_type"))
-            if family not in architecture.FAMILIES:
-                findings.problem(
-                    base.where,
-                    f"a {name} cannot be made of a {family!r} model",
-                    f"use a base model of type {' or '.join(architecture.FAMILIES)}",
-                )
-                return None
-            for what, fix in architecture.refusals(base.model.config):
-                findings.problem(base.where, what, fix)
-            for line in architecture.caveats(base.model.config):
-                findings.note(line)
-        return architecture
+        inner = base.model.config.get("intermediate_size")
+        pieces = max(config.segments, 1)
+        if config.segments < 1 or not isinstance(inner, int) or inner % pieces:
+            what, fix = f"is {config.segments}", f"write a divisor of {inner}, their neurons"
+            self.findings.problem(config.where("segments"), what, fix)
+            return None
+        mixture = Mixture(
+            experts=count * pieces,
+            per_token=(config.experts_per_token or min(2, count)) * pieces,
+            inner=inner // pieces,
+            shared=len(config.shared_experts) * pieces,
+            gated=any(expert.positive_prompts for expert in config.shared_experts),
+        )
+        return find_host(config, base, mixture, self.findings)
+
+    def _routed(self, donors: list[Donor], base: Donor) -> tuple[Member, ...]:
+        """Each expert, or each of its segments in turn, whose parts of a sum need no less weight
+        than the whole: the router shares one expert's weight among them all."""
+        pieces = self.config.segments
+        inner = base.model.config["intermediate_size"] // pieces
+        if pieces == 1:
+            return tuple(map(Member, donors, self.config.experts))
+        return tuple(
+            Member(donor, said, at * inner, (at + 1) * inner, factor=pieces)
+            for donor, said in zip(donors, self.config.experts, strict=True)
+            for at in range(pieces)
+        )
+
+    def _shared(self, donors: tuple[Donor, ...], host: Host) -> tuple[Member, ...]:
+        """The shared experts, doubled where a gate that nothing decides halves them."""
+        halved = host.architecture.SHARED == "gated" and not host.mixture.gated
+        said = self.config.shared_experts
+        pieces = self.config.segments
+        inner = host.mixture.inner
+        factor = 2.0 if halved else 1.0
+        if pieces == 1:
+            return tuple(Member(d, one, factor=factor) for d, one in zip(donors, said, strict=True))
+        return tuple(
+            Member(donor, one, at * inner, (at + 1) * inner, factor)
+            for donor, one in zip(donors, said, strict=True)
+            for at in range(pieces)
+        )
 
     def _check_ray(self) -> None:
         if self.options.ray and importlib.util.find_spec("ray") is None:

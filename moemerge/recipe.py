@@ -1,9 +1,9 @@
 """How one output tensor is made of source tensors; the only arithmetic on weights.
 
-A recipe is a small frozen tree. One that is a bare `Read` in the output's dtype is a byte copy and
-never becomes a tensor; in another dtype it is converted on its way; every other recipe is computed
-in float32 over fixed blocks of rows, so that its bytes depend on nothing but itself, and converted
-to the output's dtype at the end.
+A recipe is a small frozen tree. A bare `Read`, or rows of one, in the output's dtype is a byte copy
+and never becomes a tensor; in another dtype it is converted on its way; so is what is joined of
+such. Every other recipe is computed in float32 over fixed blocks of rows, so that its bytes depend
+on nothing but itself, and converted to the output's dtype at the end.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moemerge.checkpoint import (
     numpy_dtype,
     read_bytes,
     read_into,
+    read_numbers,
     read_rows,
 )
 from moemerge.errors import ReadError
@@ -81,9 +82,42 @@ class Mean:
     weights: tuple[float, ...]
 
 
-Recipe = Read | LowRank | Noise | Scale | Mean
+@dataclass(frozen=True)
+class Fill:
+    """One value everywhere."""
 
-_KINDS = {"read": Read, "low_rank": LowRank, "noise": Noise, "scale": Scale, "mean": Mean}
+    value: float
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Rows (axis 0) or columns (axis 1) `start` to `stop` of a matrix.
+
+    With `order`, a vector of whole numbers, those that it names from `start` to `stop`.
+    """
+
+    of: Recipe
+    axis: int
+    start: int
+    stop: int
+    order: Read | None = None
+
+
+@dataclass(frozen=True)
+class Join:
+    """Recipes one below another (axis 0) or, matrices of as many rows, side by side (axis 1)."""
+
+    of: tuple[Recipe, ...]
+    axis: int = 0
+
+
+Recipe = Read | LowRank | Noise | Scale | Mean | Fill | Cut | Join
+
+_KINDS = {
+    "read": Read, "low_rank": LowRank, "noise": Noise, "scale": Scale, "mean": Mean, "fill": Fill,
+    "cut": Cut, "join": Join,
+}  # fmt: skip
 
 
 def of_donor(donor: Donor, tensor: str) -> Recipe:
@@ -101,34 +135,74 @@ def of_donor(donor: Donor, tensor: str) -> Recipe:
 
 
 def reads(recipe: Recipe) -> Iterator[Read]:
-    """Every source tensor that the recipe reads; the first has the output's shape."""
+    """Every source tensor that the recipe reads."""
     if isinstance(recipe, Read):
         yield recipe
-        return
-    for part in recipe.of if isinstance(recipe, Mean) else (recipe.of,):
-        yield from reads(part)
+    elif isinstance(recipe, Mean | Join):
+        for part in recipe.of:
+            yield from reads(part)
+    elif not isinstance(recipe, Fill):
+        yield from reads(recipe.of)
     if isinstance(recipe, LowRank):
         yield recipe.down
         yield recipe.up
+    elif isinstance(recipe, Cut) and recipe.order:
+        yield recipe.order
 
 
-def firsts(recipe: Recipe) -> Iterator[Read]:
-    """The source tensors that have the output's shape: one, or of a mean one a part."""
-    if isinstance(recipe, Mean):
-        for part in recipe.of:
-            yield from firsts(part)
-    else:
-        yield next(reads(recipe))
+def shape_of(recipe: Recipe, sources: Sources) -> tuple[int, ...]:
+    """The shape of what the recipe makes."""
+    if isinstance(recipe, Read):
+        return sources[recipe.source][recipe.tensor].shape
+    if isinstance(recipe, Fill):
+        return recipe.shape
+    if isinstance(recipe, Cut):
+        shape = list(shape_of(recipe.of, sources))
+        shape[recipe.axis] = recipe.stop - recipe.start
+        return tuple(shape)
+    if isinstance(recipe, Join):
+        shapes = [shape_of(part, sources) for part in recipe.of]
+        joined = list(shapes[0])
+        joined[recipe.axis] = sum(shape[recipe.axis] for shape in shapes)
+        return tuple(joined)
+    return shape_of(recipe.of[0] if isinstance(recipe, Mean) else recipe.of, sources)
 
 
 def computes(recipe: Recipe) -> bool:
     """Whether the recipe is arithmetic, for which torch is needed."""
-    return not isinstance(recipe, Read)
+    if isinstance(recipe, Cut):
+        return recipe.axis != 0 or recipe.order is not None or computes(recipe.of)
+    if isinstance(recipe, Join):
+        return recipe.axis != 0 or any(map(computes, recipe.of))
+    return not isinstance(recipe, Read | Fill)
+
+
+def locate(recipe: Recipe, sources: Sources) -> Location | None:
+    """Where the recipe's values stand in one piece, if they are a source's own."""
+    if isinstance(recipe, Read):
+        return sources[recipe.source][recipe.tensor]
+    if not isinstance(recipe, Cut) or computes(recipe):
+        return None
+    whole = locate(recipe.of, sources)
+    if whole is None:
+        return None
+    row_bytes = whole.nbytes // whole.shape[0]
+    shape = (recipe.stop - recipe.start, *whole.shape[1:])
+    return dataclasses.replace(whole, offset=whole.offset + recipe.start * row_bytes, shape=shape)
+
+
+def copies(recipe: Recipe, dtype: str, sources: Sources) -> list[Location]:
+    """The stretches of sources that the recipe's bytes in `dtype` are; none if they are not."""
+    if isinstance(recipe, Join) and recipe.axis == 0:
+        parts = [copies(part, dtype, sources) for part in recipe.of]
+        return [at for part in parts for at in part] if all(parts) else []
+    at = locate(recipe, sources)
+    return [at] if at and at.dtype == dtype else []
 
 
 def is_copy(recipe: Recipe, dtype: str, sources: Sources) -> bool:
-    """Whether the recipe's bytes in `dtype` are a source's bytes."""
-    return isinstance(recipe, Read) and sources[recipe.source][recipe.tensor].dtype == dtype
+    """Whether the recipe's bytes in `dtype` are sources' bytes."""
+    return bool(copies(recipe, dtype, sources))
 
 
 def fill(
@@ -147,12 +221,24 @@ def fill(
     Raises:
         ReadError: a source is truncated or changed, or a computed value is NaN or Inf.
     """
-    if isinstance(recipe, Read):
-        location = sources[recipe.source][recipe.tensor]
-        if location.dtype == dtype:
-            read_into(location, start, view)
-        else:
-            _convert(view, start, dtype, recipe, location)
+    import numpy as np
+
+    location = locate(recipe, sources)
+    if location and location.dtype == dtype:
+        read_into(location, start, view)
+    elif location:
+        _convert(view, start, dtype, recipe, location)
+    elif isinstance(recipe, Fill):
+        np.frombuffer(view, numpy_dtype(dtype))[...] = recipe.value
+    elif isinstance(recipe, Join) and recipe.axis == 0:
+        end = 0
+        for number, part in enumerate(recipe.of):
+            its_shape, first = shape_of(part, sources), end
+            end += math.prod(its_shape) * ITEMSIZE[dtype]
+            low, high = max(start, first), min(start + len(view), end)
+            if low < high:
+                its_view, its_name = view[low - start : high - start], f"{name}[{number}]"
+                fill(its_view, low - first, its_name, its_shape, dtype, part, sources)
     else:
         _compute(view, start, name, shape, dtype, recipe, sources)
 
@@ -171,8 +257,8 @@ def load(
     """
     import torch
 
-    read = recipe if isinstance(recipe, Read) else None
-    dtype = sources[read.source][read.tensor].dtype if read else "F32"
+    location = locate(recipe, sources)
+    dtype = location.dtype if location else "F32"
     if into is None or (into.shape, into.dtype) != (shape, _torch_dtype(dtype)):
         into = torch.empty(shape, dtype=_torch_dtype(dtype))
     view = into.view(torch.uint8).numpy().reshape(-1).data
@@ -181,14 +267,14 @@ def load(
 
 
 def load_rows(
-    recipe: Recipe, rows: list[int], shape: tuple[int, ...], sources: Sources
+    recipe: Recipe, rows: list[int], sources: Sources
 ) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-    """Some rows of a matrix of that `shape`, in float32; of its sources, only these are read."""
-    if isinstance(recipe, Read):
-        return list(read_rows(sources[recipe.source][recipe.tensor], rows))
+    """Some rows of a matrix, in float32; of its sources, only these are read."""
+    if location := locate(recipe, sources):
+        return list(read_rows(location, rows))
     whole = dict[Read, Any]()
     return [
-        _evaluate(recipe, "", 0, range(row, row + 1), shape[1], sources, whole).float().numpy()[0]
+        _evaluate(recipe, "", 0, range(row, row + 1), sources, whole).float().numpy()[0]
         for row in rows
     ]
 
@@ -231,7 +317,7 @@ def from_json(data: dict[str, Any]) -> Recipe:
     return made
 
 
-def _convert(view: memoryview, start: int, dtype: str, recipe: Read, location: Location) -> None:
+def _convert(view: memoryview, start: int, dtype: str, recipe: Recipe, location: Location) -> None:
     """A bare read in another dtype: value by value, so it needs no fixed blocks, and no torch."""
     import numpy as np
 
@@ -243,7 +329,7 @@ def _convert(view: memoryview, start: int, dtype: str, recipe: Read, location: L
         read_into(location, (first + at) * kind.itemsize, raw)
         with np.errstate(over="ignore", invalid="ignore"):
             part[...] = np.frombuffer(raw, kind)
-        _refuse_what_is_not_finite(part.view(f"u{part.itemsize}"), dtype, recipe)
+        _refuse_what_is_not_finite(part.view(f"u{part.itemsize}"), dtype, next(reads(recipe)))
 
 
 def _compute(
@@ -261,10 +347,10 @@ def _compute(
     rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
     step = max(1, BLOCK_VALUES // width)
     block_bytes = step * width * ITEMSIZE[dtype]
-    end, whole = start + len(view), dict[Read, torch.Tensor]()
+    end, whole = start + len(view), dict[Read, Any]()
     for block in range(start // block_bytes, -(-end // block_bytes)):
         of_block = range(block * step, min((block + 1) * step, rows))
-        value = _evaluate(recipe, name, block, of_block, width, sources, whole)
+        value = _evaluate(recipe, name, block, of_block, sources, whole)
         done = value.to(_torch_dtype(dtype)).view(torch.uint8).numpy().reshape(-1)
         _refuse_what_is_not_finite(done.view(f"u{ITEMSIZE[dtype]}"), dtype, next(reads(recipe)))
         data = done.data
@@ -306,21 +392,28 @@ def _evaluate(
     name: str,
     block: int,
     rows: range,
-    width: int,
     sources: Sources,
-    whole: dict[Read, torch.Tensor],
+    whole: dict[Read, Any],
 ) -> torch.Tensor:
+    """Some rows of what the recipe makes; `whole` keeps what every block needs."""
     import torch
 
-    if isinstance(recipe, Read):
-        return _read(sources[recipe.source][recipe.tensor], rows, width)
+    if location := locate(recipe, sources):
+        return _read(location, rows)
+    if isinstance(recipe, Fill):
+        return torch.full((len(rows), math.prod(recipe.shape[1:])), recipe.value)
     if isinstance(recipe, Mean):
-        total = torch.zeros((len(rows), width))
+        total = torch.zeros((len(rows), math.prod(shape_of(recipe, sources)[1:])))
         for part, weight in zip(recipe.of, recipe.weights, strict=True):
-            value = _evaluate(part, name, block, rows, width, sources, whole)
+            value = _evaluate(part, name, block, rows, sources, whole)
             total.add_(value.float(), alpha=weight)
         return total
-    value = _evaluate(recipe.of, name, block, rows, width, sources, whole).float()
+    if isinstance(recipe, Join):
+        return _join(recipe, name, block, rows, sources, whole)
+    if isinstance(recipe, Cut):
+        return _cut(recipe, name, block, rows, sources, whole)
+    assert not isinstance(recipe, Read)  # it has a location
+    value = _evaluate(recipe.of, name, block, rows, sources, whole).float()
     if isinstance(recipe, Scale):
         return value * recipe.factor
     if isinstance(recipe, Noise):
@@ -328,16 +421,57 @@ def _evaluate(
         return value + recipe.std * torch.from_numpy(drawn)
     if recipe.down not in whole:
         down = sources[recipe.down.source][recipe.down.tensor]
-        whole[recipe.down] = _read(down, range(down.shape[0]), width).float()
+        whole[recipe.down] = _read(down, range(down.shape[0])).float()
     up = sources[recipe.up.source][recipe.up.tensor]
-    return value + recipe.scale * (_read(up, rows, up.shape[1]).float() @ whole[recipe.down])
+    delta: torch.Tensor = _read(up, rows).float() @ whole[recipe.down]
+    return value + recipe.scale * delta
 
 
-def _read(location: Location, rows: range, width: int) -> torch.Tensor:
+def _join(
+    recipe: Join, name: str, block: int, rows: range, sources: Sources, whole: dict[Read, Any]
+) -> torch.Tensor:
+    import torch
+
+    if recipe.axis:
+        parts = [_evaluate(part, name, block, rows, sources, whole) for part in recipe.of]
+        return torch.cat([part.float() for part in parts], dim=1)
+    found, first = [], 0
+    for part in recipe.of:
+        end = first + shape_of(part, sources)[0]
+        own = range(max(rows.start, first) - first, min(rows.stop, end) - first)
+        if len(own):
+            found.append(_evaluate(part, name, block, own, sources, whole).float())
+        first = end
+    return torch.cat(found)
+
+
+def _cut(
+    recipe: Cut, name: str, block: int, rows: range, sources: Sources, whole: dict[Read, Any]
+) -> torch.Tensor:
+    import torch
+
+    chosen: Any = range(recipe.start, recipe.stop)
+    if recipe.order:
+        if recipe.order not in whole:
+            whole[recipe.order] = read_numbers(sources[recipe.order.source][recipe.order.tensor])
+        chosen = whole[recipe.order][recipe.start : recipe.stop]
+    if recipe.axis:
+        value = _evaluate(recipe.of, name, block, rows, sources, whole)
+        if recipe.order is None:
+            return value.narrow(1, recipe.start, recipe.stop - recipe.start)
+        return value.index_select(1, torch.from_numpy(chosen))
+    if recipe.order is None:
+        own = range(recipe.start + rows.start, recipe.start + rows.stop)
+        return _evaluate(recipe.of, name, block, own, sources, whole)
+    each = [range(row, row + 1) for row in chosen[rows.start : rows.stop].tolist()]
+    return torch.cat([_evaluate(recipe.of, name, block, own, sources, whole) for own in each])
+
+
+def _read(location: Location, rows: range) -> torch.Tensor:
     """Some rows of a source's tensor, in its own dtype: (len(rows), width)."""
     import torch
 
-    dtype = _torch_dtype(location.dtype)
+    dtype, width = _torch_dtype(location.dtype), math.prod(location.shape[1:])
     row_bytes = width * dtype.itemsize
     raw = read_bytes(location, rows.start * row_bytes, len(rows) * row_bytes)
     if not raw:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moemerge import recipe
@@ -57,7 +58,22 @@ def router_inputs(
     options: Options,
     reporter: Reporter,
 ) -> Iterator[list[Matrix]]:
-    """Yield, for each layer, what its router sees at each text's own tokens: (T, D) per passage.
+    """Yield, for each layer, what its router sees at each text's own tokens: (T, D) per passage."""
+    for seen in layer_inputs(("mlp",), body, sources, passages, options, reporter):
+        yield seen["mlp"]
+
+
+def layer_inputs(
+    modules: Sequence[str],
+    body: Body,
+    sources: Sources,
+    passages: Sequence[Passage],
+    options: Options,
+    reporter: Reporter,
+) -> Iterator[dict[str, list[Matrix]]]:
+    """Yield, for each layer, what each of its `modules` is given: as `router_inputs`, by module.
+
+    A `mlp` is given what a router sees, a `mlp.down_proj` the neurons' activations (T, F).
 
     With `options.lazy` one layer's weights are in memory at a time; without, two: the next is read
     while one computes. The values are the same, bit for bit.
@@ -94,7 +110,7 @@ def router_inputs(
         reporter.progress("texts through the layers", total, "text") as advance,
     ):
         for number, weights in enumerate(_in_turn(load, layers, options.lazy)):
-            seen: dict[int, Matrix] = {}
+            seen: dict[str, dict[int, Matrix]] = {module: {} for module in modules}
             of_mlp: Weights = {}
             for donor in donors:
                 if several:
@@ -107,14 +123,16 @@ def router_inputs(
                         advance(len(batch))
                 del layer  # before the next is read
             weights.clear()
-            yield [seen[at] for at in range(len(passages))]
+            yield {
+                module: [found[at] for at in range(len(passages))]
+                for module, found in seen.items()
+            }
 
 
 def embed(body: Body, sources: Sources, ids: list[int]) -> dict[int, Any]:
     """The embedding (D) of each token id; only these rows are read."""
-    made = body.recipe(EMBEDDING)
-    shape = body.base.model.tensors[EMBEDDING].shape
-    return dict(zip(ids, recipe.load_rows(made, ids, shape, sources), strict=True))
+    rows = recipe.load_rows(body.recipe(EMBEDDING), ids, sources)
+    return dict(zip(ids, rows, strict=True))
 
 
 def _through(body: Body, donor: Donor | None) -> Callable[[str], Recipe]:
@@ -192,24 +210,28 @@ def _run(
     passages: Sequence[Passage],
     batch: list[int],
     state: torch.Tensor,
-    seen: dict[int, Matrix],
+    seen: dict[str, dict[int, Matrix]],
 ) -> None:
-    """Send a batch through the layer, in place; note what its MLP, and so a router, is given."""
+    """Send a batch through the layer, in place; note what the modules of `seen` are given."""
     import torch
 
     lengths = torch.tensor([len(passages[number].prompt.ids) for number in batch])
     mask = (torch.arange(state.shape[1]) < lengths[:, None]).long().to(state.device)
 
-    def note(module: object, args: tuple[torch.Tensor, ...]) -> None:
+    def note(found: dict[int, Matrix], module: object, args: tuple[torch.Tensor, ...]) -> None:
         inputs = args[0].float().cpu().numpy()
         for row, number in enumerate(batch):
             prompt = passages[number].prompt
-            seen[number] = inputs[row, prompt.own : len(prompt.ids)].copy()
+            found[number] = inputs[row, prompt.own : len(prompt.ids)].copy()
 
-    hook = body.layers[0].mlp.register_forward_pre_hook(note)
+    hooks = [
+        body.layers[0].get_submodule(module).register_forward_pre_hook(partial(note, found))
+        for module, found in seen.items()
+    ]
     try:
         state.copy_(
             body(inputs_embeds=state, attention_mask=mask, use_cache=False).last_hidden_state
         )
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moemerge import checkpoint, recipe, routing_stats
+from moemerge import checkpoint, recipe, routing_stats, selection
 from moemerge.checkpoint import Donor, Location, numpy_dtype
 from moemerge.errors import RunError
 from moemerge.fitting import Routers, Task
@@ -56,9 +56,9 @@ def run_gate(ready: Prepared, sources: Tensors, options: Options, reporter: Repo
         RunError: its prompts give routers that cannot choose.
     """
     task = Task(
-        names=[tensor.name for tensor in ready.plan.shards[0].tensors],
+        names=[t.name for t in ready.plan.shards[0].tensors if t.made == "router"],
         body=ready.body,
-        donors=ready.donors,
+        donors=(*ready.donors, *ready.shared[: ready.host.mixture.gated]),
         sources=sources,
         experts=ready.prompts,
         encoder=ready.encoder,
@@ -78,7 +78,7 @@ def make_routers(
         RunError: they cannot choose, or are not finite, which only a broken model can cause.
         WriteError: `path` cannot be written.
     """
-    made = run_gate(ready, sources, options, reporter)
+    made, gates = _apart(ready, run_gate(ready, sources, options, reporter))
     routed = routing_stats.held_out(made, ready.encoder)
     names, per_token = ready.plan.experts, ready.plan.experts_per_token
     report = routing_stats.summary(routed, names, per_token)
@@ -87,11 +87,37 @@ def make_routers(
             {"name": names[text["expert"]], "expert": text["expert"], "first": text["first"]}
             for text in routing_stats.texts_of(routed, per_token)
         ]
-    save(ready.plan.shards[0], made.matrices, report, path)
+    kinds = {
+        "router": made.matrices,
+        "shared gate": gates,
+        "bias": selection.biases(made, ready.host.mixture),
+    }
+    shard = ready.plan.shards[0]
+    content = {
+        tensor.name: next(rows)
+        for kind in kinds
+        for rows in [iter(kinds[kind])]
+        for tensor in shard.tensors
+        if tensor.made == kind
+    }
+    save(shard, content, report, path)
 
 
-def save(shard: Shard, matrices: Sequence[Matrix], report: dict[str, Any], path: Path) -> None:
-    """Save routers, (E, D) a layer, as a tiny checkpoint in the shard's dtype, and a report beside.
+def _apart(ready: Prepared, made: Routers) -> tuple[Routers, list[Matrix]]:
+    """The routed experts' routers, and the shared experts' gates, (1, D) a layer, if prompts made
+    them: they were the last of the experts."""
+    count = len(ready.donors)
+    if not ready.host.mixture.gated:
+        return made, []
+    kept = [at for at, text in enumerate(made.texts) if text.expert < count]
+    held_out = tuple([layer[at][:, :count] for at in kept] for layer in made.held_out)
+    routed = [matrix[:count] for matrix in made.matrices]
+    texts = tuple(made.texts[at] for at in kept)
+    return Routers(routed, texts, held_out), [matrix[count:] for matrix in made.matrices]
+
+
+def save(shard: Shard, made: dict[str, Matrix], report: dict[str, Any], path: Path) -> None:
+    """Save what a gate mode made as a tiny checkpoint in the shard's dtypes, and a report beside.
 
     Raises:
         RunError: a router is not finite.
@@ -99,8 +125,10 @@ def save(shard: Shard, matrices: Sequence[Matrix], report: dict[str, Any], path:
     """
     import numpy as np
 
-    content = [file_header(shard.tensors, {"format": "pt"})]
-    for tensor, matrix in zip(shard.tensors, matrices, strict=True):
+    tensors = [replace(tensor, shape=made[tensor.name].shape) for tensor in shard.tensors]
+    content = [file_header(tensors, {"format": "pt"})]
+    for tensor in tensors:
+        matrix = made[tensor.name]
         if not np.isfinite(matrix).all():
             raise RunError(
                 f"{tensor.name}: the router came out as NaN or Inf; the base model overflows on "

@@ -13,13 +13,13 @@ from typing import Any
 
 from moemerge import recipe
 from moemerge.checkpoint import numpy_dtype, read_bytes
-from moemerge.checkpoint.model import Checkpoint, SourceProblem, open_checkpoint
+from moemerge.checkpoint.model import Checkpoint, SourceProblem, open_checkpoint, with_rows
 from moemerge.checkpoint.reference import Reference
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.disk import CHUNK_BYTES, buffer
 from moemerge.errors import InputError, Problem, VerifyError
 from moemerge.output import CONFIG_FILE, MANIFEST_FILE, MODEL_SUFFIXES, Manifest, read_manifest
-from moemerge.plan import INDEX_FILE, Plan, PlannedTensor, Shard, Source, weight_index
+from moemerge.plan import INDEX_FILE, ROUTERS, Plan, PlannedTensor, Shard, Source, weight_index
 from moemerge.recipe import Sources
 from moemerge.reporting import Reporter, Silent, size
 from moemerge.shard_file import (
@@ -68,8 +68,8 @@ def verify_shards(
     places = [
         (out / shard.file, tensor, offset)
         for shard in shards
-        if shard != plan.shards[0]
         for tensor, offset in zip(shard.tensors, ShardFile(shard, sources).starts[1:], strict=True)
+        if not _of_a_gate(tensor)
         if not any(sources[read.source][read.tensor].remote for read in recipe.reads(tensor.recipe))
     ]
     chosen = random.Random(plan.digest).sample(places, min(SAMPLED_TENSORS, len(places)))
@@ -181,13 +181,21 @@ def _check_header(shard: Shard, out: Path) -> None:
 def _check_routers(shard: Shard, out: Path) -> None:
     import numpy as np
 
+    made = {tensor.name: tensor.made for tensor in shard.tensors if _of_a_gate(tensor)}
     for name, location in read_header(out / shard.file).items():
+        if name not in made:
+            continue
         raw = np.frombuffer(read_bytes(location), numpy_dtype(location.dtype))
         router = raw.astype(np.float32).reshape(location.shape)
         if not np.isfinite(router).all():
             raise VerifyError(f"{name}: holds NaN or Inf; merge again")
-        if len(router) > 1 and (router == router[0]).all():
+        if made[name] in ("router", "") and len(router) > 1 and (router == router[0]).all():
             raise VerifyError(f"{name}: all rows are equal, so it cannot route; change the prompts")
+
+
+def _of_a_gate(tensor: PlannedTensor) -> bool:
+    """Whether it is made of what a gate mode made."""
+    return any(read.source == ROUTERS for read in recipe.reads(tensor.recipe))
 
 
 def _check_json(path: Path, expected: object) -> None:
@@ -244,9 +252,12 @@ def _check_small_file(name: str, out: Path, manifest: Manifest) -> None:
 def _available(plan: Plan, reporter: Reporter, cache_dir: str | None) -> dict[str, dict]:  # type: ignore[type-arg]
     """The sources that are here, unchanged; each of the others is named."""
     found = {}
+    read: dict[str, set[str]] = {}
+    for one in (one for tensor in plan.tensors for one in recipe.reads(tensor.recipe)):
+        read.setdefault(one.source, set()).add(one.tensor)
     for source in plan.sources:
         try:
-            opened = _reopen(source, cache_dir)
+            opened = with_rows(_reopen(source, cache_dir), read.get(source.reference, ()))
         except SourceProblem as error:
             reporter.say(f"{source.reference}: not compared ({error.what})")
             continue

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moemerge.checkpoint import Location
 from moemerge.disk import OutputFile, buffer
 from moemerge.output import writing
-from moemerge.plan import PlannedTensor, Shard
-from moemerge.recipe import Read, Sources, computes, is_copy
+from moemerge.plan import Shard
+from moemerge.recipe import Sources, computes, copies
 from moemerge.shard_file import ShardFile, checksum, chunk_digest, chunks, threads
 from moemerge.state import PART_SUFFIX, STATE_DIRECTORY
 
@@ -90,10 +91,8 @@ def _write_ranges(
 ) -> None:
     """Without checksums no byte need pass here: the kernel copies what is only copied."""
 
-    def copy(piece: tuple[PlannedTensor, int, int, int]) -> None:
-        tensor, first, nbytes, offset = piece
-        assert isinstance(tensor.recipe, Read)
-        location = file.sources[tensor.recipe.source][tensor.recipe.tensor]
+    def copy(piece: tuple[Location, int, int, int]) -> None:
+        location, first, nbytes, offset = piece
         local = location.remote is None
         if not (
             local and output.copy_range(location.file, location.offset + first, nbytes, offset)
@@ -108,15 +107,18 @@ def _write_ranges(
         file.fill(view, offset)
         output.write(view, offset)
 
-    copies, others = [], [(0, len(file.header))]
+    copied, others = [], [(0, len(file.header))]
     for start, tensor in zip(file.starts, file.tensors, strict=True):
         if tensor is None:
             continue
-        if is_copy(tensor.recipe, tensor.dtype, file.sources):
-            for at in range(0, tensor.nbytes, _RANGE_BYTES):
-                copies.append((tensor, at, min(_RANGE_BYTES, tensor.nbytes - at), start + at))
-        else:
+        whole = copies(tensor.recipe, tensor.dtype, file.sources)
+        for location in whole:
+            for at in range(0, location.nbytes, _RANGE_BYTES):
+                nbytes = min(_RANGE_BYTES, location.nbytes - at)
+                copied.append((location, at, nbytes, start + at))
+            start += location.nbytes
+        if not whole:
             others += [(start + at, size) for at, size in chunks(tensor.nbytes)]
     for stretch, _ in zip(others, pool.map(write, others), strict=True):
         done(stretch[1])
-    list(pool.map(copy, copies))
+    list(pool.map(copy, copied))

@@ -4,47 +4,56 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, cast
 
+from moemerge.slots import Mixture, Slot
 
-@dataclass(frozen=True)
-class Slot:
-    """One tensor that the architecture needs.
-
-    It is the donor's tensor `source` of that `shape`: the base model's, or expert `expert`'s. A
-    `residual` one ends its MLP, where `residual_scale` applies. A router has no source.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    source: str | None
-    expert: int | None = None
-    residual: bool = False
+_CARRIED = (
+    "attention_dropout", "bos_token_id", "eos_token_id", "head_dim", "hidden_act", "hidden_size",
+    "initializer_range", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+    "num_key_value_heads", "pad_token_id", "rms_norm_eps", "rope_parameters", "rope_scaling",
+    "rope_theta", "sliding_window", "tie_word_embeddings", "vocab_size",
+)  # fmt: skip
 
 
 class Architecture(Protocol):
-    """What a file of this folder defines, in functions of the base's normalised config."""
+    """What a file of this folder defines, in functions of the base's normalised config.
+
+    A frozen dataclass `Settings` too if it has options: a field is a key of the config's
+    `architecture_options:`, and its method `problems(mixture)` yields (key, what, fix) for values
+    that cannot be.
+    """
 
     FAMILIES: tuple[str, ...]
     """The dense model_types that it reproduces exactly."""
 
-    SHARED_EXPERTS: bool
-    """Whether it has experts that are always on."""
+    SHARED: str
+    """Its experts that are always on: none (empty), `always` at full weight, `gated` by a sigmoid
+    gate."""
 
-    def refusals(self, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    SCORES: str
+    """How its router scores experts: `softmax`, or `sigmoid` with a bias for selection alone."""
+
+    READERS: tuple[str, ...]
+    """The programs that load it, and compute what transformers does but for `caveats`."""
+
+    ALIASES: tuple[str, ...]
+    """What else a config may call it."""
+
+    TRAINING: Mapping[str, Any]
+    """The keys of a config's `training:`, with what they are when nothing is said."""
+
+    def refusals(self, config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
         """What of this dense model it cannot express: (what, what could or what to do)."""
 
-    def caveats(self, config: dict[str, Any]) -> Iterator[str]:
-        """Which programs that read it drop a feature of this model."""
+    def caveats(self, config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
+        """Which reader drops a feature of this model: (reader, line); one is no reader's."""
 
-    def slots(self, config: dict[str, Any], experts: int) -> Iterator[Slot]:
+    def slots(self, config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
         """Every tensor in the order of writing, the routers among them, one a layer."""
 
-    def output_config(
-        self, config: dict[str, Any], experts: int, experts_per_token: int, dtype: str
-    ) -> dict[str, Any]:
+    def output_config(self, config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
         """The config.json to write; `dtype` by its long name."""
 
 
@@ -56,3 +65,54 @@ def names() -> list[str]:
 def find(name: str) -> Architecture:
     """The architecture `name`, one of `names()`."""
     return cast(Architecture, importlib.import_module(f"{__name__}.{name}"))
+
+
+def common(
+    config: dict[str, Any], mixture: Mixture, dtype: str, training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What every config.json says: the base's own values, for defaults differ by family."""
+    return {
+        **{key: config.get(key) for key in _CARRIED},
+        "num_experts_per_tok": mixture.per_token,
+        **training,
+        **dict(mixture.training),
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+
+
+def no_biases(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
+    """The refusals of an architecture without any bias."""
+    if config["qkv_bias"] or config["o_bias"]:
+        yield f"has attention biases, which a {name} has no place for", "a qwen2_moe could hold it"
+    yield from one_kind(config)
+
+
+def one_kind(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What no architecture holds: biases in MLPs, and several kinds of attention by layer."""
+    if config["mlp_bias"]:
+        yield "has MLP biases, which no mixture has a place for", "use a model without them"
+    if len(set(config.get("layer_types") or ["one"])) > 1:
+        yield "mixes kinds of attention by layer (layer_types)", "use a model with one kind"
+
+
+def no_window(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
+    """The refusal of an architecture without sliding windows."""
+    if config["sliding_window"]:
+        yield f"has a sliding window, which a {name} does not know", "a mixtral knows it"
+
+
+def no_head_dim(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
+    """The refusal of an architecture whose heads divide its width, as transformers 4 checks."""
+    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
+        what = f"has head_dim {config['head_dim']}, which a {name} has no place for"
+        yield what, "a mixtral or glm4_moe could hold it"
+
+
+def beyond_window(config: dict[str, Any], *readers: str) -> Iterator[tuple[str, str]]:
+    """The caveat of readers that attend to everything."""
+    if config["sliding_window"]:
+        window = config["sliding_window"]
+        for reader in readers:
+            yield reader, f"{reader} attends beyond its sliding window ({window} tokens)"

@@ -2,7 +2,7 @@
 
 from moemerge.checkpoint.donor import Donor, Opener
 from moemerge.checkpoint.lora import Adapter, Delta
-from moemerge.checkpoint.model import Checkpoint, fetch, streamed
+from moemerge.checkpoint.model import Checkpoint, fetch, fetch_vocabulary, streamed
 from moemerge.checkpoint.model_config import normalise
 from moemerge.checkpoint.tensors import (
     FLOATS,
@@ -11,6 +11,7 @@ from moemerge.checkpoint.tensors import (
     numpy_dtype,
     read_bytes,
     read_into,
+    read_numbers,
     read_rows,
 )
 
@@ -24,10 +25,12 @@ __all__ = [
     "Location",
     "Opener",
     "fetch",
+    "fetch_vocabulary",
     "normalise",
     "numpy_dtype",
     "read_bytes",
     "read_into",
+    "read_numbers",
     "read_rows",
     "streamed",
 ]

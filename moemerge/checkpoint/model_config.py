@@ -4,22 +4,45 @@ from __future__ import annotations
 
 from typing import Any
 
+_COMMON: dict[str, Any] = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": None, "hidden_act": "silu",
+    "max_position_embeddings": 2048, "initializer_range": 0.02, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+    "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": None,
+    "rope_theta": 10000.0,
+}  # fmt: skip
+_QWEN = {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+    "max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": None,
+    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+}  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": None,
-        "hidden_act": "silu", "max_position_embeddings": 2048, "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
-        "mlp_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
-        "sliding_window": None, "rope_theta": 10000.0,
+    "llama": _COMMON,
+    "mistral": _COMMON | {
+        "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "sliding_window": 4096,
     },
-    "mistral": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "hidden_act": "silu", "max_position_embeddings": 131072, "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
-        "mlp_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
-        "sliding_window": 4096, "rope_theta": 10000.0,
+    "qwen2": _COMMON | _QWEN,
+    "qwen3": _COMMON | _QWEN | {"head_dim": 128},
+    "phi3": _COMMON | {
+        "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192,
+        "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5, "eos_token_id": 32000, "pad_token_id": 32000,
+    },
+    "olmo2": _COMMON | {
+        "vocab_size": 50304, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 50279,
+        "rms_norm_eps": 1e-5,
+    },
+    "granite": _COMMON | {
+        "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+    },
+    "seed_oss": _COMMON | {
+        "vocab_size": 155136, "intermediate_size": 27648, "num_hidden_layers": 64,
+        "num_attention_heads": 80, "num_key_value_heads": 8, "max_position_embeddings": 524288,
+        "pad_token_id": 1, "bos_token_id": 0, "attention_bias": True, "attention_out_bias": False,
+        "attention_dropout": 0.1, "residual_dropout": 0.1, "head_dim": 128,
     },
 }  # fmt: skip
 """What transformers assumes for a key that a family's config.json leaves out."""
@@ -43,8 +66,11 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
     """The config with its family's defaults, an explicit head_dim, and rope as 4.57 and 5 read it.
 
     transformers 4 reads `rope_theta` and `rope_scaling`, version 5 `rope_parameters`, which version
-    4 ignores without a word; each form is made from whichever is there. A family that is not in
-    `DEFAULTS` keeps what it says.
+    4 ignores without a word; each form is made from whichever is there. `sliding_window` is None
+    unless all layers have it; where they differ, `layer_types` tells which. What families call by
+    names of their own is said in `qkv_bias`, `o_bias`, `qk_norm` (None, or over each `head`, or the
+    `full` width) and `post_norm` (norms after attention and MLP, not before). A phi3 becomes the
+    mistral that it is, with `saved_as`. A family that is not in `DEFAULTS` keeps what it says.
 
     Raises:
         ValueError: a value is not of the type that every reader expects; says which.
@@ -64,14 +90,48 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
     if config.get("head_dim") is None and type(heads) is type(hidden) is int and heads > 0:
         config["head_dim"] = hidden // heads
     _check_types(config)
-    kinds = set(config.get("layer_types") or [])
-    if family == "llama" or kinds == {"full_attention"}:
-        config["sliding_window"] = None  # transformers' Llama has none, whatever is written
-    if len(kinds) <= 1:  # now said by sliding_window; where they are mixed, readers differ
-        config.pop("layer_types", None)
+    _settle_windows(config, family)
     config["dtype"] = config["torch_dtype"] = raw.get("dtype") or raw.get("torch_dtype")
     config.update(_rope(config))
+    config.update(_parts(config, family))
+    if family == "phi3":
+        if float(config["rope_parameters"].get("partial_rotary_factor", 1.0)) != 1:
+            raise ValueError("partial_rotary_factor is not 1: no host turns a part of each head")
+        config["model_type"], config["saved_as"] = "mistral", "phi3"
     return config
+
+
+def _settle_windows(config: dict[str, Any], family: str) -> None:
+    """One `sliding_window` for all layers, or None; else `layer_types`."""
+    layers = config["num_hidden_layers"]
+    types = config.get("layer_types")
+    if family in ("qwen2", "qwen3"):
+        if not config["use_sliding_window"]:
+            config["sliding_window"] = types = None
+        elif types is None and config["sliding_window"]:
+            full = min(max(int(config["max_window_layers"] or 0), 0), layers)
+            types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    kinds = set(types or [])
+    if family not in ("mistral", "phi3", "qwen2", "qwen3") or kinds == {"full_attention"}:
+        config["sliding_window"] = None  # transformers' Llama has none, whatever is written
+    if len(kinds) > 1:
+        config["layer_types"] = types
+    else:  # now said by sliding_window
+        config.pop("layer_types", None)
+        if family in ("qwen2", "qwen3"):
+            config["use_sliding_window"] = config["sliding_window"] is not None
+            config["max_window_layers"] = 0 if config["use_sliding_window"] else layers
+
+
+def _parts(config: dict[str, Any], family: str) -> dict[str, Any]:
+    """What the family's attention is made of, by the same names for all."""
+    bias = family in ("llama", "qwen3", "olmo2", "granite", "seed_oss") and config["attention_bias"]
+    return {
+        "qkv_bias": family == "qwen2" or bias,
+        "o_bias": bool(config["attention_out_bias"]) if family == "seed_oss" else bias,
+        "qk_norm": {"qwen3": "head", "olmo2": "full"}.get(family),
+        "post_norm": family == "olmo2",
+    }
 
 
 def _check_types(config: dict[str, Any]) -> None:
@@ -118,6 +178,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     if not _is_number(theta) or not theta > 0:
         raise ValueError(f"rope_theta is {theta!r}, not a positive number")
     kind = stated.get("rope_type", stated.get("type", "default"))
+    kind = "longrope" if kind == "su" else kind
     if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
         raise ValueError(f"rope_type is {kind!r}, not one of {', '.join(_ROPE_NEEDS)}")
     for key in _ROPE_NEEDS[kind]:
@@ -125,6 +186,8 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
         if not all(map(_is_number, value if isinstance(value, list) and value else [value])):
             raise ValueError(f"rope_scaling: {key} is {value!r}, which {kind} rope needs as number")
     rest = {k: v for k, v in stated.items() if k not in ("rope_theta", "rope_type", "type")}
+    if kind == "longrope" and config.get("original_max_position_embeddings"):
+        rest["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     return {
         "rope_theta": theta,
         "rope_scaling": None if kind == "default" else {"rope_type": kind, **rest},

@@ -113,3 +113,11 @@ def read_rows(location: Location, rows: list[int]) -> np.ndarray[Any, np.dtype[n
     width = location.nbytes // location.shape[0]
     parts = [np.frombuffer(read_bytes(location, row * width, width), dtype) for row in rows]
     return np.stack(parts).astype(np.float32)
+
+
+def read_numbers(location: Location) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A vector of whole numbers (I32 or I64)."""
+    import numpy as np
+
+    kind = {"I32": "<i4", "I64": "<i8"}[location.dtype]
+    return np.frombuffer(read_bytes(location), kind).astype(np.int64)

@@ -1,0 +1,45 @@
+"""granitemoeshared: a granitemoe with shared experts that are always on, as in DeepSeek-MoE.
+
+Dai et al. 2024, https://arxiv.org/abs/2401.06066. Several shared experts are one wide MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from moemerge.architectures import granitemoe
+from moemerge.slots import DOWN, GATE, LAYER, UP, Mixture, Slot, joined, shared, whole
+
+FAMILIES = granitemoe.FAMILIES
+SHARED = "always"
+SCORES = "softmax"
+READERS = ("transformers 4.57", "transformers 5", "llama.cpp", "vLLM")
+ALIASES = ()
+TRAINING = granitemoe.TRAINING
+
+refusals, caveats = granitemoe.refusals, granitemoe.caveats
+
+
+def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
+    """A granitemoe's, and a shared MLP: input (2S, D) of gate and up, output (D, S)."""
+
+    def mlp(layer: int) -> Iterator[Slot]:
+        yield from granitemoe.experts(config, mixture, layer)
+        if mixture.shared:
+            block = f"{LAYER.format(layer=layer)}shared_mlp."
+            parts = [shared("", config, mixture, layer, which) for which in (GATE, UP)]
+            yield joined(f"{block}input_linear.weight", parts)
+            yield shared(f"{block}output_linear.weight", config, mixture, layer, DOWN)
+
+    return whole(config, mlp, *granitemoe.biases(config))
+
+
+def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
+    """A granitemoe's, and the width of all shared experts together."""
+    return {
+        **granitemoe.output_config(config, mixture, dtype),
+        "architectures": ["GraniteMoeSharedForCausalLM"],
+        "model_type": "granitemoeshared",
+        "shared_intermediate_size": mixture.shared * mixture.inner,
+    }

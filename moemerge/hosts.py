@@ -1,0 +1,190 @@
+"""Which output architecture holds these models exactly: the config's own choice, or the best."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moemerge import architectures
+from moemerge.architectures import Architecture
+from moemerge.checkpoint import Donor
+from moemerge.checkpoint.model_config import DEFAULTS
+from moemerge.config import MergeConfig, held
+from moemerge.errors import Findings, nearest
+from moemerge.slots import Mixture
+
+NO_HOST = {
+    "gemma": "its norms add one to their weights and its embeddings are scaled",
+    "gemma2": "it softcaps logits and has norms before and after each part",
+    "gemma3": "it has norms before and after each part, and windows in some layers",
+    "gemma3_text": "it has norms before and after each part, and windows in some layers",
+    "gemma4": "it has norms before and after each part, and windows in some layers",
+    "exaone4": "it mixes windows and layers without positions",
+    "olmo": "its norms have no weights",
+    "olmo3": "it has windows in some layers, and the flex_olmo class in none",
+    "smollm3": "some of its layers have no positions",
+    "phi": "its attention and MLP are parallel, with biases",
+    "gpt2": "its MLPs have no gate, and positions are learnt",
+    "gpt_neox": "its MLPs have no gate",
+    "falcon": "its MLPs have no gate",
+    "starcoder2": "its MLPs have no gate",
+    "stablelm": "its norms have biases",
+    "cohere": "its attention and MLP are parallel",
+    "cohere2": "its attention and MLP are parallel",
+    "deepseek_v2": "it is a mixture already, with latent attention",
+    "deepseek_v3": "it is a mixture already, with latent attention",
+    "minicpm3": "its attention is latent",
+}
+"""Families that no mixture class reproduces, and why."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """An output architecture that was chosen, with its options."""
+
+    name: str
+    architecture: Architecture
+    mixture: Mixture
+
+
+def find_host(
+    config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings
+) -> Host | None:
+    """The architecture that the config names, or the exact one that most programs read.
+
+    A problem is recorded where there is none; what readers drop is noted, and so is the choice.
+    """
+    if config.architecture:
+        host = _named(config, base, mixture, findings)
+    else:
+        host = _best(config, base, mixture, findings)
+    if host:
+        for _, line in host.architecture.caveats(base.model.config, host.mixture):
+            findings.note(line)
+    return host
+
+
+def find_name(said: str) -> str | None:
+    """The architecture that a config means by a name of its own or an alias."""
+    name = said.lower()
+    if name in architectures.names():
+        return name
+    return next((n for n in architectures.names() if name in architectures.find(n).ALIASES), None)
+
+
+def refusals(
+    host: Architecture, name: str, config: dict[str, Any], mixture: Mixture
+) -> Iterator[tuple[str, str]]:
+    """Why the architecture cannot hold this model and this mixture, and what to do."""
+    family = str(config.get("model_type"))
+    if family not in host.FAMILIES:
+        families = " or ".join(host.FAMILIES)
+        yield (
+            f"a {name} cannot be made of a {family!r} model",
+            f"use a base model of type {families}",
+        )
+        return
+    if mixture.shared and not host.SHARED:
+        yield f"a {name} has no shared experts", "remove them, or make them ordinary experts"
+    if mixture.gated and host.SHARED == "always":
+        what = f"a {name}'s shared experts are always on, whatever their prompts"
+        yield what, "remove their prompts"
+    yield from host.refusals(config, mixture)
+
+
+def _named(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings) -> Host | None:
+    name = find_name(str(config.architecture))
+    if name is None:
+        findings.problem(
+            config.where("architecture"),
+            f"{config.architecture!r} is no architecture that moemerge writes",
+            nearest(str(config.architecture), architectures.names()),
+        )
+        return None
+    host = architectures.find(name)
+    found = list(refusals(host, name, base.model.config, mixture))
+    for what, fix in found:
+        findings.problem(base.where, what, fix)
+    return None if found else Host(name, host, _with_options(config, name, mixture, findings))
+
+
+def _best(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings) -> Host | None:
+    model = base.model.config
+    family = str(model.get("model_type"))
+    fitting: list[tuple[bool, bool, int, int, str]] = []
+    refused: list[tuple[str, str]] = []
+    for name in architectures.names():
+        host = architectures.find(name)
+        why = list(refusals(host, name, model, mixture))
+        known = {f.name for f in dataclasses.fields(getattr(host, "Settings", Mixture))}
+        asked = config.architecture_options.keys()
+        if why or (asked and not (hasattr(host, "Settings") and asked <= known)):
+            refused += why if family in host.FAMILIES else []
+            continue
+        spare = bool(host.SHARED) and not mixture.shared
+        odd = host.SCORES != "softmax" and not asked
+        fitting.append((odd, spare, -len(host.READERS), len(host.FAMILIES), name))
+    if not fitting:
+        _refuse(config, base, family, refused, findings)
+        return None
+    name = min(fitting)[-1]
+    host = architectures.find(name)
+    if name != "mixtral":
+        model_type = model.get("saved_as", family)
+        shared = " with shared experts" if mixture.shared else ""
+        readers = ", ".join(host.READERS)
+        findings.note(f"architecture: {name}, exact for a {model_type}{shared}; {readers} read it")
+    return Host(name, host, _with_options(config, name, mixture, findings))
+
+
+def _refuse(
+    config: MergeConfig,
+    base: Donor,
+    family: str,
+    refused: list[tuple[str, str]],
+    findings: Findings,
+) -> None:
+    if family in DEFAULTS:
+        for what, fix in dict(refused).items():
+            findings.problem(base.where, what, fix)
+        if not refused:
+            where, what = config.where("architecture_options"), "fit no architecture for this model"
+            findings.problem(where, what, "see `moemerge architectures`")
+        return
+    families = ", ".join(sorted(DEFAULTS))
+    why = NO_HOST.get(family, "no mixture class is known to reproduce it")
+    findings.problem(
+        base.where, f"is a {family!r} model: {why}", f"use a base model of type {families}"
+    )
+
+
+def _with_options(config: MergeConfig, name: str, mixture: Mixture, findings: Findings) -> Mixture:
+    """The mixture with the architecture's own options and training keys, checked."""
+    host = architectures.find(name)
+    declared: Any = getattr(host, "Settings", None)
+    hints = typing.get_type_hints(declared) if declared else {}
+    values = {}
+    for key, value in config.architecture_options.items():
+        where = config.where(f"architecture_options.{key}")
+        if key in hints:
+            values[key] = held(value, hints[key], where, findings)
+        else:
+            fix = nearest(key, hints) if hints else "remove it: it has none"
+            findings.problem(where, f"is no option of a {name}", fix)
+    training = {}
+    for key, value in config.training.items():
+        where = config.where(f"training.{key}")
+        if key in host.TRAINING:
+            training[key] = held(value, type(host.TRAINING[key]), where, findings)
+        else:
+            fix = nearest(key, host.TRAINING) if host.TRAINING else "remove it: it has none"
+            findings.problem(where, f"is nothing that a {name}'s config says of training", fix)
+    if declared is None or findings.problems:
+        return dataclasses.replace(mixture, training=tuple(training.items()))
+    settings = declared(**values)
+    for key, what, fix in settings.problems(mixture):
+        findings.problem(config.where(f"architecture_options.{key}"), what, fix)
+    return dataclasses.replace(mixture, settings=settings, training=tuple(training.items()))
