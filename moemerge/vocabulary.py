@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moemerge.checkpoint import Donor
+from moemerge.checkpoint import Donor, fetch_vocabulary
 from moemerge.config import MergeConfig
 from moemerge.errors import Findings, nearest
 from moemerge.recipe import Cut, Join, Mean, Recipe, of_donor
@@ -125,7 +125,11 @@ class Vocabulary:
 
 
 def choose(
-    config: MergeConfig, base: Donor, donors: Sequence[Donor | None], findings: Findings
+    config: MergeConfig,
+    base: Donor,
+    donors: Sequence[Donor | None],
+    findings: Findings,
+    cache_dir: str | None = None,
 ) -> Vocabulary:
     """The vocabulary that the config asks for; what is wrong with it is recorded.
 
@@ -149,7 +153,7 @@ def choose(
     if owner is None or len(findings.problems) > refused:
         return plain
     experts = [donor for donor in donors if donor]
-    choice = _Choice(config, base, experts, findings)
+    choice = _Choice(config, base, experts, findings, cache_dir)
     if owner is base and config.tokenizer != UNION and not config.extra_tokens:
         return choice.padded(plain) if config.pad_vocabulary > 1 else plain
     try:
@@ -229,8 +233,16 @@ def _listed(texts: Iterable[str], where: str, place: str, findings: Findings) ->
 
 
 class _Choice:
-    def __init__(self, config: MergeConfig, base: Donor, experts: list[Donor], findings: Findings):
+    def __init__(
+        self,
+        config: MergeConfig,
+        base: Donor,
+        experts: list[Donor],
+        findings: Findings,
+        cache_dir: str | None,
+    ):
         self.config, self.base, self.experts, self.findings = config, base, experts, findings
+        self.cache_dir = cache_dir
         self.known: dict[Path, Tokens] = {}
 
     def made(self, owner: Donor, extra: list[Token] | Tokens) -> Vocabulary:
@@ -259,6 +271,7 @@ class _Choice:
     def _tokens(self, donor: Donor) -> Tokens:
         directory = donor.model.directory
         if directory not in self.known:
+            fetch_vocabulary(donor.model, self.cache_dir)
             try:
                 self.known[directory] = read_tokens(directory)
             except ValueError as error:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from babies import WORDS, make_model, simple_config, write_config
+from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
 from test_readers import read
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -30,6 +34,7 @@ from moemerge.tokens import (
     unreadable,
 )
 
+ROOT = Path(__file__).parents[1]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OWN = 4 + len(WORDS)
 """The tokens of a baby's tokenizer."""
@@ -442,6 +447,31 @@ def test_ids_that_the_library_would_not_give_are_refused(tmp_path: Path) -> None
     edit(base / "tokenizer.json", lambda data: data["model"]["vocab"].update(far=60))
     with pytest.raises(InputError, match=r"its tokens cannot be used: its .* ids up to 60"):
         make_plan(parse_config(config_of(base, [chat], "tokenizer: union")))
+
+
+@pytest.mark.parametrize("which", ["union", "lab/third"])
+def test_a_tokenizer_that_an_earlier_model_had_is_read_from_the_hub(
+    tmp_path: Path, which: str
+) -> None:
+    """Fine-tunes of one base have its tokenizer, which is downloaded once, until it is wanted."""
+    more = {"base": (), "chat": ("<|a|>",), "third": ("<|a|>",)}
+    for number, (name, tokens) in enumerate(more.items()):
+        baby(tmp_path / name, *tokens, seed=number)
+    (tmp_path / "third" / "generation_config.json").write_text('{"eos_token_id": 3}')
+    text = config_of(Path("lab/base"), [Path("lab/chat"), Path("lab/third")], "gate_mode: random")
+    config = write_config(tmp_path / "c.yaml", f"{text}tokenizer: {which}\n")
+    with FakeHub() as hub:
+        for name in more:
+            hub.publish(f"lab/{name}", tmp_path / name)
+        done = subprocess.run(
+            [sys.executable, "-m", "moemerge", str(config), str(tmp_path / "out")],
+            env={**os.environ, **hub.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read_tokens(tmp_path / "out").ids == read_tokens(tmp_path / "third").ids
+    ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == (3 if which == "lab/third" else 2)
 
 
 def refused(text: str, folder: Path) -> list[str]:

@@ -290,11 +290,11 @@ def _download_small_files(reference: Reference, cache_dir: str | None) -> Snapsh
     if folder.name != info.sha:  # pushed to between the two questions
         info = ask(folder.name)
     files = {one.file: one for one in _listed(reference, info)}
-    _vocabularies.update(one.etag for one in files.values() if one.file in _VOCABULARIES)
+    _vocabularies.update(one.etag for one in files.values() if one.file in VOCABULARIES)
     return Snapshot(folder, folder.name, files)
 
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 _vocabularies: set[str] = set()
 """The etags of those that this process has had: megabytes each, and the fine-tunes of one base have
 the same. The base is opened first, so it is its own that are there."""

@@ -32,7 +32,8 @@ class SourceProblem(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One source, opened. `absent` are weight files that are on the Hub alone.
+    """One source, opened. `absent` are weight files that are on the Hub alone, `unread` those of
+    its tokenizer, because an earlier source has the same.
 
     `views` are those of `tensors` that are parts of tensors of its files.
 
@@ -50,6 +51,7 @@ class Checkpoint:
     absent: dict[str, hub.Remote] = field(default_factory=dict)
     note: str = ""
     views: dict[str, View] = field(default_factory=dict)
+    unread: dict[str, hub.Remote] = field(default_factory=dict)
 
     @property
     def is_adapter(self) -> bool:
@@ -101,6 +103,16 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -
                 tensors[name] = location
     absent = {file: at for file, at in checkpoint.absent.items() if file not in files}
     return dataclasses.replace(checkpoint, tensors=tensors, absent=absent)
+
+
+def fetch_vocabulary(checkpoint: Checkpoint, cache_dir: str | None) -> None:
+    """Download the files of its tokenizer that are on the Hub alone.
+
+    Raises:
+        ReadError: the download failed.
+    """
+    if any(not (checkpoint.directory / name).exists() for name in checkpoint.unread):
+        hub.fetch(checkpoint.unread.values(), cache_dir)
 
 
 def streamed(checkpoint: Checkpoint) -> Checkpoint:
@@ -182,6 +194,11 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     remote = snapshot.files if snapshot else {}
     absent = {file: remote[file] for file in files if not (directory / file).exists()}
     note = snapshot.note if snapshot else ""
+    unread = {
+        name: remote[name]
+        for name in hub.VOCABULARIES
+        if name in remote and not (directory / name).exists()
+    }
     return Checkpoint(
         reference=reference,
         directory=directory,
@@ -192,6 +209,7 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         modified=None if snapshot else newest,
         absent=absent,
         note=note,
+        unread=unread,
         views=views,
     )
 
