@@ -83,6 +83,16 @@ def same_vocabulary(base: Donor, expert: Donor) -> bool:
     return len(shapes) == 1 and not found.moved
 
 
+def other_ids(vocabulary: Vocabulary, donor: Donor) -> tuple[str, ...]:
+    """The donor's tokens that have another id in the mixture's vocabulary."""
+    tokens = vocabulary.tokens
+    try:
+        theirs = read_tokens(donor.model.directory)
+    except ValueError:
+        return ()
+    return compare_tokens(tokens, theirs).moved if tokens else ()
+
+
 def _compare_vocabularies(
     base: Donor,
     expert: Donor,
@@ -104,14 +114,7 @@ def _compare_vocabularies(
     template = chat_template(theirs)
     if template and template != vocabulary.template:
         findings.note(f"{expert.name}: its chat template is another than the mixture's")
-    tokens = vocabulary.tokens
-    if not runs or tokens is None:
-        return
-    try:
-        moved = compare_tokens(tokens, read_tokens(theirs)).moved
-    except ValueError:
-        return
-    if moved:
+    if moved := other_ids(vocabulary, expert) if runs else ():
         what = f"{len(moved)} tokens have other ids than in the mixture ({shown(moved)})"
         fix = "its text would be read as another: use gate_mode: ridge with prompts"
         findings.problem(where, what, fix)

@@ -14,7 +14,7 @@ from moemerge import recipe, routing_stats
 from moemerge.body import Body
 from moemerge.calibration import texts_of
 from moemerge.checkpoint import Donor
-from moemerge.compare import same_vocabulary
+from moemerge.compare import other_ids, same_vocabulary
 from moemerge.config import parse_config
 from moemerge.dense import whole_model
 from moemerge.errors import Findings, InputError, Problem
@@ -205,12 +205,17 @@ def _sources(
         return
     tensors = fetch(ready, options, reporter)
     agree = all(same_vocabulary(ready.base, donor) for donor in ready.donors)
-    average = Body(ready.base, ready.donors, (1 / len(ready.donors),) * len(ready.donors), agree)
-    yield "sources", "base", _dense(ready.base, tensors, options)
+    vocabulary, weights = ready.vocabulary, (1 / len(ready.donors),) * len(ready.donors)
+    base = Body(ready.base, vocabulary=vocabulary)
+    yield "sources", "base", whole_model(base.config, base.recipe, tensors, options)
     for donor in ready.donors:
-        yield "experts", donor.name, _dense(donor, tensors, options)
-    model = whole_model(ready.base.model.config, average.recipe, tensors, options)
-    yield "sources", "average", model
+        if moved := other_ids(vocabulary, donor):
+            why = f"{len(moved)} of its tokens have other ids in the mixture"
+            reporter.say(f"{donor.name} is not compared: {why}")
+        else:
+            yield "experts", donor.name, _dense(donor, tensors, options)
+    average = Body(ready.base, ready.donors, weights, agree, vocabulary)
+    yield "sources", "average", whole_model(average.config, average.recipe, tensors, options)
 
 
 def _dense(donor: Donor, tensors: Tensors, options: Options) -> Any:

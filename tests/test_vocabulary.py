@@ -21,7 +21,7 @@ from test_readers import read
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moemerge import InputError, Options, make_plan, merge, parse_config, recipe
+from moemerge import InputError, Options, make_plan, merge, parse_config, recipe, routing_report
 from moemerge import verify_checkpoint as verify
 from moemerge.tokens import (
     Tokens,
@@ -291,6 +291,25 @@ def test_a_pass_of_the_body_reads_new_tokens(tmp_path: Path, mode: str) -> None:
         tmp_path / "out",
     )
     verify(tmp_path / "out")
+
+
+def test_sources_are_compared_where_they_read_the_same_text(tmp_path: Path) -> None:
+    """The base model with its tokens' rows where the mixture has them; no expert of other ids."""
+    base, chat, maths = (baby(tmp_path / name, seed=n) for n, name in enumerate("bcm"))
+
+    def change(data: dict[str, Any]) -> None:
+        vocabulary = data["model"]["vocab"]
+        vocabulary["code"], vocabulary["python"] = vocabulary["python"], vocabulary["code"]
+
+    edit(chat / "tokenizer.json", change)
+    (tmp_path / "t.txt").write_text("code python story code maths")
+    found = []
+    for which in ("base", "c"):
+        out = merged(tmp_path, base, [chat, maths], f"tokenizer: {which}")
+        [text] = routing_report(out, {"t": tmp_path / "t.txt"})["texts"]
+        found.append(text["perplexity"])
+    assert found[0]["base"] == pytest.approx(found[1]["base"], rel=1e-5)
+    assert [list(said["experts"]) for said in found] == [["m"], ["c"]]
 
 
 def test_an_expert_may_write_text_where_its_tokens_have_the_mixtures_ids(tmp_path: Path) -> None:
