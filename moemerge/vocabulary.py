@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,15 +95,26 @@ class Vocabulary:
         """The chat template, one text or several by name; None if there is none."""
         return chat_template(self.directory, self.written)
 
+    @property
+    def summary(self) -> str:
+        """Whose rows there are, for a person; empty where all are the base model's own."""
+        counts: Counter[str] = Counter()
+        for part in self.rows:
+            if isinstance(part, Rows):
+                counts[f"of {part.donor.name}"] += part.stop - part.start
+            else:
+                counts["that are means"] += 1
+        told = ", ".join(f"{count} {whose}" for whose, count in counts.items())
+        return f"{counts.total()} rows: {told}" if counts else ""
+
     def has_rows_of(self, donor: Donor) -> bool:
         """Whether some row is the donor's."""
         return any(part.donor is donor for part in self.rows)
 
     def needs(self) -> Iterator[tuple[Donor, dict[str, tuple[int, ...]]]]:
         """What is read of other models than the base: names with their shapes."""
-        names = (
-            [EMBEDDING] if self.base.model.config.get("tie_word_embeddings") else [EMBEDDING, HEAD]
-        )
+        tied = self.base.model.config.get("tie_word_embeddings")
+        names = (EMBEDDING,) if tied else (EMBEDDING, HEAD)
         for donor in {id(part.donor): part.donor for part in self.rows}.values():
             if donor is not self.base:
                 shape = (_size(donor), int(donor.model.config["hidden_size"]))

@@ -17,6 +17,7 @@ import torch
 from babies import WORDS, make_model, simple_config, write_config
 from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
+from test_cli import run
 from test_readers import read
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -137,6 +138,20 @@ def test_a_union_has_the_rows_of_whoever_has_the_token(tmp_path: Path, tied: boo
     ]
     for model in (base, chat, maths):
         reads_every_token(out, read_tokens(model))
+
+
+def test_the_plan_and_the_card_say_whose_rows_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, chat = baby(tmp_path / "base"), baby(tmp_path / "chat", "<|a|>", seed=1)
+    head = "gate_mode: random\ntokenizer: union\nextra_tokens: [code python]\npad_vocabulary: 8"
+    config = write_config(tmp_path / "c.yaml", config_of(base, [chat], head))
+    assert run("plan", config) == 0
+    rows = f"40 rows: {OWN} of base, 1 of chat, 6 that are means"
+    said = capsys.readouterr()
+    assert f"vocabulary: {rows}" in said.out and "'<|a|>'" in said.err
+    merge(config, tmp_path / "out")
+    assert f"| Vocabulary | {rows} |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_rows_that_nobody_changes_are_copied(tmp_path: Path) -> None:

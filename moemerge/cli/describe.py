@@ -49,6 +49,8 @@ def plan_lines(ready: Any, options: Options) -> Iterator[str]:
     for text in hub.whole:
         yield f"{text} holds .bin files alone: they are downloaded whole, even with --stream"
     yield f"base      {ready.base.model.reference.text}"
+    if rows := ready.vocabulary.summary:
+        yield f"vocabulary: {rows}"
     for index, name in enumerate(made.experts):
         expert = ready.prompts[index]
         yield (
