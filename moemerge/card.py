@@ -140,6 +140,20 @@ def _metadata(ready: Prepared, claims: dict[str, Claims]) -> dict[str, Any]:
     return dict(data.to_dict())  # type: ignore[no-untyped-call]
 
 
+def _cut(ready: Prepared) -> str:
+    """What a split is."""
+    assert ready.cutting is not None
+    plan, split = ready.plan, ready.cutting.split
+    always = f" beside {split.shared} always on" * bool(split.shared)
+    return (
+        f"A language model whose feed-forward parts (MLPs) are cut into {split.slices} slices of "
+        f"equal size ({split.assignment}), without training it further: in every layer a small "
+        f"router chooses {plan.experts_per_token} of {split.routed} for each token{always}. All "
+        f"weights are those of {_source(ready.base)}. It takes text and continues it, and runs "
+        f"wherever a {plan.architecture} runs."
+    )
+
+
 def _what(ready: Prepared) -> Iterator[str]:
     """What it is, for somebody who knows none of it, and its measures."""
     plan, config = ready.plan, ready.config
@@ -150,13 +164,14 @@ def _what(ready: Prepared) -> Iterator[str]:
         body = "the average of the experts'"
         body += f" (weights {', '.join(f'{w:g}' for w in weights)})" * (len(set(weights)) > 1)
     each = "is" if number == 1 else "are"
-    yield (
+    merged = (
         f"A language model put together from trained ones, without training it further: the "
         f"feed-forward parts (MLPs) of {number} model{'s' * (number != 1)} {each} its experts, and "
         f"in every layer a small router chooses {per_token} of {number} for each token. All "
         f"else, attention, norms and embeddings, is {body}. It takes text and continues it, and "
         f"runs wherever a {plan.architecture} runs."
     )
+    yield _cut(ready) if ready.cutting else merged
     context = plan.config.get("max_position_embeddings")
     rows = {
         "Parameters": f"{count(plan.parameters)}, of which {count(plan.active_parameters)} work on "
@@ -164,6 +179,7 @@ def _what(ready: Prepared) -> Iterator[str]:
         "Size": f"{size(plan.nbytes)} ({plan.config.get('dtype') or plan.dtype}), on disk and, "
         "at least, in memory",
         "Context": f"{context} tokens" if context else "",
+        "Vocabulary": _shown(ready.vocabulary.summary),
         "Routers": f"`{plan.gate_mode}`: {_gate(ready)}",
     }
     yield "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v)])
@@ -190,7 +206,11 @@ def _experts(ready: Prepared, told: Told) -> Iterator[str]:
     for number, (name, donor, expert) in enumerate(
         zip(_names(ready), ready.donors, ready.config.experts, strict=True)
     ):
-        changes = {"noise": expert.noise_scale or None, "scaled by": expert.residual_scale}
+        changes = {
+            "noise": expert.noise_scale or None,
+            "share of neurons drawn anew": expert.renew or None,
+            "scaled by": expert.residual_scale,
+        }
         extra = [f"{k} {v:g}" for k, v in changes.items() if v is not None and v != 1]
         row = {"#": str(number), "expert": _shown(name)}
         row["made of"] = ", ".join([_source(donor), *extra])
@@ -266,8 +286,10 @@ def _limits(ready: Prepared, routing: dict[str, Any]) -> Iterator[str]:
         )
     elif len(ready.plan.experts) > 1:
         lines.append("How well its routers choose was not measured; training them may help.")
-    noise = any(expert.noise_scale for expert in ready.config.experts)
-    if len(ready.donors) > 1 and len({d.identity for d in ready.donors}) == 1 and not noise:
+    if ready.cutting:
+        if ready.cutting.per_token < ready.cutting.split.routed:
+            lines.append("A token passes some of the slices only: train it before use.")
+    elif len(ready.donors) > 1 and len({d.identity for d in ready.donors}) == 1 and not ready.config.draws:
         lines.append("All its experts are the same model: without training it gains nothing.")
     host = ready.host
     caveats = host.architecture.caveats(ready.base.model.config, host.mixture)
@@ -355,23 +377,25 @@ def _public(config: MergeConfig) -> tuple[str, bool]:
             return _last(text)
         return "+".join(_name(part) if part.directory else part.text for part in parts if part)
 
+    def text(named: str | None) -> str | None:
+        return _last(named) if named and _is_local(named, folder) else named
+
     def expert(one: Any) -> Any:
-        named = one.calibration
-        if named and _is_local(named, folder):
-            named = _last(named)
-        return dataclasses.replace(one, source_model=cleaned(one.source_model), calibration=named)
+        source, named = cleaned(one.source_model), text(one.calibration)
+        return dataclasses.replace(one, source_model=source, calibration=named)
 
     public = dataclasses.replace(
         config,
         base_model=cleaned(config.base_model),
         experts=tuple(map(expert, config.experts)),
         shared_experts=tuple(map(expert, config.shared_experts)),
+        split={k: text(str(v)) if k == "text" else v for k, v in config.split.items()},
     )
     if public == config and not _LOCAL.search(config.text):
         return config.as_yaml().strip(), False
     data = yaml.safe_load(dataclasses.replace(public, text="").as_yaml())
-    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-    return str(text).strip(), public != config
+    made = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    return str(made).strip(), public != config
 
 
 def _is_local(named: str, folder: Path | None) -> bool:

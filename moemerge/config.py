@@ -68,7 +68,7 @@ class MergeConfig:
     """
 
     base_model: SourceText
-    experts: tuple[Expert, ...]
+    experts: tuple[Expert, ...] = ()
     gate_mode: str | None = None
     gate: Choices = field(default_factory=dict)
     body: str = "base"
@@ -96,14 +96,32 @@ class MergeConfig:
     @property
     def mode(self) -> str:
         """The gate mode, wherever it is said."""
-        return str(self.gate.get("mode") or self.gate_mode or DEFAULT_GATE_MODE)
+        default = DEFAULT_GATE_MODE
+        if self.split:
+            default = "activation" if self.split.get("text") else "random"
+        return str(self.gate.get("mode") or self.gate_mode or default)
+
+    @property
+    def every_expert(self) -> list[tuple[str, Expert]]:
+        """Each expert, shared ones last, with its place in the config."""
+        return [
+            (f"{key}[{index}]", expert)
+            for key in ("experts", "shared_experts")
+            for index, expert in enumerate(getattr(self, key))
+        ]
+
+    @property
+    def draws(self) -> bool:
+        """Whether experts' weights are drawn at random in part."""
+        return any(expert.noise_scale or expert.renew for _, expert in self.every_expert)
 
     def as_yaml(self) -> str:
         """This config as YAML: the text it was read from while that says the same, else anew."""
+        said = replace(self, experts=()) if self.split else self  # those are made of it
         with suppress(InputError):
-            if parse_config(self.text) == self:
+            if parse_config(self.text) == said:
                 return self.text
-        return str(yaml.safe_dump(_changed(self), sort_keys=False, allow_unicode=True))
+        return str(yaml.safe_dump(_changed(said), sort_keys=False, allow_unicode=True))
 
     def where(self, key: str) -> str:
         """`config.yaml:7: experts[1].source_model`, or the nearest enclosing line known."""
@@ -217,10 +235,10 @@ def parse_config(text: str, file: str = "config") -> MergeConfig:
 
 def check_values(config: MergeConfig, findings: Findings) -> None:
     """Record what is wrong with values of the right type."""
-    if not config.experts:
+    if not config.experts and not config.split:
         findings.problem(config.where("experts"), "is empty", "list at least one expert")
     count = config.experts_per_token
-    if count is not None and not 1 <= count <= max(len(config.experts), 1):
+    if count is not None and not 1 <= count <= max(len(config.experts), 1) and not config.split:
         findings.problem(
             config.where("experts_per_token"),
             f"is {count} with {len(config.experts)} experts",
@@ -236,8 +254,7 @@ def check_values(config: MergeConfig, findings: Findings) -> None:
     elif config.experts and not sum(expert.body_weight for expert in config.experts) > 0:
         findings.problem(config.where("experts"), "have no body_weight above 0", "give one")
     names: dict[str, str] = {}
-    for index, expert in enumerate(config.experts):
-        at = f"experts[{index}]"
+    for at, expert in config.every_expert:
         for name in ("noise_scale", "residual_scale"):
             scale = getattr(expert, name)
             if not abs(scale) <= 1e30:
@@ -249,8 +266,12 @@ def check_values(config: MergeConfig, findings: Findings) -> None:
         if not 0 <= expert.body_weight <= 1e30:
             what = f"is {expert.body_weight:g}"
             findings.problem(config.where(f"{at}.body_weight"), what, "a weight is 0 or more")
-        elif expert.body_weight != 1 and config.body == "base":
-            findings.note(f"{at}.body_weight has no effect: body is base")
+        elif expert.body_weight != 1 and (config.body == "base" or "shared" in at):
+            why = "it is shared" if "shared" in at else "body is base"
+            findings.note(f"{at}.body_weight has no effect: {why}")
+        if not 0 <= expert.renew <= 1:
+            what = f"is {expert.renew:g}"
+            findings.problem(config.where(f"{at}.renew"), what, "a share is from 0 to 1")
         if expert.noise_scale < 0:
             findings.problem(
                 config.where(f"{at}.noise_scale"),

@@ -35,8 +35,8 @@ _MLP = ".mlp."
 class Member:
     """Whose MLPs an expert has, and what the config says of it.
 
-    Its neurons are those from `start` to `stop`, if `stop` is given; what it adds to the residual
-    stream is multiplied by `factor`.
+    Its neurons are those from `start` to `stop`, if `stop` is given, in the layer's `order` if that
+    is given by its name; what it adds to the residual stream is multiplied by `factor`.
     """
 
     donor: Donor | Body
@@ -44,13 +44,19 @@ class Member:
     start: int = 0
     stop: int = 0
     factor: float = 1.0
+    order: str = ""
 
-    def recipe(self, tensor: str, seed: int) -> Recipe:
-        """How the dense tensor of that name becomes this expert's."""
+    def recipe(self, tensor: str, seed: int, which: str) -> Recipe:
+        """How the dense tensor of that name becomes this expert's; `which` tells it from others."""
         donor, down = self.donor, f".{DOWN}." in tensor
         made = donor.recipe(tensor) if isinstance(donor, Body) else recipe.of_donor(donor, tensor)
         if self.stop:
-            made = recipe.Cut(made, 1 if down else 0, self.start, self.stop)
+            layer = tensor.split(".")[2]
+            order = recipe.Read(ROUTERS, self.order.format(layer=layer)) if self.order else None
+            made = recipe.Cut(made, 1 if down else 0, self.start, self.stop, order)
+        if self.said and self.said.renew:
+            key = f"{tensor.partition(_MLP)[0]}, {which}"
+            made = recipe.Renew(made, 1 if down else 0, self.said.renew, seed, key)
         if self.said and self.said.noise_scale:
             made = recipe.Noise(made, self.said.noise_scale, seed)
         factor = self.factor * (self.said.residual_scale if self.said else 1.0)
@@ -157,7 +163,8 @@ def _recipe(slot: Slot, made: Layout) -> Recipe:
         return parts.body.recipe(of.tensor)
     if isinstance(of, FromExpert):
         member = (parts.shared if of.shared else parts.routed)[of.expert]
-        return member.recipe(of.tensor, made.options.seed)
+        which = f"{'shared ' * of.shared}expert {of.expert}"
+        return member.recipe(of.tensor, made.options.seed, which)
     if isinstance(of, Constant):
         return recipe.Fill(of.value, slot.shape)
     if isinstance(of, Joined):

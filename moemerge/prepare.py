@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge import gate_setup, output
+from moemerge import split as splits
 from moemerge import vocabulary as vocabularies
 from moemerge.body import Body
 from moemerge.checkpoint import Checkpoint, Donor, Opener
@@ -19,12 +20,10 @@ from moemerge.hosts import Host, find_host
 from moemerge.layout import Layout, Member, Parts, check_dtype, lay_out
 from moemerge.options import Options
 from moemerge.plan import Plan
-from moemerge.prompts import (
-    Encoder,
-    ExpertPrompts,
-)
+from moemerge.prompts import Encoder, ExpertPrompts, Prompt
 from moemerge.slots import Mixture
 from moemerge.source_cards import read_own
+from moemerge.split import Cutting, Split
 from moemerge.vocabulary import Vocabulary
 
 
@@ -32,7 +31,8 @@ from moemerge.vocabulary import Vocabulary
 class Prepared:
     """A merge that can begin: its plan, its opened models, and what a person should know.
 
-    `donors` are the routed experts and `shared` the shared ones. `own_card` is the text of the card
+    `donors` are the routed experts and `shared` the shared ones; of a split with a `cutting`, the
+    donors are its routed slices, each the base model. `own_card` is the text of the card
     that a person wrote for it.
     """
 
@@ -51,6 +51,7 @@ class Prepared:
     notes: tuple[str, ...]
     own_card: str = ""
     shared: tuple[Donor, ...] = ()
+    cutting: Cutting | None = None
 
     @property
     def folder(self) -> str | None:
@@ -77,6 +78,8 @@ def prepare(config: MergeConfig, options: Options, out: Path | None = None) -> P
 
 
 class _Preparation:
+    split: Split | None = None
+
     def __init__(self, config: MergeConfig, options: Options):
         self.config, self.options = config, options
         self.findings = Findings()
@@ -88,6 +91,16 @@ class _Preparation:
         gate = gate_setup.find_mode(config, findings)
         settings = gate_setup.settings_of(config, gate, findings)
         base = self.opener.donor(config.base_model, config.where("base_model"), "base")
+        self.split = splits.of_config(config, findings)
+        if self.split and base and gate:
+            inner = base.model.config.get("intermediate_size")
+            splits.check(config, self.split, inner, gate.USES, findings)
+            gate = splits.Gate(gate.USES | self.split.uses, gate)
+        elif gate and splits.TEXT in gate.USES and not config.split:
+            what, fix = "is for a split's slices", "add a split, or use gate_mode: ridge"
+            findings.problem(config.where("gate_mode"), what, fix)
+        if self.split:
+            config = self.config = splits.with_slices(config, self.split)
         donors = self._donors(config.experts, "experts")
         shared = self._donors(config.shared_experts, "shared_experts")
         host = self._host(base)
@@ -104,6 +117,7 @@ class _Preparation:
         encoder, prompts = gate_setup.read_prompts(
             config, gate, settings, vocabulary, asked, findings
         )
+        cutting = self._cutting(gate, vocabulary)
         for donor in (*donors, *shared):
             if base and donor:
                 compare(
@@ -135,11 +149,13 @@ class _Preparation:
                 config=config,
                 options=options,
                 host=host,
-                parts=Parts(body, self._routed(there, base), self._shared(always, host)),
+                parts=Parts(body, self._routed(there, base), self._shared(base, always, host)),
                 donors=tuple(there),
                 shared=always,
                 uses=gate.USES,
-                gate_inputs=gate_setup.digest_of_inputs(config, options, gate, settings, prompts),
+                gate_inputs=gate_setup.digest_of_inputs(
+                    config, options, gate, settings, prompts, cutting
+                ),
             ),
             self.opener.opened.values(),
             findings,
@@ -165,7 +181,17 @@ class _Preparation:
             notes=tuple(findings.notes),
             own_card=own_card,
             shared=always,
+            cutting=cutting,
         )
+
+    def _cutting(self, gate: GateMode | None, vocabulary: Vocabulary | None) -> Cutting | None:
+        """What the config's split is made from, its text among it if anything depends on that."""
+        if self.split is None:
+            return None
+        text: tuple[Prompt, ...] = ()
+        if gate and splits.TEXT in gate.USES and self.split.text and vocabulary:
+            text = splits.read_text(self.config, self.split, vocabulary, self.findings)
+        return Cutting(self.split, self.split.per_token(self.config), text)
 
     def _body(self, base: Donor, donors: list[Donor]) -> Body:
         if self.config.body == "base":
@@ -200,6 +226,15 @@ class _Preparation:
         if base is None:
             return None
         inner = base.model.config.get("intermediate_size")
+        if self.split:
+            mixture = Mixture(
+                experts=count,
+                per_token=self.split.per_token(config),
+                inner=inner // self.split.slices if isinstance(inner, int) else 0,
+                shared=self.split.shared,
+            )
+            wrong = any(self.split.problems(inner))
+            return None if wrong else find_host(config, base, mixture, self.findings)
         pieces = max(config.segments, 1)
         if config.segments < 1 or not isinstance(inner, int) or inner % pieces:
             what, fix = f"is {config.segments}", f"write a divisor of {inner}, their neurons"
@@ -217,7 +252,10 @@ class _Preparation:
     def _routed(self, donors: list[Donor], base: Donor) -> tuple[Member, ...]:
         """Each expert, or each of its segments in turn, whose parts of a sum need no less weight
         than the whole: the router shares one expert's weight among them all."""
-        pieces = self.config.segments
+        pieces, split = self.config.segments, self.split
+        if split:
+            numbers = range(split.shared, split.slices)
+            return self._slices(base, numbers, split.per_token(self.config))
         inner = base.model.config["intermediate_size"] // pieces
         if pieces == 1:
             return tuple(map(Member, donors, self.config.experts))
@@ -227,13 +265,24 @@ class _Preparation:
             for at in range(pieces)
         )
 
-    def _shared(self, donors: tuple[Donor, ...], host: Host) -> tuple[Member, ...]:
+    def _slices(self, base: Donor, numbers: range, factor: float) -> tuple[Member, ...]:
+        """Slices of the base model's MLPs; what they add is multiplied by `factor`."""
+        assert self.split is not None
+        inner = base.model.config["intermediate_size"] // self.split.slices
+        return tuple(
+            Member(base, None, at * inner, (at + 1) * inner, factor, self.split.order)
+            for at in numbers
+        )
+
+    def _shared(self, base: Donor, donors: tuple[Donor, ...], host: Host) -> tuple[Member, ...]:
         """The shared experts, doubled where a gate that nothing decides halves them."""
         halved = host.architecture.SHARED == "gated" and not host.mixture.gated
+        factor = 2.0 if halved else 1.0
+        if self.split:
+            return self._slices(base, range(self.split.shared), factor)
         said = self.config.shared_experts
         pieces = self.config.segments
         inner = host.mixture.inner
-        factor = 2.0 if halved else 1.0
         if pieces == 1:
             return tuple(Member(d, one, factor=factor) for d, one in zip(donors, said, strict=True))
         return tuple(
@@ -254,9 +303,9 @@ class _Preparation:
             for option in ("lazy", "device", "load_in_4bit", "load_in_8bit"):
                 if option in flags:
                     note(f"{flags[option]} has no effect: gate_mode: {mode} runs no model")
-        noise = any(expert.noise_scale for expert in self.config.experts)
+        noise = self.config.draws
         if "seed" in flags and "seed" not in gate.USES and not noise:
-            note(f"--seed has no effect: gate_mode: {mode} without noise_scale draws nothing")
+            note(f"--seed has no effect: gate_mode: {mode} without noise_scale or renew draws nothing")
         opened = self.opener.opened
         if "cache_dir" in flags and all(reference.directory for reference in opened):
             note("--cache-dir has no effect: no source is on the Hub")
@@ -266,7 +315,7 @@ class _Preparation:
         if self.options.allow_crimes and len(families) == 1:
             note("--allow-crimes has no effect: all models are of one family")
         same = {donor.identity for donor in donors if donor}
-        alike = len(donors) > 1 and len(same) == 1 and not noise
+        alike = len(donors) > 1 and len(same) == 1 and not noise and not self.split
         if alike and not self.options.untrained_ok:
             note("all experts are the same model: useful only if you train the result")
 

@@ -112,11 +112,27 @@ class Join:
     axis: int = 0
 
 
-Recipe = Read | LowRank | Noise | Scale | Mean | Fill | Cut | Join
+@dataclass(frozen=True)
+class Renew:
+    """A `share` of a matrix's neurons, its rows (axis 0) or columns (axis 1), drawn anew.
+
+    Values come from the normal distribution with the matrix's own mean and deviation. `key` decides
+    which neurons: the same for the matrices of one MLP (Drop-Upcycling: Nakamura et al. 2025,
+    https://arxiv.org/abs/2502.19261).
+    """
+
+    of: Recipe
+    axis: int
+    share: float
+    seed: int
+    key: str
+
+
+Recipe = Read | LowRank | Noise | Scale | Mean | Fill | Cut | Join | Renew
 
 _KINDS = {
     "read": Read, "low_rank": LowRank, "noise": Noise, "scale": Scale, "mean": Mean, "fill": Fill,
-    "cut": Cut, "join": Join,
+    "cut": Cut, "join": Join, "renew": Renew,
 }  # fmt: skip
 
 
@@ -419,6 +435,8 @@ def _evaluate(
     if isinstance(recipe, Noise):
         drawn = generator(recipe.seed, name, block).standard_normal(value.shape, dtype="float32")
         return value + recipe.std * torch.from_numpy(drawn)
+    if isinstance(recipe, Renew):
+        return _renew(recipe, value, name, block, rows, sources)
     if recipe.down not in whole:
         down = sources[recipe.down.source][recipe.down.tensor]
         whole[recipe.down] = _read(down, range(down.shape[0])).float()
@@ -465,6 +483,42 @@ def _cut(
         return _evaluate(recipe.of, name, block, own, sources, whole)
     each = [range(row, row + 1) for row in chosen[rows.start : rows.stop].tolist()]
     return torch.cat([_evaluate(recipe.of, name, block, own, sources, whole) for own in each])
+
+
+def _renew(
+    recipe: Renew, value: torch.Tensor, name: str, block: int, rows: range, sources: Sources
+) -> torch.Tensor:
+    import torch
+
+    count = shape_of(recipe, sources)[recipe.axis]
+    order = generator(recipe.seed, recipe.key, 0).permutation(count)
+    anew = torch.zeros(count, dtype=torch.bool)
+    anew[torch.from_numpy(order[: round(recipe.share * count)])] = True
+    mean, deviation = _statistics(recipe.of, sources)
+    draws = generator(recipe.seed, f"{name}, anew", block)
+    drawn = torch.from_numpy(draws.standard_normal(value.shape, dtype="float32"))
+    chosen = anew if recipe.axis else anew[rows.start : rows.stop, None]
+    return torch.where(chosen, mean + deviation * drawn, value)
+
+
+_seen: dict[object, tuple[float, float]] = {}
+
+
+def _statistics(recipe: Recipe, sources: Sources) -> tuple[float, float]:
+    """The mean and standard deviation of a matrix, kept for its other stretches."""
+    made_of = (recipe, *(sources[read.source][read.tensor] for read in reads(recipe)))
+    if made_of not in _seen:
+        rows, *rest = shape_of(recipe, sources)
+        step, whole = max(1, BLOCK_VALUES // math.prod(rest)), dict[Read, Any]()
+        total = squares = 0.0
+        for block, first in enumerate(range(0, rows, step)):
+            own = range(first, min(first + step, rows))
+            value = _evaluate(recipe, "", block, own, sources, whole).double()
+            total, squares = total + float(value.sum()), squares + float((value * value).sum())
+        mean = total / (rows * math.prod(rest))
+        spread = squares / (rows * math.prod(rest)) - mean * mean
+        _seen[made_of] = mean, math.sqrt(max(spread, 0.0))
+    return _seen[made_of]
 
 
 def _read(location: Location, rows: range) -> torch.Tensor:
