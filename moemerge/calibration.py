@@ -27,7 +27,7 @@ def read_documents(config: MergeConfig, findings: Findings) -> list[list[str]]:
             continue
         where = config.where(f"experts[{index}].calibration")
         try:
-            found[-1] = _read(expert.calibration, config.folder)
+            found[-1] = documents_of(expert.calibration, config.folder)
         except ValueError as error:
             fix = "name a UTF-8 text or jsonl file, a directory, or a dataset on the Hub"
             findings.problem(where, str(error), fix)
@@ -59,7 +59,12 @@ def texts_of(path: Path) -> list[str]:
     return list(_texts(rows, str(path)))
 
 
-def _read(named: str, beside: Path | None) -> list[str]:
+def documents_of(named: str, beside: Path | None) -> list[str]:
+    """The documents of a file, a directory or a dataset on the Hub; a path may be `beside` it.
+
+    Raises:
+        ValueError: it cannot be read; says why.
+    """
     places = [Path(os.path.expanduser(named))]  # noqa: PTH111 (it raises nothing)
     if beside and not places[0].is_absolute():
         places.append(beside / places[0])

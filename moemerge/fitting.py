@@ -15,6 +15,7 @@ from moemerge.prompts import Encoder, ExpertPrompts, Prompt
 from moemerge.recipe import Sources
 from moemerge.reporting import Reporter
 from moemerge.router_inputs import Passage, router_inputs
+from moemerge.split import Cutter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,8 +34,8 @@ _ALIKE = 1e-6
 class Task:
     """What a gate mode works from. `names` are the routers', one a layer, in order.
 
-    `donors` are the experts; `encoder` is there if the mode uses prompts; `settings` is the mode's
-    own `Settings`, None where it has none.
+    `donors` are the experts, or the slices of a split, for which there is a `cutter`; `encoder` is
+    there if the mode uses prompts; `settings` is the mode's own `Settings`, None where it has none.
     """
 
     names: Sequence[str]
@@ -46,6 +47,7 @@ class Task:
     settings: Any
     options: Options
     reporter: Reporter
+    cutter: Cutter | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

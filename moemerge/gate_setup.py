@@ -24,6 +24,7 @@ from moemerge.prompts import (
     open_encoder,
 )
 from moemerge.reporting import size
+from moemerge.split import Cutting
 from moemerge.vocabulary import Vocabulary
 
 
@@ -195,8 +196,9 @@ def digest_of_inputs(
     gate: GateMode,
     settings: Any,
     prompts: tuple[ExpertPrompts, ...],
+    cutting: Cutting | None = None,
 ) -> str:
-    """A digest of what routers come from besides the sources' weights."""
+    """A digest of what routers, and a split's slices, come from besides the sources' weights."""
     bits = 4 if options.load_in_4bit else 8 if options.load_in_8bit else 16
     made_of = {
         "mode": config.mode,
@@ -207,4 +209,6 @@ def digest_of_inputs(
         "seed": options.seed if "seed" in gate.USES else None,
         "base": config.base_model,
     }
+    if cutting:
+        made_of["split"] = cutting.digest()
     return digest_of(made_of)

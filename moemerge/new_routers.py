@@ -48,6 +48,9 @@ def regate(
     manifest = open_manifest(out)
     check_shards(out, manifest.plan, "regate")
     ready = prepare(config, options)
+    if ready.cutting:
+        what, fix = "is a split, whose routers belong to its slices", "split the model anew"
+        raise InputError([Problem(str(out), what, fix)])
     _check_same_weights(ready.plan, manifest.plan, out)
     shard = dataclasses.replace(ready.plan.shards[0], file=manifest.plan.shards[0].file)
     plan = dataclasses.replace(ready.plan, shards=(shard, *manifest.plan.shards[1:]))

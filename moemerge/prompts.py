@@ -200,13 +200,15 @@ class Encoder:
             before = now
         return texts
 
-    def pieces(self, documents: Iterable[str], longest: int) -> tuple[Prompt, ...]:
-        """The first `CALIBRATION_TOKENS` of some documents in pieces of at most `longest` tokens.
+    def pieces(
+        self, documents: Iterable[str], longest: int, most: int = CALIBRATION_TOKENS
+    ) -> tuple[Prompt, ...]:
+        """The first `most` tokens of some documents in pieces of at most `longest`.
 
         Tokens beyond the base model's vocabulary are the tokenizer's error and found with prompts.
         """
         pieces: list[Prompt] = []
-        left = CALIBRATION_TOKENS
+        left = most
         for document in documents:
             whole = self.encode(document)
             first, own = whole.ids[: whole.own], whole.ids[whole.own :][:left]

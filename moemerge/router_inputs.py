@@ -124,8 +124,7 @@ def layer_inputs(
                 del layer  # before the next is read
             weights.clear()
             yield {
-                module: [found[at] for at in range(len(passages))]
-                for module, found in seen.items()
+                module: [found[at] for at in range(len(passages))] for module, found in seen.items()
             }
 
 

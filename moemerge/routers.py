@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from moemerge import checkpoint, recipe, routing_stats, selection
@@ -13,13 +15,16 @@ from moemerge.errors import RunError
 from moemerge.fitting import Routers, Task
 from moemerge.options import Options
 from moemerge.output import writing
-from moemerge.plan import ROUTERS, Shard, file_header
+from moemerge.plan import ROUTERS, PlannedTensor, Shard, file_header
 from moemerge.prepare import Prepared
+from moemerge.recipe import Fill
 from moemerge.reporting import Reporter
+from moemerge.split import Cutter
 from moemerge.state import PART_SUFFIX, read_json
 
 if TYPE_CHECKING:
     from moemerge.fitting import Matrix
+    from moemerge.neurons import Order
 
 Tensors = dict[str, dict[str, Location]]
 
@@ -49,13 +54,12 @@ def fetch(ready: Prepared, options: Options, reporter: Reporter) -> Tensors:
     return found
 
 
-def run_gate(ready: Prepared, sources: Tensors, options: Options, reporter: Reporter) -> Routers:
-    """Let the gate mode make its routers.
-
-    Raises:
-        RunError: its prompts give routers that cannot choose.
-    """
-    task = Task(
+def task_of(ready: Prepared, sources: Tensors, options: Options, reporter: Reporter) -> Task:
+    """What the gate mode works from."""
+    cutter = None
+    if ready.cutting:
+        cutter = Cutter(ready.cutting, ready.body, sources, options, reporter)
+    return Task(
         names=[t.name for t in ready.plan.shards[0].tensors if t.made == "router"],
         body=ready.body,
         donors=(*ready.donors, *ready.shared[: ready.host.mixture.gated]),
@@ -65,8 +69,17 @@ def run_gate(ready: Prepared, sources: Tensors, options: Options, reporter: Repo
         settings=ready.settings,
         options=options,
         reporter=reporter,
+        cutter=cutter,
     )
-    return ready.gate.routers(task)
+
+
+def run_gate(ready: Prepared, sources: Tensors, options: Options, reporter: Reporter) -> Routers:
+    """Let the gate mode make its routers.
+
+    Raises:
+        RunError: its prompts give routers that cannot choose.
+    """
+    return ready.gate.routers(task_of(ready, sources, options, reporter))
 
 
 def make_routers(
@@ -74,11 +87,14 @@ def make_routers(
 ) -> None:
     """Run the gate mode and save its routers, and how they do held out, at `path`.
 
+    Of a split, the orders of neurons are saved there too.
+
     Raises:
         RunError: they cannot choose, or are not finite, which only a broken model can cause.
         WriteError: `path` cannot be written.
     """
-    made, gates = _apart(ready, run_gate(ready, sources, options, reporter))
+    task = task_of(ready, sources, options, reporter)
+    made, gates = _apart(ready, ready.gate.routers(task))
     routed = routing_stats.held_out(made, ready.encoder)
     names, per_token = ready.plan.experts, ready.plan.experts_per_token
     report = routing_stats.summary(routed, names, per_token)
@@ -100,7 +116,7 @@ def make_routers(
         for tensor in shard.tensors
         if tensor.made == kind
     }
-    save(shard, content, report, path)
+    save(shard, content, report, path, task.cutter.finish() if task.cutter else {})
 
 
 def _apart(ready: Prepared, made: Routers) -> tuple[Routers, list[Matrix]]:
@@ -116,8 +132,16 @@ def _apart(ready: Prepared, made: Routers) -> tuple[Routers, list[Matrix]]:
     return Routers(routed, texts, held_out), [matrix[count:] for matrix in made.matrices]
 
 
-def save(shard: Shard, made: dict[str, Matrix], report: dict[str, Any], path: Path) -> None:
+def save(
+    shard: Shard,
+    made: dict[str, Matrix],
+    report: dict[str, Any],
+    path: Path,
+    orders: Mapping[str, Order] = MappingProxyType({}),
+) -> None:
     """Save what a gate mode made as a tiny checkpoint in the shard's dtypes, and a report beside.
+
+    `orders` of neurons by their names come last, as whole numbers.
 
     Raises:
         RunError: a router is not finite.
@@ -126,7 +150,9 @@ def save(shard: Shard, made: dict[str, Matrix], report: dict[str, Any], path: Pa
     import numpy as np
 
     tensors = [replace(tensor, shape=made[tensor.name].shape) for tensor in shard.tensors]
-    content = [file_header(tensors, {"format": "pt"})]
+    none = Fill(0.0, ())
+    numbers = [PlannedTensor(n, order.shape, "I32", none) for n, order in orders.items()]
+    content = [file_header([*tensors, *numbers], {"format": "pt"})]
     for tensor in tensors:
         matrix = made[tensor.name]
         if not np.isfinite(matrix).all():
@@ -135,6 +161,7 @@ def save(shard: Shard, made: dict[str, Matrix], report: dict[str, Any], path: Pa
                 "these prompts: try another dtype of it, or --device cpu"
             )
         content.append(matrix.astype(numpy_dtype(tensor.dtype)).tobytes())
+    content += [order.astype("<i4").tobytes() for order in orders.values()]
     with writing(path):
         _report(path).write_text(json.dumps(report), encoding="utf-8")
         part = path.with_name(f"{path.name}{PART_SUFFIX}")

@@ -80,6 +80,7 @@ def _shareable_config(config: MergeConfig, plan: Plan) -> MergeConfig:
         shared_experts=tuple(map(expert, config.shared_experts)),
         tokenizer=source(config.tokenizer),
         extra_tokens=extra(config.extra_tokens),
+        split={k: calibration(str(v)) if k == "text" else v for k, v in config.split.items()},
         text="",
     )
 

@@ -64,7 +64,7 @@ def verify_shards(
     for shard in shards:
         _check_header(shard, out)
     if plan.shards[0] in shards:
-        _check_routers(plan.shards[0], out)
+        _check_routers(plan, out)
     places = [
         (out / shard.file, tensor, offset)
         for shard in shards
@@ -108,7 +108,7 @@ def verify_checkpoint(
     _check_json(out / CONFIG_FILE, plan.config)
     _check_json(out / INDEX_FILE, weight_index(plan))
     _check_strays(out, manifest)
-    _check_routers(plan.shards[0], out)
+    _check_routers(plan, out)
     sources = _available(plan, reporter, cache_dir)
     compared = {
         tensor.name
@@ -178,9 +178,10 @@ def _check_header(shard: Shard, out: Path) -> None:
         raise VerifyError(f"{path}: is {size} bytes, the plan says {shard.nbytes}; merge again")
 
 
-def _check_routers(shard: Shard, out: Path) -> None:
+def _check_routers(plan: Plan, out: Path) -> None:
     import numpy as np
 
+    shard, meant = plan.shards[0], plan.gate_mode == "zeros"
     made = {tensor.name: tensor.made for tensor in shard.tensors if _of_a_gate(tensor)}
     for name, location in read_header(out / shard.file).items():
         if name not in made:
@@ -189,7 +190,9 @@ def _check_routers(shard: Shard, out: Path) -> None:
         router = raw.astype(np.float32).reshape(location.shape)
         if not np.isfinite(router).all():
             raise VerifyError(f"{name}: holds NaN or Inf; merge again")
-        if made[name] in ("router", "") and len(router) > 1 and (router == router[0]).all():
+        if meant or made[name] not in ("router", "") or len(router) == 1:
+            continue
+        if (router == router[0]).all():
             raise VerifyError(f"{name}: all rows are equal, so it cannot route; change the prompts")
 
 
