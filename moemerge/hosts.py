@@ -67,6 +67,25 @@ def find_host(
     return host
 
 
+def listing() -> list[dict[str, str]]:
+    """Every architecture in words: what it is made of, what it routes with, who reads it."""
+    shared = {"": "none", "always": "always on", "gated": "scaled by a gate"}
+    rows = []
+    for name in architectures.names():
+        host = architectures.find(name)
+        families = [*host.FAMILIES, *["phi3"] * ("mistral" in host.FAMILIES)]
+        rows.append(
+            {
+                "architecture": ", ".join((name, *host.ALIASES)),
+                "made of": ", ".join(families),
+                "shared experts": shared[host.SHARED],
+                "router": host.SCORES,
+                "read by": ", ".join(host.READERS),
+            }
+        )
+    return rows
+
+
 def find_name(said: str) -> str | None:
     """The architecture that a config means by a name of its own or an alias."""
     name = said.lower()

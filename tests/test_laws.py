@@ -38,7 +38,7 @@ from moemerge.config import parse_config
 from moemerge.plan import Plan
 from moemerge.reporting import Silent
 from moemerge.router_inputs import Passage, router_inputs
-from moemerge.slots import Mixture
+from moemerge.slots import Constant, FromBody, FromExpert, Joined, Made, Mixture, Slot
 
 BODIES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
@@ -184,7 +184,7 @@ def test_layer_types_say_whether_a_mistral_has_a_window(kind: str, window: int |
     assert (config["sliding_window"], "layer_types" in config) == (window, False)
 
 
-@pytest.mark.parametrize("mode", gates.names())
+@pytest.mark.parametrize("mode", gates.for_merges())
 def test_identity_for_every_gate_mode(tmp_path: Path, babies: dict[str, Path], mode: str) -> None:
     base = babies["base"]
     text = simple_config(base, [base, base], head=f"gate_mode: {mode}")
@@ -216,7 +216,49 @@ def test_untransformed_tensors_are_byte_identical(tmp_path: Path, babies: dict[s
         assert same_bytes({name: tensor}, {name: source}), name
 
 
-@pytest.mark.parametrize("mode", gates.names())
+FIRST_BODY = dict(reversed(HOSTED))
+
+
+def bytes_of(slot: Slot, body: dict[str, Any], experts: list[dict[str, Any]]) -> bytes | None:
+    """What a slot that is not made, and only copied, must hold."""
+    of = slot.of
+    if isinstance(of, FromBody):
+        return raw(body[of.tensor])
+    if isinstance(of, FromExpert):
+        return raw(experts[of.expert][of.tensor])
+    if isinstance(of, Constant):
+        return raw(torch.full(slot.shape, of.value))
+    if isinstance(of, Joined) and of.axis == 0:
+        return b"".join(bytes_of(part, body, experts) or b"" for part in of.parts)
+    return None
+
+
+@pytest.mark.parametrize("architecture", FIRST_BODY)
+def test_every_architecture_holds_its_sources_bytes(tmp_path: Path, architecture: str) -> None:
+    """Each tensor is its sources', whoever writes it; the same again, and verify agrees."""
+    settings = BODIES[FIRST_BODY[architecture]]
+    base, *models = (make_model(tmp_path / str(n), seed=n, **settings) for n in range(3))
+    head = f"architecture: {architecture}\ngate_mode: random"
+    config = write_config(tmp_path / "c.yaml", simple_config(base, models, head))
+    made = merge(config, tmp_path / "out", Options(shard_size="20K"))
+    out, body, experts = (
+        all_tensors(tmp_path / "out"),
+        all_tensors(base),
+        list(map(all_tensors, models)),
+    )
+    mixture = Mixture(2, 2, SIZES["intermediate_size"])
+    dense_config = normalise(json.loads((base / "config.json").read_text()))
+    if settings.get("family") != "phi3":
+        for slot in architectures.find(architecture).slots(dense_config, mixture):
+            expected = bytes_of(slot, body, experts)
+            assert isinstance(slot.of, Made) or expected == raw(out[slot.name]), slot.name
+    routers = sum(bool(tensor.made) for tensor in made.plan.tensors)
+    assert verify_checkpoint(tmp_path / "out").compared == len(out) - routers
+    merge(config, tmp_path / "again", Options(shard_size="20K", jobs=8))
+    assert files(tmp_path / "again") == files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("mode", gates.for_merges())
 def test_same_config_and_seed_same_bytes(
     tmp_path: Path, babies: dict[str, Path], mode: str
 ) -> None:
