@@ -8,7 +8,7 @@ from typing import Any
 from moemerge.checkpoint import Donor
 from moemerge.errors import Findings
 from moemerge.tokenizer_files import chat_template
-from moemerge.tokens import Comparison, compare_tokens, read_tokens, shown
+from moemerge.tokens import Comparison, compare_contents, read_content, shown
 from moemerge.vocabulary import Vocabulary
 
 _MUST_AGREE = ("num_hidden_layers", "hidden_size", "intermediate_size", "hidden_act")
@@ -85,12 +85,11 @@ def same_vocabulary(base: Donor, expert: Donor) -> bool:
 
 def other_ids(vocabulary: Vocabulary, donor: Donor) -> tuple[str, ...]:
     """The donor's tokens that have another id in the mixture's vocabulary."""
-    tokens = vocabulary.tokens
     try:
-        theirs = read_tokens(donor.model.directory)
+        theirs = read_content(donor.model.directory)
+        return compare_contents(vocabulary.tokenizer(), theirs).moved
     except ValueError:
         return ()
-    return compare_tokens(tokens, theirs).moved if tokens else ()
 
 
 def _compare_vocabularies(
@@ -123,7 +122,7 @@ def _compare_vocabularies(
 def _compared(base: Path, expert: Path) -> Comparison:
     """One directory's tokenizer beside another's; as if alike where one cannot be read."""
     try:
-        return compare_tokens(read_tokens(base), read_tokens(expert))
+        return compare_contents(read_content(base), read_content(expert))
     except ValueError:
         return Comparison()
 

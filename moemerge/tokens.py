@@ -141,16 +141,25 @@ def read_tokens(directory: Path) -> Tokens:
     Raises:
         ValueError: there is none, or it is none that the `tokenizers` library writes; says which.
     """
+    return parse_tokens(read_content(directory))
+
+
+def read_content(directory: Path) -> bytes:
+    """A model directory's tokenizer.json as it is.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
     path = directory / TOKENIZER_FILE
     if not path.is_file():
         raise ValueError(f"there is no {TOKENIZER_FILE}")
     try:
-        return parse_tokens(path.read_bytes())
+        return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=2)
 def parse_tokens(content: bytes) -> Tokens:
     """The tokens of a tokenizer.json.
 
@@ -170,6 +179,15 @@ def parse_tokens(content: bytes) -> Tokens:
         return Tokens(data, ids, added, _spelling(data))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"its {TOKENIZER_FILE} cannot be understood ({error})") from error
+
+
+def compare_contents(ours: bytes, theirs: bytes) -> Comparison:
+    """Another tokenizer.json beside ours; one that is the same is not read.
+
+    Raises:
+        ValueError: one of them is none that the `tokenizers` library writes.
+    """
+    return Comparison() if ours == theirs else compare_tokens(*map(parse_tokens, (ours, theirs)))
 
 
 def compare_tokens(ours: Tokens, theirs: Tokens) -> Comparison:

@@ -28,6 +28,7 @@ from moemerge.tokens import (
     open_tokenizer,
     parse_tokens,
     pieces,
+    read_content,
     read_tokens,
     shown,
     unreadable,
@@ -80,15 +81,13 @@ class Vocabulary:
         config = {**self.base.model.config, **self.config}
         return replace(self.base, model=replace(self.base.model, config=config))
 
-    @property
-    def tokens(self) -> Tokens | None:
-        """The tokenizer's tokens; None if it has no tokenizer.json that can be understood."""
-        try:
-            if TOKENIZER_FILE in self.written:
-                return parse_tokens(self.written[TOKENIZER_FILE])
-            return read_tokens(self.directory)
-        except ValueError:
-            return None
+    def tokenizer(self) -> bytes:
+        """The tokenizer.json.
+
+        Raises:
+            ValueError: there is none, or it cannot be read.
+        """
+        return self.written.get(TOKENIZER_FILE) or read_content(self.directory)
 
     @property
     def template(self) -> Any:
@@ -145,14 +144,14 @@ def choose(
 ) -> Vocabulary:
     """The vocabulary that the config asks for; what is wrong with it is recorded.
 
-    `tokenizer: union` adds what the experts' tokenizers have and the base model's has not, in
-    their order, behind the rows that were there (as Cui et al. 2023, Chinese-LLaMA,
-    https://arxiv.org/abs/2304.08177, extend theirs); a new token's rows are those of the first
-    expert that has it. A token that no model has begins as the mean of its pieces' rows (Koto et
-    al. 2021, https://arxiv.org/abs/2109.04607). With `pad_vocabulary`, rows without a token make
-    the size round. These are means too, of rows spread over the vocabulary: a mean's probability is
-    at most the mean of theirs, where a row of zeros gives logit 0, more than any token has in a
-    model whose logits are all negative (Hewitt 2021,
+    `donors` are the experts, and then the shared ones. `tokenizer: union` adds what their
+    tokenizers have and the base model's has not, in their order, behind the rows that were there
+    (as Cui et al. 2023, Chinese-LLaMA, https://arxiv.org/abs/2304.08177, extend theirs); a new
+    token's rows are those of the first expert that has it. A token that no model has begins as the
+    mean of its pieces' rows (Koto et al. 2021, https://arxiv.org/abs/2109.04607). With
+    `pad_vocabulary`, rows without a token make the size round. These are means too, of rows spread
+    over the vocabulary: a mean's probability is at most the mean of theirs, where a row of zeros
+    gives logit 0, more than any token has in a model whose logits are all negative (Hewitt 2021,
     https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
     refused = len(findings.problems)
@@ -192,7 +191,7 @@ def _owner(
     said = config.tokenizer
     if said in (BASE, UNION, config.base_model):
         return base
-    for donor, expert in zip(donors, config.experts, strict=True):
+    for donor, expert in zip(donors, (*config.experts, *config.shared_experts), strict=True):
         if said in (expert.name, expert.source_model, donor.name if donor else ""):
             return donor
     names = [donor.name for donor in donors if donor]
@@ -260,6 +259,10 @@ class _Choice:
     def made(self, owner: Donor, extra: list[Token] | Tokens) -> Vocabulary:
         """The owner's tokenizer with all that is added to it."""
         own = self._tokens(self.base)
+        for donor in (self.base, owner):
+            highest = self._tokens(donor).size - 1
+            if highest >= _size(donor) + len(self._tokens(donor).ids):
+                raise _Unknown(donor, f"one has the id {highest}")
         tokens, more = self._extended(self._tokens(owner), extra, owner)
         directory = owner.model.directory
         try:
@@ -451,8 +454,9 @@ def _runs(places: Iterable[_Place]) -> Iterator[Rows | MeanRow]:
 
 
 def _size(donor: Donor) -> int:
-    """The rows of a donor's embedding."""
-    return int(donor.model.config["vocab_size"])
+    """The rows of a donor's embedding; none where its config.json is not to be trusted."""
+    size = donor.model.config.get("vocab_size")
+    return size if type(size) is int else 0
 
 
 def _name_in(donor: Donor, tensor: str) -> str:

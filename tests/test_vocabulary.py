@@ -508,6 +508,13 @@ def test_a_tokenizer_that_an_earlier_model_had_is_read_from_the_hub(
     assert ends == (3 if which == "lab/third" else 2)
 
 
+def test_an_id_beyond_all_reason_is_refused(tmp_path: Path) -> None:
+    base, chat = baby(tmp_path / "base"), baby(tmp_path / "chat", "<|a|>")
+    edit(chat / "tokenizer.json", lambda data: data["model"]["vocab"].update(far=10**12))
+    with pytest.raises(InputError, match="its tokens cannot be used: one has the id 1000000000000"):
+        make_plan(parse_config(config_of(base, [chat], "tokenizer: chat")))
+
+
 def refused(text: str, folder: Path) -> list[str]:
     with pytest.raises(InputError) as found:
         merge(write_config(folder / "c.yaml", text), folder / "out")
