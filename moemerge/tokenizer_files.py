@@ -12,6 +12,17 @@ from moemerge.tokens import CONFIG_FILE, TOKENIZER_FILE, Token, Tokens
 GENERATION_FILE = "generation_config.json"
 _MAP_FILE = "special_tokens_map.json"
 _ADDED_FILE = "added_tokens.json"
+_CHECKED = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ "
+    "(multiple emojis concatenated) ✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 "
+    "3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= "
+    "нещо на Български ''''''```````\"\"\"\"......"
+    "!!!!!!?????? I've been 'told he's there, 'RE you sure? "
+    "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
+)  # fmt: skip
+"""What llama.cpp's converter (`CHK_TXT` in convert_hf_to_gguf_update.py) knows a byte-level BPE
+tokenizer by: it must read this as the tokenizer did that llama.cpp was taught."""
+
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 
@@ -40,6 +51,11 @@ def with_added_tokens(directory: Path, tokens: Tokens, more: Sequence[Token]) ->
     if listed := read_object(directory / _ADDED_FILE):
         files[_ADDED_FILE] = {**listed, **{t.text: tokens.ids[t.text] for t in more}}
     return {name: as_bytes(data) for name, data in files.items()}
+
+
+def unknown_to_converter(tokens: Tokens, more: Sequence[Token]) -> list[str]:
+    """Which of the tokens `more` keep llama.cpp's converter from knowing the tokenizer."""
+    return [token.text for token in more if tokens.spelling == "bytes" and token.text in _CHECKED]
 
 
 def with_template(

@@ -16,6 +16,7 @@ from moemerge.tokenizer_files import (
     GENERATION_FILE,
     chat_template,
     read_object,
+    unknown_to_converter,
     with_added_tokens,
     with_template,
 )
@@ -329,6 +330,11 @@ class _Choice:
             fix = "remove them: it does not read them as one token, or shows them as other text"
             self.findings.problem(self.config.where("extra_tokens"), what, fix)
         self._say(kept, len(unfit) + len(lost - named.keys()), list(cut))
+        if unknown := unknown_to_converter(tokens, kept):
+            self.findings.note(
+                "llama.cpp's converter will not know the tokenizer, by how it reads a test text: "
+                f"{len(unknown)} of the added tokens are in that ({shown(unknown)})"
+            )
         return made, kept
 
     def _say(self, added: list[Token], left: int, cut: list[str]) -> None:

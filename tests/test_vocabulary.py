@@ -476,6 +476,23 @@ def test_a_union_of_two_kinds_of_tokenizer(tmp_path: Path, ours: str, theirs: st
         assert place is not None and torch.equal(rows[left.size + at], new[place])
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_tokens_that_hide_a_tokenizer_from_llama_cpp_are_said(
+    tmp_path: Path, spelling: str
+) -> None:
+    """Its converter knows a byte-level one by how it reads a test text; the other kind as it is."""
+    base, tokens = tmp_path / "base", SPELLINGS[spelling](TEXTS, 420)
+    make_model(base, vocab_size=tokens.size)
+    (base / "tokenizer.json").write_text(json.dumps(tokens.data))
+
+    def notes(extra: str) -> bool:
+        text = config_of(base, [base], f"gate_mode: random\nextra_tokens: {extra}")
+        return any("llama.cpp's converter" in note for note in make_plan(parse_config(text)).notes)
+
+    assert notes("[工作1314]") is (spelling == "bytes")
+    assert not notes("[工作工作]")
+
+
 def test_ids_that_the_library_would_not_give_are_refused(tmp_path: Path) -> None:
     base, chat = baby(tmp_path / "base", rows=64), baby(tmp_path / "chat", "<|a|>")
     edit(base / "tokenizer.json", lambda data: data["model"]["vocab"].update(far=60))
