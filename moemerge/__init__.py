@@ -24,12 +24,15 @@ from moemerge.pipeline import Merged, make_plan, merge
 from moemerge.plan import Plan, PlannedTensor, Shard, Source
 from moemerge.prepare import Prepared
 from moemerge.publish import push
+from moemerge.rebuild import Built
 from moemerge.reporting import Reporter, Silent
 from moemerge.routing import report as routing_report
+from moemerge.take_apart import add, drop, extract, repair, top_k
 from moemerge.verify import Verified, verify_checkpoint
 from moemerge.version import __version__
 
 __all__ = [
+    "Built",
     "Expert",
     "InputError",
     "MergeConfig",
@@ -50,13 +53,18 @@ __all__ = [
     "VerifyError",
     "WriteError",
     "__version__",
+    "add",
+    "drop",
+    "extract",
     "load_config",
     "make_plan",
     "merge",
     "parse_config",
     "push",
     "regate",
+    "repair",
     "routing_page",
     "routing_report",
+    "top_k",
     "verify_checkpoint",
 ]

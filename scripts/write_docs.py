@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["", "merge", "plan", "verify", "push", "routing", "regate"]
+COMMANDS = ["", "merge", "plan", "architectures", "verify", "push", "routing", "regate",
+            "repair", "extract", "add", "drop", "top-k"]  # fmt: skip
 BESIDE = {
     "examples/configs/": "every file is a test",
     "examples/experts/": "four small LoRA experts, and how they were trained",
@@ -32,7 +33,12 @@ def documents() -> dict[Path, str]:
     text = readme.read_text(encoding="utf-8")
     text = _replace(text, "tree", f"```\n{_tree()}\n```")
     text = _replace(text, "gates", _gates())
-    return {readme: text, ROOT / "docs/commands.md": _commands()}
+    hosts = ROOT / "docs/architectures.md"
+    return {
+        readme: text,
+        hosts: _replace(hosts.read_text(encoding="utf-8"), "architectures", _architectures()),
+        ROOT / "docs/commands.md": _commands(),
+    }
 
 
 def _replace(text: str, name: str, content: str) -> str:
@@ -66,7 +72,7 @@ def _tree() -> str:
 def _gates() -> str:
     rows = ["| gate_mode | routers are | needs |", "|---|---|---|"]
     words = {
-        "prompts": "prompts", "any prompts": "prompts or nothing (seeded)",
+        "split text": "a split's text", "prompts": "prompts", "any prompts": "prompts or nothing (seeded)",
         "experts": "the experts' own models run", "model": "a pass of the base model",
     }  # fmt: skip
     sys.path.insert(0, str(ROOT))
@@ -78,6 +84,15 @@ def _gates() -> str:
         needs = ", ".join(words[use] for use in words if use in uses) or "nothing (seeded)"
         rows.append(f"| `{name}` | {line} | {needs} |")
     return "\n".join(rows)
+
+
+def _architectures() -> str:
+    sys.path.insert(0, str(ROOT))
+    from moemerge.hosts import listing
+
+    rows = listing()
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _commands() -> str:

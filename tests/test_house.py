@@ -20,7 +20,7 @@ FLOORS = [
     ["prompts", "compare", "state", "shard_file"],
     ["router_inputs", "own_text", "output", "reading"],
     ["split"],
-    ["fitting"],
+    ["fitting", "moe"],
     ["architectures", "gates", "routing_stats", "selection"],
     ["hosts", "gate_setup", "hub_repository"],
     ["layout"],
@@ -28,7 +28,8 @@ FLOORS = [
     ["write", "verify", "card", "costs", "routers", "page", "heat_map", "shareable"],
     ["on_ray", "card_files", "publish"],
     ["pipeline", "routing"],
-    ["new_routers"],
+    ["new_routers", "rebuild"],
+    ["take_apart"],
     ["cli"],
 ]
 """Rooms from the ground up; each imports only from floors below its own."""
@@ -86,11 +87,11 @@ def test_the_docs_are_what_the_code_says() -> None:
 
 def test_the_public_names() -> None:
     assert set(moemerge.__all__) == {
-        "Expert", "InputError", "MergeConfig", "Merged", "MoemergeError", "Options", "Plan",
-        "PlannedTensor", "Prepared", "Problem", "ReadError", "Reporter", "RunError", "Shard",
-        "Silent", "Source", "Verified", "VerifyError", "WriteError", "__version__", "load_config",
-        "make_plan", "merge", "parse_config", "push", "regate", "routing_page", "routing_report",
-        "verify_checkpoint",
+        "Built", "Expert", "InputError", "MergeConfig", "Merged", "MoemergeError", "Options",
+        "Plan", "PlannedTensor", "Prepared", "Problem", "ReadError", "Reporter", "RunError",
+        "Shard", "Silent", "Source", "Verified", "VerifyError", "WriteError", "__version__", "add",
+        "drop", "extract", "load_config", "make_plan", "merge", "parse_config", "push", "regate",
+        "repair", "routing_page", "routing_report", "top_k", "verify_checkpoint",
     }  # fmt: skip
     assert all(hasattr(moemerge, name) for name in moemerge.__all__)
 

@@ -14,6 +14,9 @@ LAYER = re.compile(r"(model\.layers\.(\d+)\.)(.+)")
 MLP = ("gate_proj", "up_proj", "down_proj")
 """The matrices of a dense MLP: (F, D), (F, D), (D, F)."""
 
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""The keys by which configs say how many experts there are; some say it twice."""
+
 
 @dataclass(frozen=True)
 class Names:
@@ -83,8 +86,8 @@ FAMILIES = {
     "mixtral": _MIXTRAL,
     "qwen2_moe": _like_qwen("moe_intermediate_size", "num_experts"),
     "qwen3_moe": _like_qwen("moe_intermediate_size", "num_experts", "num_local_experts"),
-    "olmoe": _like_qwen("intermediate_size", "num_experts", "num_local_experts"),
-    "flex_olmo": _like_qwen("intermediate_size", "num_experts", "num_local_experts"),
+    "olmoe": _like_qwen("intermediate_size", "num_experts"),
+    "flex_olmo": _like_qwen("intermediate_size", "num_experts"),
     "dots1": _like_qwen("moe_intermediate_size", "n_routed_experts"),
     "glm4_moe": _like_qwen("moe_intermediate_size", "n_routed_experts"),
     "granitemoe": _GRANITE,

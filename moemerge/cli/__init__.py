@@ -10,13 +10,14 @@ import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from moemerge.cli.describe import plan_lines, router_lines, routing_lines
 from moemerge.cli.options import (
+    BUILDING,
     GATING,
     READING,
     UNHEARD,
@@ -29,6 +30,9 @@ from moemerge.errors import InputError, Problem, nearest
 from moemerge.options import Options
 from moemerge.reporting import count, size
 from moemerge.version import __version__
+
+if TYPE_CHECKING:
+    from moemerge.rebuild import Built
 
 INTERRUPTED = "interrupted; run the same command again to go on"
 
@@ -189,6 +193,22 @@ def plan(
 
 
 @app.command()
+def architectures(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """List what can be written: of which dense models, with which shared experts, who reads it."""
+    from moemerge.hosts import listing
+
+    rows = listing()
+    if as_json:
+        return show(json.dumps(rows, indent=1))
+    for row in rows:
+        show(row.pop("architecture"))
+        for what, which in row.items():
+            show(f"  {what:15} {which}")
+
+
+@app.command()
 def verify(
     out: Out,
     cache_dir: Annotated[
@@ -236,6 +256,89 @@ def regate(out: Out, config: Config, options: Options, terminal: Terminal) -> No
     terminal.result(f"{out}: new routers, gate_mode {merged.plan.gate_mode}")
     for line in router_lines(merged):
         terminal.result(line)
+
+
+Moe = Annotated[str, typer.Argument(metavar="MOE", help="A mixture: a directory or user/name.")]
+One = Annotated[
+    str, typer.Option("--expert", metavar="N|NAME", show_default=False, help="Which, from 0.")
+]
+
+
+@app.command()
+@with_options(*BUILDING)
+def repair(moe: Moe, out: Out, options: Options, terminal: Terminal) -> None:
+    """Give a mixture the names and config.json that every reader knows, whoever wrote it."""
+    from moemerge.take_apart import repair
+
+    built = repair(moe, out, options, terminal)
+    if built is None:
+        terminal.result(f"{moe}: is as every reader knows it; nothing to do")
+    else:
+        _tell_of(built, terminal)
+
+
+@app.command()
+@with_options("shard_size", *BUILDING)
+def extract(moe: Moe, out: Out, options: Options, terminal: Terminal, expert: One) -> None:
+    """Make one expert of a mixture a dense model: its MLPs in the mixture's body."""
+    from moemerge.take_apart import extract
+
+    _tell_of(extract(moe, expert, out, options, terminal), terminal)
+
+
+@app.command()
+@with_options("shard_size", "allow_crimes", *BUILDING)
+def add(
+    moe: Moe,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="model, or model+adapter.")],
+    out: Out,
+    options: Options,
+    terminal: Terminal,
+    name: Annotated[
+        str, typer.Option("--name", metavar="NAME", show_default=False, help="The expert's name.")
+    ] = "",
+) -> None:
+    """Give a mixture one more expert; its routers' new row is the mean of the others: regate."""
+    from moemerge.take_apart import add
+
+    built = add(moe, source, out, name, options, terminal)
+    _tell_of(built, terminal)
+    terminal.result("its row of the routers is the others' mean: `moemerge regate` fits them all")
+
+
+@app.command()
+@with_options(*BUILDING)
+def drop(moe: Moe, out: Out, options: Options, terminal: Terminal, expert: One) -> None:
+    """Take one expert out of a mixture, and its row out of the routers."""
+    from moemerge.take_apart import drop
+
+    _tell_of(drop(moe, expert, out, options, terminal), terminal)
+
+
+@app.command()
+@with_options(*BUILDING)
+def top_k(
+    moe: Moe,
+    k: Annotated[int, typer.Argument(metavar="K", help="Experts a token.")],
+    options: Options,
+    terminal: Terminal,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="The output directory; or MOE itself.")
+    ] = None,
+) -> None:
+    """Let each token of a mixture choose K experts; without OUT only config.json changes."""
+    from moemerge.take_apart import top_k
+
+    _tell_of(top_k(moe, k, out, options, terminal), terminal)
+
+
+def _tell_of(built: Built, terminal: Terminal) -> None:
+    plan = built.plan
+    experts = f"{len(plan.experts)} experts, {plan.experts_per_token} a token; "
+    terminal.result(
+        f"{built.out}: {plan.architecture}, {experts if len(plan.experts) > 1 else ''}"
+        f"wrote {size(built.written)}, copied {size(built.copied)} of {size(plan.nbytes)}"
+    )
 
 
 @app.command()

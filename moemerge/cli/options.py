@@ -158,6 +158,10 @@ OPTIONS = {
 READING = ("lazy", "device", "cuda", "cache_dir", "quiet")
 """Those of a command that runs models and writes none."""
 
+BUILDING = ("overwrite", "verify", "copy_tokenizer", "jobs", "direct", "checksums", "cache_dir",
+            "stream", "quiet", "verbose")  # fmt: skip
+"""Those of a command that makes one model out of another's files."""
+
 GATING = ("lazy", "seed", "device", "cuda", "load_in_4bit", "load_in_8bit", "allow_crimes",
           "untrained_ok", "cache_dir", "card", "card_config", "quiet", "verbose")  # fmt: skip
 """Those of a command that makes routers alone."""

@@ -1,0 +1,312 @@
+"""A mixture that is built, whoever built it, read as experts and a body; no weight is read.
+
+Shapes: E experts, D hidden size, F an expert's intermediate size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moemerge.checkpoint import FLOATS, Checkpoint, normalise
+from moemerge.checkpoint.model import SourceProblem, open_checkpoint
+from moemerge.checkpoint.model_config import DEFAULTS
+from moemerge.checkpoint.moe_names import FAMILIES, LAYER, MLP, Names
+from moemerge.checkpoint.reference import parse_source
+from moemerge.errors import Findings, nearest
+from moemerge.output import MANIFEST_FILE, Manifest, read_manifest
+from moemerge.plan import PlannedTensor
+from moemerge.recipe import Join, Read, Recipe
+from moemerge.state import read_json
+
+PER_TOKEN = "num_experts_per_tok"
+_BIAS = "e_score_correction_bias"
+_SHARED = ("mlp.shared_expert", "shared_mlp.")
+_NEEDED = (
+    "hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "rms_norm_eps", "vocab_size",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a mixture, with how it is made; of stacked experts, one expert's own matrix.
+
+    `expert` and `which` (by its place in `MLP`) tell whose matrix it is; `made` that each of its
+    rows is for an expert: a `router` (E, D) or its selection `bias` (E). `file` is where it lay.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    recipe: Recipe
+    file: str = ""
+    layer: str = ""
+    expert: int | None = None
+    which: int = 0
+    made: str = ""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is of experts that are always on, or their gate."""
+        return any(f".{mark}" in f".{self.name.removeprefix(self.layer)}" for mark in _SHARED)
+
+
+@dataclass(frozen=True)
+class Moe:
+    """A mixture, opened. `config` is its config.json as it stands, `dense` that of its body.
+
+    `names` are the experts' names where a manifest tells them, else `expert 0` and so on.
+    """
+
+    text: str
+    checkpoint: Checkpoint
+    family: str
+    tensors: Names
+    config: dict[str, Any]
+    dense: dict[str, Any]
+    names: tuple[str, ...]
+    per_token: int
+    parts: tuple[Part, ...]
+    manifest: Manifest | None = None
+
+    @property
+    def experts(self) -> int:
+        """How many experts it has."""
+        return len(self.names)
+
+    @property
+    def inner(self) -> int:
+        """The neurons of an expert."""
+        return next(p.shape[0] for p in self.parts if p.expert is not None and p.which < 2)
+
+    @property
+    def is_misnamed(self) -> bool:
+        """Whether some of its tensors go by names that not every reader knows."""
+        own = self.tensors
+        usual = (own.uppers[0], own.lowers[0]) if own.stacked else ()
+        return any(not view.of.endswith(usual) for view in self.checkpoint.views.values())
+
+    def number(self, said: str, where: str, findings: Findings) -> int | None:
+        """The expert that a person means by its number or name; else a problem is recorded."""
+        if said in self.names:
+            return self.names.index(said)
+        if said.isascii() and said.isdigit() and int(said) < self.experts:
+            return int(said)
+        fix = f"name one of 0 to {self.experts - 1}"
+        if self.manifest:
+            fix = nearest(said, self.names) + f", or a number from 0 to {self.experts - 1}"
+        findings.problem(where, f"{said!r} is none of its {self.experts} experts", fix)
+        return None
+
+
+def open_moe(text: str, cache_dir: str | None, findings: Findings) -> Moe | None:
+    """Open a mixture: a directory or a Hub id; on problems, record them and return None."""
+    try:
+        reference, on_top = parse_source(text)
+        if on_top:
+            raise ValueError("a mixture with an adapter on top cannot be taken apart")
+        opened = open_checkpoint(reference, cache_dir)
+    except ValueError as error:
+        findings.problem(text, str(error), "name a mixture's directory, or user/name")
+        return None
+    except SourceProblem as error:
+        findings.problem(text, error.what, error.fix)
+        return None
+    config = read_json(opened.directory / "config.json")
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        findings.problem(text, f"is of type {family!r}, no mixture that is known", f"use {known}")
+        return None
+    names, before = FAMILIES[family], len(findings.problems)
+    dense = _dense(opened, config, family, text, findings)
+    count, per_token = names.count_of(config), config.get(PER_TOKEN)
+    for key, value in ((names.count[0], count), (PER_TOKEN, per_token)):
+        if type(value) is not int or value < 1:
+            findings.problem(text, f"config.json: {key} is {value!r}", "write how many there are")
+    parts = tuple(_parts(opened, names))
+    _check(parts, count, config, text, findings)
+    if len(findings.problems) > before:
+        return None
+    assert isinstance(count, int) and isinstance(per_token, int)
+    manifest = _manifest(opened.directory)
+    called = manifest.plan.experts if manifest and len(manifest.plan.experts) == count else None
+    return Moe(
+        text=reference.text,
+        checkpoint=opened,
+        family=family,
+        tensors=names,
+        config=config,
+        dense=dense,
+        names=called or tuple(f"expert {number}" for number in range(count)),
+        per_token=per_token,
+        parts=parts,
+        manifest=manifest,
+    )
+
+
+def planned(parts: Iterable[Part], names: Names) -> Iterator[tuple[str, PlannedTensor]]:
+    """The parts as tensors that readers know, each with the file that it lay in.
+
+    Where experts are stacked, a layer's parts become two tensors, in the place of the first.
+    """
+    stacks: dict[str, list[Part]] = {}
+    parts = tuple(parts)
+    for part in parts if names.stacked else ():
+        if part.expert is not None:
+            stacks.setdefault(part.layer, []).append(part)
+    for part in parts:
+        if part.expert is None or not names.stacked:
+            made = PlannedTensor(
+                part.name, part.shape, part.dtype, part.recipe, part.expert, part.made
+            )
+            yield part.file, made
+        elif own := stacks.pop(part.layer, ()):
+            own = sorted(own, key=lambda one: (one.expert or 0, one.which))
+            yield part.file, _stacked(part.layer + names.uppers[0], own, (0, 1))
+            yield part.file, _stacked(part.layer + names.lowers[0], own, (2,))
+
+
+def _stacked(name: str, own: list[Part], matrices: tuple[int, ...]) -> PlannedTensor:
+    """Some of a layer's matrices, those of one expert after those of another."""
+    chosen = [part for part in own if part.which in matrices]
+    first = chosen[0]
+    shape = (len(chosen) // len(matrices), first.shape[0] * len(matrices), first.shape[1])
+    return PlannedTensor(name, shape, first.dtype, Join(tuple(p.recipe for p in chosen)), -1)
+
+
+def _parts(opened: Checkpoint, names: Names) -> Iterator[Part]:
+    """Every tensor, in the order of the files and of what lies in them."""
+    text = opened.reference.text
+    matrices = "|".join(names.matrices)
+    own = re.compile(rf"{re.escape(names.expert)}(0|[1-9]\d{{0,5}})\.({matrices})\.weight")
+    order = sorted(opened.tensors.items(), key=lambda one: (one[1].file.name, one[1].offset))
+    for name, at in order:
+        part = Part(name, at.shape, at.dtype, Read(text, name), at.file.name)
+        if found := LAYER.fullmatch(name):
+            part = dataclasses.replace(part, layer=found[1])
+            inside = found[3]
+            matrix = own.fullmatch(inside)
+            if inside == names.router:
+                part = dataclasses.replace(part, made="router")
+            elif inside.endswith(_BIAS):
+                part = dataclasses.replace(part, made="bias")
+            elif matrix:
+                which = names.matrices.index(matrix[2])
+                part = dataclasses.replace(part, expert=int(matrix[1]), which=which)
+        yield part
+
+
+def _check(
+    parts: Iterable[Part],
+    count: object,
+    config: dict[str, Any],
+    text: str,
+    findings: Findings,
+) -> None:
+    """Record what does not make a whole mixture: each claim of a file is looked at."""
+    fix = "use the weights and the config.json of one and the same model"
+    hidden = config.get("hidden_size")
+    found: dict[str, dict[tuple[int, int], Part]] = {}
+    routers: dict[str, Part] = {}
+    inner = 0
+    for part in parts:
+        rows = part.made and part.shape[:1] != (count,)
+        wide = part.made == "router" and part.shape[1:] != (hidden,)
+        if rows or wide:
+            said = f"{part.name} is {list(part.shape)}, config.json says {count} experts"
+            findings.problem(text, said, fix)
+        if part.made == "router":
+            routers[part.layer] = part
+        if part.expert is None:
+            continue
+        found.setdefault(part.layer, {})[part.expert, part.which] = part
+        inner = inner or part.shape[-1 if part.which == 2 else 0]
+        wanted = (hidden, inner) if part.which == 2 else (inner, hidden)
+        if part.shape != wanted:
+            said = f"{part.name} is {list(part.shape)}, config.json says {list(wanted)}"
+            findings.problem(text, said, fix)
+        if part.dtype not in FLOATS.values():
+            what = f"{part.name} holds {part.dtype} values"
+            findings.problem(text, what, "use the original weights")
+    if not found:
+        findings.problem(text, "holds no experts under names that are known", fix)
+    for layer in found.keys() | routers.keys():
+        have = found.get(layer, {})
+        all_there = isinstance(count, int) and len(have) == count * len(MLP)
+        if not all_there or layer not in routers or max(have)[0] != len(have) // len(MLP) - 1:
+            what = f"{layer.removesuffix('.')} holds {len(have)} matrices of experts"
+            router = "a router" if layer in routers else "no router"
+            findings.problem(text, f"{what} and {router}, config.json says {count} experts", fix)
+
+
+def _dense(
+    opened: Checkpoint, config: dict[str, Any], family: str, text: str, findings: Findings
+) -> dict[str, Any]:
+    """The config of the dense model that the body is of, normalised; see `normalise`."""
+    kind = _dense_family(config, family, opened)
+    missing = [key for key in _NEEDED if key not in config]
+    if not any(key in config for key in ("rope_theta", "rope_parameters")):
+        missing.append("rope_theta")
+    if missing:
+        what = f"config.json does not say {', '.join(missing)}"
+        findings.problem(text, what, "write it there as the model has it")
+        return {}
+    own = {key: config[key] for key in (*DEFAULTS[kind], "head_dim") if key in config}
+    kept = (
+        "rope_parameters",
+        "rope_scaling",
+        "layer_types",
+        "dtype",
+        "torch_dtype",
+        "pad_token_id",
+    )
+    own |= {key: config[key] for key in kept if key in config}
+    if not kind.startswith("qwen"):
+        own["sliding_window"] = config.get("sliding_window") if _window(config, family) else None
+    own["attention_bias"] = any(name.endswith("self_attn.o_proj.bias") for name in opened.tensors)
+    inner = config.get(FAMILIES[family].inner, config.get("intermediate_size"))
+    try:
+        return normalise({**own, "model_type": kind, "intermediate_size": inner})
+    except ValueError as error:
+        findings.problem(text, f"config.json: {error}", "repair it")
+        return {}
+
+
+def _window(config: dict[str, Any], family: str) -> bool:
+    """Whether its attention has a sliding window."""
+    types = set(config.get("layer_types") or [])
+    if family in ("qwen2_moe", "qwen3_moe") and not config.get("use_sliding_window"):
+        return False
+    return bool(config.get("sliding_window")) and types != {"full_attention"}
+
+
+def _dense_family(config: dict[str, Any], family: str, opened: Checkpoint) -> str:
+    """The dense model_type whose attention and norms the mixture's are."""
+    names = opened.tensors
+    if family.startswith("granite"):
+        return "granite"
+    if family == "flex_olmo":
+        return "olmo2"
+    if family == "olmoe":
+        return "llama"  # the nearest; there is none that it is
+    if any(name.endswith("self_attn.q_norm.weight") for name in names):
+        return "qwen3"
+    if any(name.endswith("self_attn.q_proj.bias") for name in names):
+        return "qwen2"
+    return "mistral" if _window(config, family) else "llama"
+
+
+def _manifest(directory: Path) -> Manifest | None:
+    """The manifest, if there is one that can be believed."""
+    if not (directory / MANIFEST_FILE).is_file():
+        return None
+    try:
+        return read_manifest(directory)
+    except (OSError, ValueError):
+        return None

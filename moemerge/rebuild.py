@@ -1,0 +1,269 @@
+"""An edited mixture written: a plan that mostly reads the old files, and copies what it can whole.
+
+A shard that the old and the new plan have in common is copied within the kernel, which shares its
+blocks where the file system can (XFS, Btrfs). Nothing is ever linked: who edits one mixture in
+place does not change another. Where the old mixture has a manifest, the new one's says of what the
+weights were made in the first place, as if it had been merged so: `regate` works on it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moemerge import output, recipe
+from moemerge.checkpoint import Checkpoint, Donor, Location, fetch, streamed
+from moemerge.disk import OutputFile
+from moemerge.errors import Findings, RunError
+from moemerge.layout import source_of
+from moemerge.moe import Moe, Part, planned
+from moemerge.options import Options, ShardSize
+from moemerge.output import Manifest
+from moemerge.plan import Plan, PlannedTensor, Shard, cut, shards_of
+from moemerge.recipe import Cut, Join, LowRank, Mean, Noise, Read, Recipe, Scale
+from moemerge.reporting import Reporter
+from moemerge.shard_file import file_checksum
+from moemerge.state import PART_SUFFIX, STATE_DIRECTORY, State, write_json
+from moemerge.verify import is_whole, verify_shards
+from moemerge.vocabulary import Vocabulary
+from moemerge.write import How, write_shard
+
+_GIVEN = "given"
+"""The gate mode of a mixture whose routers are those that it came with."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What was built in `out`: `copied` bytes in whole files, `written` bytes in others."""
+
+    out: Path
+    plan: Plan
+    copied: int
+    written: int
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is to become of a mixture: its new parts, config.json and experts, of which models."""
+
+    moe: Moe
+    parts: Sequence[Part]
+    config: dict[str, Any]
+    experts: tuple[str, ...]
+    per_token: int
+    story: str
+    donors: tuple[Donor, ...] = ()
+    text: str = ""
+    same_model: bool = False
+
+
+def _plan(edit: Edit, options: Options) -> tuple[Plan, tuple[Shard, ...]]:
+    """The plan that says what the weights are made of, and its shards as they are to be written.
+
+    Tensors stay in the files that they were in, routers come first, and what is new comes last.
+    """
+    moe, before = edit.moe, edit.moe.manifest
+    tensors = list(planned(edit.parts, moe.tensors))
+    limit = ShardSize.parse(options.shard_size).max_bytes(2)
+    new = [tensor for file, tensor in tensors if not (file or tensor.made)]
+    kept: dict[str, list[PlannedTensor]] = {}
+    for file, tensor in tensors:
+        if file:
+            kept.setdefault("" if tensor.made else file, []).append(tensor)
+    if "" in kept:
+        groups = [tuple(kept.pop("")), *map(tuple, kept.values()), *cut(new, limit)]
+    else:
+        groups = list(cut((tensor for _, tensor in tensors), limit))
+    origins = {one.name: one for one in before.plan.tensors} if before else {}
+    said = [tuple(_as_merged(tensor, moe.text, origins) for tensor in group) for group in groups]
+    read = {read.source for group in said for t in group for read in recipe.reads(t.recipe)}
+    known = {one.reference: one for one in before.plan.sources} if before else {}
+    opened = {one.reference.text: source_of(one) for one in _checkpoints(edit)}
+    sources = tuple(source for name, source in {**known, **opened}.items() if name in read)
+    inputs = before.plan.gate_inputs if before else ""
+    shards = shards_of(said, sources, inputs)
+    plan = Plan(
+        architecture=str(edit.config["model_type"]),
+        gate_mode=before.plan.gate_mode if before else _GIVEN,
+        gate_inputs=inputs,
+        seed=before.plan.seed if before else 0,
+        dtype=groups[-1][-1].dtype,
+        experts=edit.experts,
+        experts_per_token=edit.per_token,
+        config=edit.config,
+        sources=sources,
+        shards=shards,
+    )
+    pairs = zip(shards, groups, strict=True)
+    return plan, tuple(replace(shard, tensors=group) for shard, group in pairs)
+
+
+def _as_merged(tensor: PlannedTensor, old: str, origins: dict[str, PlannedTensor]) -> PlannedTensor:
+    """A copy of an old tensor with the recipe that the old manifest has of it, if it holds still.
+
+    What was drawn at random was drawn for the name that the tensor had.
+    """
+    made = tensor.recipe
+    before = origins.get(made.tensor) if isinstance(made, Read) and made.source == old else None
+    same = before and (before.shape, before.dtype) == (tensor.shape, tensor.dtype)
+    if before is None or not same or (before.name != tensor.name and _draws(before.recipe)):
+        return tensor
+    return replace(tensor, recipe=before.recipe)
+
+
+def _draws(made: Recipe) -> bool:
+    if isinstance(made, Mean | Join):
+        return any(map(_draws, made.of))
+    return isinstance(made, Noise) or (isinstance(made, LowRank | Scale | Cut) and _draws(made.of))
+
+
+def _checkpoints(edit: Edit) -> list[Checkpoint]:
+    adapters = [donor.adapter.checkpoint for donor in edit.donors if donor.adapter]
+    return [edit.moe.checkpoint, *(donor.model for donor in edit.donors), *adapters]
+
+
+def build(edit: Edit, out: Path, options: Options, reporter: Reporter, findings: Findings) -> Built:
+    """Write what an edit makes, going on where a run of the same edit was cut off."""
+    moe = edit.moe
+    plan, shards = _plan(edit, options)
+    body = Donor("MOE", Path(moe.text).name, replace(moe.checkpoint, config=moe.dense))
+    vocabulary = Vocabulary(body, moe.checkpoint.directory)
+    carried = output.carried_files(vocabulary, options.copy_tokenizer)
+    output.check_carried(vocabulary, carried, moe.text, findings)
+    directories = [one.directory for one in _checkpoints(edit)]
+    output.check(out, plan, carried, directories, options, findings)
+    findings.refuse()
+    with ExitStack() as held:
+        with output.writing(out):
+            mine = held.enter_context(State(out).mine(shared=False))
+        if not mine:
+            raise RunError(f"{out}: another moemerge is at work there; wait for it")
+        output.begin(out, plan, output.file_names(plan, carried), options)
+        sources = _sources(edit, shards, options, reporter)
+        entries, copied = _write(edit, plan, shards, sources, out, options, reporter)
+        output.carry(vocabulary, out, carried)
+        _write_card(edit, out)
+        if options.verify:
+            verify_shards(replace(plan, shards=shards), out, sources)
+        files: dict[str, dict[str, Any]] = {**entries}
+        for name in carried:
+            size, digest = (out / name).stat().st_size, file_checksum(out / name)
+            files[name.as_posix()] = {"bytes": size, "xxh3": digest}
+        files |= {name: {} for name in output.OWN_FILES}
+        output.finish(out, _manifest(edit, plan, files))
+    return Built(out, plan, copied, plan.nbytes - copied)
+
+
+def _manifest(edit: Edit, plan: Plan, files: dict[str, dict[str, Any]]) -> Manifest:
+    before = edit.moe.manifest
+    folder, card = (before.folder, before.card) if before else (None, {})
+    return Manifest(edit.text, plan, files, folder=folder, card=card)
+
+
+def _sources(
+    edit: Edit, shards: Iterable[Shard], options: Options, reporter: Reporter
+) -> dict[str, dict[str, Location]]:
+    """Every model's tensors, with what has to come from the Hub downloaded or to be streamed."""
+    needed: dict[str, set[str]] = {}
+    for shard in shards:
+        for read in (read for t in shard.tensors for read in recipe.reads(t.recipe)):
+            needed.setdefault(read.source, set()).add(read.tensor)
+    found = {}
+    for opened in _checkpoints(edit):
+        text = opened.reference.text
+        if options.stream and not any(name.endswith(".bin") for name in opened.absent):
+            opened = streamed(opened)
+        else:
+            if opened.absent:
+                reporter.say(f"{text}: downloading what is needed into the Hub's cache")
+            opened = fetch(opened, needed.get(text, ()), options.cache_dir)
+        found[text] = opened.tensors
+    return found
+
+
+def _write(
+    edit: Edit,
+    plan: Plan,
+    shards: Sequence[Shard],
+    sources: dict[str, dict[str, Location]],
+    out: Path,
+    options: Options,
+    reporter: Reporter,
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Every shard that is not there yet: its manifest entry by file, and the bytes copied whole."""
+    state, before = State(out), edit.moe.manifest
+    old = {shard.digest: shard for shard in before.plan.shards} if before else {}
+    entries, copied = {}, 0
+    how = How(options.threads, options.direct, options.checksums)
+    with reporter.progress("writing", plan.nbytes, "B") as advance:
+        for shard in shards:
+            entry = state.entry(shard)
+            if not (entry and is_whole(shard, out, entry)):
+                entry = {}
+                if before and shard.digest in old:
+                    file = old[shard.digest].file
+                    if _copied(edit.moe.checkpoint.directory / file, shard, out):
+                        entry = before.files[file]
+                        copied += shard.nbytes
+                        advance(shard.nbytes)
+                entry = entry or write_shard(shard, sources, out, how, advance)
+                with output.writing(out):
+                    state.finished(shard, entry)
+            entries[shard.file] = entry
+    return entries, copied
+
+
+def _copied(old: Path, shard: Shard, out: Path) -> bool:
+    """Copy a whole file within the kernel; False if it will not, or the file is not the shard."""
+    header = shard.header()
+    part = out / STATE_DIRECTORY / f"{shard.file}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}"
+    with output.writing(out):
+        try:
+            with old.open("rb") as file:
+                if file.read(len(header)) != header or old.stat().st_size != shard.nbytes:
+                    return False
+            made = OutputFile(part, shard.nbytes, direct=False)
+            if not made.copy_range(old, 0, shard.nbytes, 0):
+                return False
+            made.finish(out / shard.file)
+        except FileNotFoundError:
+            return False
+        finally:
+            part.unlink(missing_ok=True)
+    return True
+
+
+def _write_card(edit: Edit, out: Path) -> None:
+    """The mixture's own card where it is the same model still, else a short one."""
+    card = edit.moe.checkpoint.directory / output.CARD_FILE
+    if edit.same_model and card.is_file():
+        content = card.read_bytes()
+    else:
+        tags = ["moemerge", "merge", *(["moe"] if len(edit.experts) > 1 else [])]
+        head = "".join(f"- {tag}\n" for tag in tags)
+        content = f"---\nlibrary_name: transformers\ntags:\n{head}---\n\n{edit.story}\n".encode()
+    with output.writing(out):
+        (out / output.CARD_FILE).write_bytes(content)
+
+
+def build_in_place(edit: Edit) -> Built:
+    """Change config.json, and the manifest if there is one, each in one step."""
+    moe = edit.moe
+    out, before = moe.checkpoint.directory, moe.manifest
+    with ExitStack() as held, output.writing(out):
+        if not held.enter_context(State(out).mine(shared=False)):
+            raise RunError(f"{out}: another moemerge is at work there; wait for it")
+        state = State(out)
+        if before:
+            plan = replace(before.plan, config=edit.config, experts_per_token=edit.per_token)
+            made = replace(before, plan=plan, config=edit.text or before.config)
+            write_json(out / output.MANIFEST_FILE, made.to_json(), scratch=state.directory)
+        else:
+            plan = _plan(edit, Options())[0]
+        write_json(out / output.CONFIG_FILE, edit.config, scratch=state.directory)
+        state.remove()
+    return Built(out, plan, 0, 0)

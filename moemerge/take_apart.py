@@ -1,0 +1,379 @@
+"""Mixtures repaired, taken apart and put together; see `rebuild` for how little that rewrites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moemerge import architectures, recipe
+from moemerge.checkpoint import FLOATS, Donor, Opener
+from moemerge.checkpoint.moe_names import COUNTS, MLP
+from moemerge.compare import compare
+from moemerge.config import Expert, MergeConfig, parse_config
+from moemerge.errors import Findings, InputError
+from moemerge.moe import PER_TOKEN, Moe, Part, open_moe
+from moemerge.options import Options
+from moemerge.rebuild import Built, Edit, build, build_in_place
+from moemerge.recipe import Cut, Join, Mean, Recipe
+from moemerge.reporting import Reporter, Silent
+from moemerge.slots import dense_shapes
+from moemerge.tokenizer_files import read_object
+
+_CLASSES = {
+    "granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+    "olmo2": "Olmo2ForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+}  # fmt: skip
+_OURS = ("o_bias", "post_norm", "qk_norm", "qkv_bias", "saved_as")
+"""What `normalise` adds to a config for this program alone."""
+
+
+def repair(
+    old: str, out: str | Path, options: Options | None = None, reporter: Reporter | None = None
+) -> Built | None:
+    """Give the mixture `old` the names and the config.json that every reader knows, in `out`.
+
+    None, and nothing written, if it has them.
+
+    Raises:
+        InputError: `old` is no mixture that is known, or `out` cannot be; nothing was written.
+        RunError: a failure on the way; the same call again goes on.
+    """
+    options, reporter, findings = options or Options(), reporter or Silent(), Findings()
+    moe = _opened(old, options, findings)
+    if not _is_wrong(moe):
+        return None
+    edit = Edit(
+        moe,
+        moe.parts,
+        _config_of(moe, moe.experts, moe.per_token),
+        moe.names,
+        moe.per_token,
+        f"{Path(moe.text).name}, with the names that every reader knows.",
+        text=_said(moe),
+        same_model=True,
+    )
+    return build(edit, Path(out), options, reporter, findings)
+
+
+def top_k(
+    old: str,
+    per_token: int,
+    out: str | Path | None = None,
+    options: Options | None = None,
+    reporter: Reporter | None = None,
+) -> Built:
+    """Let each token choose `per_token` experts; without `out`, in `old` itself.
+
+    In place only config.json and the manifest change.
+
+    Raises:
+        InputError: `old` is no mixture that is known, or has not so many experts.
+        RunError: a failure on the way; the same call again goes on.
+    """
+    options, reporter, findings = options or Options(), reporter or Silent(), Findings()
+    moe = _opened(old, options, findings)
+    if not 1 <= per_token <= moe.experts:
+        fix = f"write a number from 1 to {moe.experts}"
+        findings.problem("K", f"{per_token} of {moe.experts} experts cannot be chosen", fix)
+    if out is None and not moe.checkpoint.reference.directory:
+        findings.problem(old, "is on the Hub, where nothing is changed", "name an OUT")
+    findings.refuse()
+    config = _config_of(moe, moe.experts, per_token)
+    said = _said(moe, lambda merge: replace(merge, experts_per_token=per_token))
+    story = f"{Path(moe.text).name}, with {per_token} of its {moe.experts} experts a token."
+    edit = Edit(moe, moe.parts, config, moe.names, per_token, story, text=said, same_model=True)
+    if out is None:
+        for flag in options.flags.values():
+            reporter.say(f"{flag} has no effect: only config.json changes")
+        return build_in_place(edit)
+    return build(edit, Path(out), options, reporter, findings)
+
+
+def drop(
+    old: str,
+    expert: str,
+    out: str | Path,
+    options: Options | None = None,
+    reporter: Reporter | None = None,
+) -> Built:
+    """The mixture without one expert, named by its number or name; its routers' row goes too.
+
+    Raises:
+        InputError: `old` is no mixture that is known, or has no such expert, or no other.
+        RunError: a failure on the way; the same call again goes on.
+    """
+    options, reporter, findings = options or Options(), reporter or Silent(), Findings()
+    moe = _opened(old, options, findings)
+    number = moe.number(expert, "--expert", findings)
+    count = moe.experts - 1
+    if not count:
+        findings.problem("--expert", "is the only one there is", "use extract")
+    _check_groups(moe, count, findings)
+    findings.refuse()
+    assert number is not None
+    parts = [
+        _renumbered(part, part.expert - (part.expert > number), moe)
+        if part.expert is not None
+        else _rows(part, [(0, number), (number + 1, moe.experts)])
+        if part.made
+        else part
+        for part in moe.parts
+        if part.expert != number
+    ]
+    per_token = min(moe.per_token, count)
+    if per_token < moe.per_token:
+        reporter.say(f"{per_token} experts a token: there are no more")
+    experts = tuple(name for name in moe.names if name != moe.names[number])
+    if moe.manifest is None:
+        experts = moe.names[:count]
+
+    def without(merge: MergeConfig) -> MergeConfig:
+        left = (*merge.experts[:number], *merge.experts[number + 1 :])
+        return replace(merge, experts=left, experts_per_token=per_token)
+
+    story = f"{Path(moe.text).name} without {moe.names[number]}."
+    config = _config_of(moe, count, per_token)
+    edit = Edit(moe, parts, config, experts, per_token, story, text=_said(moe, without))
+    return build(edit, Path(out), options, reporter, findings)
+
+
+def add(
+    old: str,
+    source: str,
+    out: str | Path,
+    name: str = "",
+    options: Options | None = None,
+    reporter: Reporter | None = None,
+) -> Built:
+    """The mixture with the MLPs of one more dense model, `model` or `model+adapter`, as its last
+    expert.
+
+    The routers' rows stay, and one is appended that is their mean: it is never a token's first
+    choice. Where `old` has a manifest, `regate` then fits them all.
+
+    Raises:
+        InputError: `old` is no mixture that is known, or the model's MLPs do not fit it.
+        RunError: a failure on the way; the same call again goes on.
+    """
+    options, reporter, findings = options or Options(), reporter or Silent(), Findings()
+    moe = _opened(old, options, findings)
+    opener = Opener(findings, None, options.cache_dir)
+    donor = opener.donor(source, "SOURCE", name)
+    if moe.experts == 1:
+        findings.problem(old, "has one expert: a router has nothing to go by", "merge anew")
+    if moe.manifest and donor and donor.name in moe.names:
+        donor = replace(donor, name=_free(donor.name, moe.names)) if not name else donor
+        if name:
+            findings.problem("--name", f"{name} is there already", "choose another")
+    _check_groups(moe, moe.experts + 1, findings)
+    if donor:
+        _check_donor(moe, donor, options, findings)
+    findings.refuse()
+    assert donor is not None
+    for note in findings.notes:
+        reporter.say(note)
+    parts = [_with_mean_row(part, moe.experts) if part.made else part for part in moe.parts]
+    for part in moe.parts:
+        if part.expert == 0:
+            dense = f"{part.layer}mlp.{MLP[part.which]}.weight"
+            made = replace(part, recipe=recipe.of_donor(donor, dense), file="")
+            parts.append(_renumbered(made, moe.experts, moe))
+    experts = (*moe.names, donor.name if moe.manifest else f"expert {moe.experts}")
+
+    def with_it(merge: MergeConfig) -> MergeConfig:
+        return replace(merge, experts=(*merge.experts, Expert(source, name=donor.name)))
+
+    story = f"{Path(moe.text).name} with {donor.name} as one more expert."
+    config = _config_of(moe, moe.experts + 1, moe.per_token)
+    said = _said(moe, with_it)
+    edit = Edit(moe, parts, config, experts, moe.per_token, story, (donor,), said)
+    return build(edit, Path(out), options, reporter, findings)
+
+
+def extract(
+    old: str,
+    expert: str,
+    out: str | Path,
+    options: Options | None = None,
+    reporter: Reporter | None = None,
+) -> Built:
+    """One expert, named by its number or name, as a dense model: its MLPs in the mixture's body.
+
+    Raises:
+        InputError: `old` is no mixture that is known, has no such expert, or no dense family has
+            such a body.
+        RunError: a failure on the way; the same call again goes on.
+    """
+    options, reporter, findings = options or Options(), reporter or Silent(), Findings()
+    moe = _opened(old, options, findings)
+    number = moe.number(expert, "--expert", findings)
+    for what in _no_dense(moe):
+        findings.problem(old, what, "there is no dense family like it")
+    findings.refuse()
+    shapes = dense_shapes({**moe.dense, "intermediate_size": moe.inner})
+    parts = []
+    for part in moe.parts:
+        if part.expert == number:
+            name = f"{part.layer}mlp.{MLP[part.which]}.weight"
+            parts.append(replace(part, name=name, expert=None))
+        elif part.expert is None and not part.made and not part.is_shared:
+            parts.append(part)
+    found = {part.name: part for part in parts if part.name in shapes}
+    wrong = [
+        name for name, shape in shapes.items() if name not in found or found[name].shape != shape
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        what = f"{wrong[0]} is not what a {moe.dense['model_type']} has{more}"
+        findings.problem(old, what, "there is no dense family like it")
+        findings.refuse()
+    if any(part.is_shared for part in moe.parts):
+        reporter.say("its shared experts, which are always on, are no part of the dense model")
+    kind = moe.dense["model_type"]
+    config = {key: value for key, value in moe.dense.items() if key not in _OURS}
+    long = _long(next(iter(found.values())).dtype)
+    config |= {"architectures": [_CLASSES[kind]], "intermediate_size": moe.inner}
+    config |= {"dtype": long, "torch_dtype": long, "use_cache": True}
+    assert number is not None
+    story = f"{moe.names[number]} of {Path(moe.text).name} as a dense model."
+    experts = (moe.names[number],)
+    edit = Edit(moe, list(found.values()), config, experts, 1, story)
+    return build(edit, Path(out), options, reporter, findings)
+
+
+def _opened(old: str, options: Options, findings: Findings) -> Moe:
+    moe = open_moe(old, options.cache_dir, findings)
+    findings.refuse()
+    assert moe is not None
+    return moe
+
+
+def _is_wrong(moe: Moe) -> bool:
+    """Whether some reader cannot load it: by its tensors' names, its config or its tokenizer."""
+    config = moe.config
+    scaled = moe.dense["rope_scaling"] is not None
+    deaf = "rope_parameters" in config and not (
+        "rope_theta" in config and (config.get("rope_scaling") or not scaled)
+    )
+    tokenizer = read_object(moe.checkpoint.directory / "tokenizer_config.json")
+    return moe.is_misnamed or deaf or tokenizer.get("tokenizer_class") == "TokenizersBackend"
+
+
+def _config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:
+    """The mixture's config.json with other numbers, in words that transformers 4 and 5 know."""
+    dense, config = moe.dense, moe.config
+    part = config.get("partial_rotary_factor")
+    rope = dict(dense["rope_parameters"])
+    part = rope.get("partial_rotary_factor", part)
+    partial = {} if part is None else {"partial_rotary_factor": part}
+    long = config.get("dtype") or config.get("torch_dtype") or _long(moe.parts[0].dtype)
+    return {
+        **config,
+        "head_dim": dense["head_dim"],
+        "rope_theta": dense["rope_theta"],
+        "rope_scaling": dense["rope_scaling"] and {**dense["rope_scaling"], **partial},
+        "rope_parameters": {**rope, **partial},
+        **partial,
+        "dtype": long,
+        "torch_dtype": long,
+        **{key: experts for key in COUNTS if key in config or key in moe.tensors.count},
+        PER_TOKEN: per_token,
+    }
+
+
+def _long(dtype: str) -> str:
+    return next((long for long, short in FLOATS.items() if short == dtype), "float32")
+
+
+def _said(moe: Moe, change: Callable[[MergeConfig], MergeConfig] = lambda merge: merge) -> str:
+    """The config that the mixture was merged by, changed; empty where that is not known."""
+    if moe.manifest is None or not moe.manifest.config:
+        return ""
+    try:
+        merge = parse_config(moe.manifest.config)
+        if len(merge.experts) != moe.experts:
+            return ""
+        return replace(change(merge), text="").as_yaml()
+    except InputError:
+        return ""
+
+
+def _free(name: str, taken: Iterable[str]) -> str:
+    number = 2
+    while f"{name}-{number}" in taken:
+        number += 1
+    return f"{name}-{number}"
+
+
+def _check_groups(moe: Moe, count: int, findings: Findings) -> None:
+    groups = moe.config.get("n_group") or 1
+    if type(groups) is not int or groups < 1 or count % groups:
+        what = f"its experts are in {groups!r} groups, which {count} cannot be"
+        findings.problem(moe.text, what, "there is no way but to merge anew")
+
+
+def _check_donor(moe: Moe, donor: Donor, options: Options, findings: Findings) -> None:
+    """Record what makes the model's MLPs no expert of this mixture."""
+    config = {**moe.dense, "intermediate_size": moe.inner}
+    host = Donor("MOE", "the mixture", replace(moe.checkpoint, config=config))
+    alike = _holds(moe, str(donor.model.config.get("model_type")))
+    compare(host, donor, "SOURCE", findings, allow_crimes=options.allow_crimes or alike)
+    wrong = []
+    for part in moe.parts:
+        if part.expert != 0:
+            continue
+        name = f"{part.layer}mlp.{MLP[part.which]}.weight"
+        at = donor.model.tensors.get(name)
+        if at is None or at.shape != part.shape or at.dtype not in ("F64", *FLOATS.values()):
+            is_it = f"{list(at.shape)} of {at.dtype}" if at else "missing"
+            wrong.append(f"{name} is {is_it}, an expert's is {list(part.shape)}")
+        elif f"{name.removesuffix('.weight')}.bias" in donor.model.tensors:
+            wrong.append(f"{name} has a bias, which an expert has no place for")
+    if wrong and not findings.problems:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        fix = "name a dense model with MLPs like the mixture's"
+        findings.problem("SOURCE", wrong[0] + more, fix)
+
+
+def _holds(moe: Moe, family: str) -> bool:
+    """Whether the mixture's class is made of such models too, with their scale of residuals."""
+    if moe.family not in architectures.names():
+        return False
+    scaled = moe.config.get("residual_multiplier", 1) != 1
+    return family in architectures.find(moe.family).FAMILIES and not scaled
+
+
+def _no_dense(moe: Moe) -> Iterator[str]:
+    """Why the mixture's body is not a dense model's, as far as no tensor tells."""
+    config = moe.config
+    partial = moe.dense["rope_parameters"].get("partial_rotary_factor", 1.0)
+    partial = config.get("partial_rotary_factor", partial)
+    if moe.family == "olmoe":
+        yield "norms queries and keys over their full width, before attention"
+    if moe.family == "glm4_moe" and partial != 1:
+        yield "turns a part of each head only"
+    if len(set(moe.dense.get("layer_types") or ["one"])) > 1:
+        yield "mixes kinds of attention by layer"
+
+
+def _renumbered(part: Part, expert: int, moe: Moe) -> Part:
+    name = part.layer + moe.tensors.matrix(expert, part.which)
+    return replace(part, name=name, expert=expert)
+
+
+def _rows(part: Part, spans: Iterable[tuple[int, int]]) -> Part:
+    """Some of a router's rows, in stretches."""
+    chosen = [Cut(part.recipe, 0, start, stop) for start, stop in spans if start < stop]
+    count = sum(one.stop - one.start for one in chosen)
+    made: Recipe = chosen[0] if len(chosen) == 1 else Join(tuple(chosen))
+    return replace(part, shape=(count, *part.shape[1:]), recipe=made)
+
+
+def _with_mean_row(part: Part, experts: int) -> Part:
+    """A router with one row more, the mean of those that there are."""
+    own = tuple(Cut(part.recipe, 0, row, row + 1) for row in range(experts))
+    mean = Mean(own, (1 / experts,) * experts)
+    shape = (experts + 1, *part.shape[1:])
+    return replace(part, shape=shape, recipe=Join((part.recipe, mean)))
