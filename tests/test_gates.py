@@ -287,11 +287,26 @@ def test_self_needs_no_prompts_and_takes_them(
     text = write(base, [first, second], gate)
     merged = merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
     assert merged.plan.gate_mode == "self"
-    begun = [len(p.ids) - p.own for p in ready_of(text)[0].prompts[0].positive] or [0]
-    counted = 10 if prompts else 10 - 10 // 4  # what is begun from nothing has to settle first
-    own = [counted + begun[number % len(begun)] for number in range(6)]
+    begun = [len(p.ids) - p.own for p in ready_of(text)[0].prompts[0].positive]
+    free = 10 - 10 // 4  # what is begun from nothing has to settle first
+    own = [10 + begun[0], free, 10 + begun[1], free, 10 + begun[0], free] if prompts else 6 * [free]
     assert merged.routing["tokens"] == 2 * sum(own)
     assert merged.routing["t1"] > 0.5  # text of two models that have nothing in common
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_prompts_that_begin_no_text_count_as_they_are(
+    babies: dict[str, Path], samples: int
+) -> None:
+    base, first, second = babies.values()
+    text = with_gate(base, [first, second], f"mode: self, samples: {samples}, tokens: 8")
+    prompts = ready_of(text)[0].prompts
+    found = made_by(text).texts
+    for index, expert in enumerate(prompts):
+        own = [example.prompt for example in found if example.expert == index]
+        as_it_is = {prompt for prompt in expert.positive if prompt in own}
+        assert as_it_is == set(expert.positive[1:] if samples == 1 else ())
+        assert len(own) == samples + len(as_it_is)
 
 
 def test_self_and_calibration_count_together(tmp_path: Path, babies: dict[str, Path]) -> None:

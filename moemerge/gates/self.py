@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moemerge.fitting import KAPPA, Example, Routers, Task, examples_of, not_positive, ridge
@@ -44,27 +44,40 @@ def routers(task: Task) -> Routers:
     Text that a model writes shows what it was trained on (self-generated calibration data: Williams
     and Aletras 2024, "Self-calibration for language model quantization and pruning",
     https://arxiv.org/abs/2410.17170). Of a text begun from nothing the first quarter does not
-    count: it has yet to come to anything (`scripts/bench_routing.py`). Negative prompts and
-    calibration texts count as in ridge.
+    count: it has yet to come to anything (`scripts/bench_routing.py`). Negative prompts,
+    calibration texts, and prompts that no text was begun with, count as in ridge.
     """
-    own, written = task.settings, []
+    own, written, used = task.settings, [], set()
     assert task.encoder is not None
+    start = task.encoder.start()
     read = task.body.base.model.config["vocab_size"]  # the body has no row for what lies beyond
     for index, donor in enumerate(task.donors):
         beyond = range(read, donor.model.config["vocab_size"])
+        begun = beginnings(task.experts[index].positive, start, own.samples)
         texts = write_texts(
             donor,
             f"expert {index}",
-            task.experts[index].positive or (task.encoder.start(),),
+            begun,
             own,
             [*task.encoder.special(), *beyond],
             task.sources,
             task.options,
             task.reporter,
         )
-        unsettled = 0 if task.experts[index].positive else own.tokens // 4
-        written += [Example(Prompt(text.ids, text.own + unsettled), index) for text in texts]
-    given = [
-        x for x in examples_of(task.experts) if x.prompt not in task.experts[x.expert].positive
-    ]
+        for text, beginning in zip(texts, begun, strict=True):
+            unsettled = own.tokens // 4 if beginning == start else 0
+            written.append(Example(Prompt(text.ids, text.own + unsettled), index))
+            used.add((index, beginning))
+    given = [x for x in examples_of(task.experts) if (x.expert, x.prompt) not in used]
     return ridge(task, [*written, *given], own.lambda_, own.kappa, on_policy=True)
+
+
+def beginnings(prompts: Sequence[Prompt], start: Prompt, samples: int) -> list[Prompt]:
+    """What texts begin with: each prompt in turn and, after each, nothing but `start`.
+
+    What is begun by a few prompts alone is too much alike: where half is begun from nothing, the
+    loss on other text of the same kind is lower (`scripts/bench_routing.py`).
+    """
+    free = (start,) if start.ids or not prompts else ()
+    turns = [one for prompt in prompts for one in (prompt, *free)] or free
+    return [turns[number % len(turns)] for number in range(samples)]
