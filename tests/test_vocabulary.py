@@ -22,8 +22,21 @@ from test_readers import read
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moemerge import InputError, Options, make_plan, merge, parse_config, recipe, routing_report
+from moemerge import (
+    Expert,
+    InputError,
+    MergeConfig,
+    Options,
+    make_plan,
+    merge,
+    parse_config,
+    recipe,
+    regate,
+    routing_report,
+)
 from moemerge import verify_checkpoint as verify
+from moemerge.output import read_manifest
+from moemerge.shareable import shareable
 from moemerge.tokens import (
     Tokens,
     compare_tokens,
@@ -138,6 +151,37 @@ def test_a_union_has_the_rows_of_whoever_has_the_token(tmp_path: Path, tied: boo
     ]
     for model in (base, chat, maths):
         reads_every_token(out, read_tokens(model))
+
+
+def test_a_config_made_in_python_says_the_same(tmp_path: Path) -> None:
+    for said, held in ((["eta"], ("eta",)), (tmp_path / "x.txt", f"{tmp_path}/x.txt")):
+        experts = (Expert("chat"),)
+        made = MergeConfig("base", experts, tokenizer="union", extra_tokens=said)
+        assert made.extra_tokens == held and parse_config(made.as_yaml()) == made
+
+
+def test_what_is_pushed_tells_no_path(tmp_path: Path) -> None:
+    base, chat = baby(tmp_path / "base"), baby(tmp_path / "chat", "<|a|>", seed=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "extra.txt").write_text("eta\n")
+    head = f"tokenizer: {chat}\nextra_tokens: {tmp_path / 'mine' / 'extra.txt'}"
+    out = merged(tmp_path, base, [chat], head)
+    told = json.dumps(shareable(read_manifest(out)).to_json())
+    assert str(tmp_path) not in told and "tokenizer: ./chat" in told and "./extra.txt" in told
+
+
+def test_new_routers_leave_the_vocabulary(tmp_path: Path) -> None:
+    base, chat = baby(tmp_path / "base"), baby(tmp_path / "chat", "<|a|>", seed=1)
+    out = merged(tmp_path, base, [base, chat], "tokenizer: union\nextra_tokens: [code python]")
+    before = {path.name: path.read_bytes() for path in out.glob("token*")}
+    rows = tensors(out)[EMBEDDING]
+    head = "gate_mode: cheap_embed\ntokenizer: union\nextra_tokens: [code python]"
+    regate(out, parse_config(config_of(base, [base, chat], head)))
+    verify(out)
+    assert before == {path.name: path.read_bytes() for path in out.glob("token*")}
+    assert torch.equal(rows, tensors(out)[EMBEDDING])
+    with pytest.raises(InputError, match="the config asks for other weights"):
+        regate(out, parse_config(config_of(base, [base, chat], "gate_mode: cheap_embed")))
 
 
 def test_the_plan_and_the_card_say_whose_rows_there_are(
