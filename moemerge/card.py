@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from moemerge import gates
 from moemerge.checkpoint import Checkpoint, Donor
 from moemerge.checkpoint.reference import Reference, is_hub_id, parse_source
 from moemerge.config import MergeConfig
@@ -187,7 +188,7 @@ def _what(ready: Prepared) -> Iterator[str]:
 
 def _gate(ready: Prepared) -> str:
     """The gate mode in words, with its options."""
-    line = (ready.gate.__doc__ or "").partition("\n")[0].partition(": ")[2]
+    line = (gates.find(ready.plan.gate_mode).__doc__ or "").partition("\n")[0].partition(": ")[2]
     options = dataclasses.asdict(ready.settings) if ready.settings else {}
     chosen = [
         f"{key.rstrip('_')} {value:g}" if isinstance(value, float) else f"{key.rstrip('_')} {value}"
@@ -277,7 +278,10 @@ def _limits(ready: Prepared, routing: dict[str, Any]) -> Iterator[str]:
         "It was not trained or evaluated as a whole: try it on your own task, and beside each of "
         "its sources, before you rely on it. What its sources get wrong it may get wrong too."
     ]
-    if not ready.gate.USES - {"seed"}:
+    if mode == "zeros":
+        if ready.plan.experts_per_token < len(ready.plan.experts):
+            lines.append("Its routers are zeros, and choose nothing yet: train it before use.")
+    elif not gates.find(mode).USES - {"seed"}:
         lines.append(f"Its routers are random (`{mode}`): train it before use.")
     elif routing.get("confusion"):
         lines.append(
@@ -289,7 +293,11 @@ def _limits(ready: Prepared, routing: dict[str, Any]) -> Iterator[str]:
     if ready.cutting:
         if ready.cutting.per_token < ready.cutting.split.routed:
             lines.append("A token passes some of the slices only: train it before use.")
-    elif len(ready.donors) > 1 and len({d.identity for d in ready.donors}) == 1 and not ready.config.draws:
+    elif (
+        len(ready.donors) > 1
+        and len({d.identity for d in ready.donors}) == 1
+        and not ready.config.draws
+    ):
         lines.append("All its experts are the same model: without training it gains nothing.")
     host = ready.host
     caveats = host.architecture.caveats(ready.base.model.config, host.mixture)

@@ -159,7 +159,7 @@ def parsed() -> argparse.Namespace:
         "keywords.yaml beside the quickstart's config, if that is used)")  # fmt: skip
     add("--heldout", type=Path, default=ROOT / "examples/heldout", metavar="DIR",
         help="NAME.jsonl for each expert, and other.jsonl (default: examples/heldout)")  # fmt: skip
-    modes = [spec for mode in gates.names() for spec in (mode, *VARIANTS.get(mode, ()))]
+    modes = [spec for mode in gates.for_merges() for spec in (mode, *VARIANTS.get(mode, ()))]
     add("--modes", nargs="*", default=modes, metavar="MODE[:KEY=VALUE,...]",
         help="gate modes, with the fields of a config's gate (default: %(default)s)")  # fmt: skip
     add("--passages", type=int, metavar="N", help="only N of each file, for a quick look")

@@ -94,7 +94,7 @@ def test_nothing_said_of_the_gate_is_the_default() -> None:
         assert config.mode == "ridge"
 
 
-@pytest.mark.parametrize("mode", gates.names())
+@pytest.mark.parametrize("mode", gates.for_merges())
 def test_every_option_of_a_gate_mode_can_be_said_as_it_is(
     mode: str, babies: dict[str, Path]
 ) -> None:

@@ -296,7 +296,7 @@ def test_a_whole_file_is_refused_that_is(
 
 
 def test_no_experts_is_told_whatever_the_gate_mode(babies: dict[str, Path], tmp_path: Path) -> None:
-    for mode in gates.names():
+    for mode in gates.for_merges():
         text = f"base_model: {babies['base']}\ngate_mode: {mode}\nexperts: []\n"
         [problem] = refused_config(text, babies, tmp_path)
         assert "config.yaml:3: experts: is empty; list at least one expert" in problem

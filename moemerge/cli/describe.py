@@ -71,6 +71,9 @@ def router_lines(merged: Any) -> Iterator[str]:
     lines = list(verdict(merged.routing, merged.plan.experts))
     if lines:
         yield from lines
+    elif merged.plan.gate_mode == "zeros":
+        if merged.plan.experts_per_token < len(merged.plan.experts):
+            yield "routers: zeros, so they choose nothing yet: train them"
     elif not gates.find(merged.plan.gate_mode).USES - {"seed"}:
         yield "routers: random, so they choose nothing yet: train them"
     elif len(merged.plan.experts) > 1:

@@ -23,7 +23,8 @@ class GateMode(Protocol):
 
     USES: frozenset[str]
     """What its result depends on: `prompts` (needed), `any prompts` (used if there are some),
-    `model` (it runs the body), `experts` (it runs the experts' own models), `seed`."""
+    `split text` (needed), `model` (it runs the body), `experts` (it runs the experts' own
+    models), `seed`."""
 
     def routers(self, task: Task) -> Routers:
         """One float32 (E, D) matrix per layer: row e is the direction that calls expert e."""
@@ -32,6 +33,11 @@ class GateMode(Protocol):
 def names() -> list[str]:
     """The gate modes there are."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def for_merges() -> list[str]:
+    """Those that need no split."""
+    return [name for name in names() if "split text" not in find(name).USES]
 
 
 def find(name: str) -> GateMode:
