@@ -53,7 +53,7 @@ class Part:
     @property
     def is_shared(self) -> bool:
         """Whether it is of experts that are always on, or their gate."""
-        return any(f".{mark}" in f".{self.name.removeprefix(self.layer)}" for mark in _SHARED)
+        return self.name.removeprefix(self.layer).startswith(_SHARED)
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class Moe:
 
     def number(self, said: str, where: str, findings: Findings) -> int | None:
         """The expert that a person means by its number or name; else a problem is recorded."""
+        if said.isascii() and said.isdigit() and len(said) < 9 and int(said) < self.experts:
+            return int(said)
         if said in self.names:
             return self.names.index(said)
-        if said.isascii() and said.isdigit() and int(said) < self.experts:
-            return int(said)
         fix = f"name one of 0 to {self.experts - 1}"
         if self.manifest:
             fix = nearest(said, self.names) + f", or a number from 0 to {self.experts - 1}"
@@ -308,5 +308,5 @@ def _manifest(directory: Path) -> Manifest | None:
         return None
     try:
         return read_manifest(directory)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None

@@ -205,9 +205,9 @@ def _write(
             if not (entry and is_whole(shard, out, entry)):
                 entry = {}
                 if before and shard.digest in old:
-                    file = old[shard.digest].file
-                    if _copied(edit.moe.checkpoint.directory / file, shard, out):
-                        entry = before.files[file]
+                    file = edit.moe.checkpoint.directory / old[shard.digest].file
+                    if _is_all_of(shard, file, sources) and _copied(file, shard, out):
+                        entry = before.files[file.name]
                         copied += shard.nbytes
                         advance(shard.nbytes)
                 entry = entry or write_shard(shard, sources, out, how, advance)
@@ -215,6 +215,12 @@ def _write(
                     state.finished(shard, entry)
             entries[shard.file] = entry
     return entries, copied
+
+
+def _is_all_of(shard: Shard, file: Path, sources: dict[str, dict[str, Location]]) -> bool:
+    """Whether every tensor is read from that file: the index decides, not the manifest."""
+    reads = (read for tensor in shard.tensors for read in recipe.reads(tensor.recipe))
+    return all(sources[read.source][read.tensor].file == file for read in reads)
 
 
 def _copied(old: Path, shard: Shard, out: Path) -> bool:
@@ -259,7 +265,8 @@ def build_in_place(edit: Edit) -> Built:
             raise RunError(f"{out}: another moemerge is at work there; wait for it")
         state = State(out)
         if before:
-            plan = replace(before.plan, config=edit.config, experts_per_token=edit.per_token)
+            chosen = edit.per_token * len(before.plan.experts) // moe.experts
+            plan = replace(before.plan, config=edit.config, experts_per_token=chosen)
             made = replace(before, plan=plan, config=edit.text or before.config)
             write_json(out / output.MANIFEST_FILE, made.to_json(), scratch=state.directory)
         else:

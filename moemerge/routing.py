@@ -71,10 +71,11 @@ def report(
         passages = {name: _passages(name, path, encoder) for name, path in texts.items()}
         reading = _Reading(passages, encoder, experts, per_token, options, reporter)
         routed, measured = reading.run(out, manifest)
-    elif manifest:
+    elif manifest and manifest.config:
         routed, measured = _held_out(manifest, options, reporter), {}
     else:
-        what, fix = f"holds no {MANIFEST_FILE}, so its prompts are not known", "name texts: --text"
+        told = f"has no config in its {MANIFEST_FILE}" if manifest else f"holds no {MANIFEST_FILE}"
+        what, fix = f"{told}, so its prompts are not known", "name texts: --text"
         raise InputError([Problem(str(out), what, fix)])
     return _assemble(out.name, routed, experts, per_token, measured, held_out=not texts)
 
@@ -196,7 +197,7 @@ def _sources(
 
     Before it stand its kind, `sources` or `experts`, and its name.
     """
-    if manifest is None:
+    if manifest is None or not manifest.config:
         return
     try:
         ready = _prepared(manifest, options)

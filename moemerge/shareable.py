@@ -27,6 +27,8 @@ def shareable(manifest: Manifest) -> Manifest:
     for shard in plan["shards"]:
         for tensor in shard["tensors"]:
             tensor["recipe"] = _with_names(tensor["recipe"], names)
+    if not manifest.config:  # of a mixture that came without a manifest
+        return dataclasses.replace(manifest, plan=Plan.from_json(plan), folder=None)
     config = _shareable_config(parse_config(manifest.config), manifest.plan)
     routing = manifest.routing
     if not manifest.card.get("config", True):

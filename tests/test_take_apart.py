@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from babies import make_model, save_weights, simple_config, write_config
+from babies import (
+    LLAMA3_ROPE,
+    make_adapter,
+    make_model,
+    save_weights,
+    simple_config,
+    write_config,
+)
+from fake_hub import FakeHub
 from safetensors.torch import load_file
-from test_readers import python_of, read
+from test_readers import ROOT, python_of, read
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from moemerge import InputError, Options, merge, regate, verify_checkpoint
+from moemerge import InputError, Options, merge, regate, routing_report, verify_checkpoint
 from moemerge.cli import app
+from moemerge.output import read_manifest
+from moemerge.shareable import shareable
 from moemerge.take_apart import add, drop, extract, repair, top_k
 
 SMALL = Options(shard_size="16KB")
@@ -225,6 +237,90 @@ def test_whole_files_are_copied_and_none_is_linked(
     assert built.copied > 0.95 * old
     inodes = {path.stat().st_ino for path in moe.iterdir()}
     assert not inodes & {path.stat().st_ino for path in (tmp_path / "added").iterdir()}
+
+
+BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied, llama3 rope, head_dim": (
+        "llama", {"rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": True, "head_dim": 16}
+    ),
+    "sliding window": ("mistral", {"sliding_window": 7}),
+    "fused projections": ("phi3", {"pad_token_id": 0}),
+    "biases": ("qwen2", {"rope_theta": 500000.0}),
+    "multipliers": ("granite", {"residual_multiplier": 0.5, "logits_scaling": 4.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_the_base_taken_out_says_what_it_said(body: str, tmp_path: Path) -> None:
+    family, changes = BODIES[body]
+    base, other = (make_model(tmp_path / str(n), family, seed=n, **changes) for n in range(2))
+    text = simple_config(base, [other, base], "gate_mode: random")
+    merge(write_config(tmp_path / "c.yaml", text), tmp_path / "moe")
+    built = extract(str(tmp_path / "moe"), "1", tmp_path / "out")
+    assert built.plan.architecture == {"phi3": "llama", "qwen2": "granite"}.get(family, family)
+    assert (logits(tmp_path / "out") - logits(base)).abs().max() <= 1e-5
+
+
+def test_what_is_always_on_is_no_part_of_an_expert(tmp_path: Path) -> None:
+    base, other = (make_model(tmp_path / str(n), seed=n) for n in range(2))
+    text = simple_config(base, [other, base], "architecture: granitemoeshared\ngate_mode: random")
+    text += f"shared_experts:\n  - source_model: {other}\n"
+    merge(write_config(tmp_path / "c.yaml", text), tmp_path / "moe")
+    arguments = ["extract", str(tmp_path / "moe"), str(tmp_path / "out"), "--expert", "1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and "shared experts, which are always on" in result.stderr
+    assert (logits(tmp_path / "out") - logits(base)).abs().max() <= 1e-5
+
+
+def test_an_adapter_on_a_model_is_an_expert_too(
+    mixtures: dict[str, Path], dense: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    base, first, second, third = dense["llama"]
+    adapter = make_adapter(tmp_path / "adapter", third)
+    add(str(mixtures["mixtral"]), f"{third}+{adapter}", tmp_path / "more")
+    text = simple_config(base, [first, second, base, f"{third}+{adapter}"], head_of("mixtral"))
+    config = write_config(tmp_path / "c.yaml", text)
+    merge(config, tmp_path / "merged", SMALL)
+    regate(tmp_path / "more", config)
+    assert same(weights(tmp_path / "more"), weights(tmp_path / "merged"))
+    verified = verify_checkpoint(tmp_path / "more")
+    assert verified.compared == verified.tensors - 2
+
+
+@pytest.mark.parametrize("how", [[], ["--stream"]])
+def test_a_mixture_on_the_hub_is_taken_apart_too(
+    how: list[str], mixtures: dict[str, Path], dense: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    moe = as_kind(mixtures["qwen3_moe"], KINDS[2], tmp_path / "moe")
+    with FakeHub() as hub:
+        hub.publish("user/moe", moe)
+        run = ["-m", "moemerge", "extract", "user/moe", tmp_path / "out", "--expert", "2", *how]
+        done = subprocess.run(
+            [sys.executable, *map(str, run)],
+            env={**os.environ, **hub.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert same(weights(tmp_path / "out"), weights(dense["qwen3"][0]))
+
+
+def test_what_is_pushed_tells_no_paths(mixtures: dict[str, Path], tmp_path: Path) -> None:
+    for kind in KINDS[:2]:
+        moe = as_kind(mixtures["mixtral"], kind, tmp_path / kind)
+        drop(str(moe), "0", tmp_path / f"{kind} fewer")
+        shared = shareable(read_manifest(tmp_path / f"{kind} fewer"))
+        assert str(tmp_path) not in json.dumps(shared.to_json())
+
+
+def test_routing_asks_for_texts_where_no_prompts_are_known(
+    mixtures: dict[str, Path], tmp_path: Path
+) -> None:
+    moe = as_kind(mixtures["mixtral"], KINDS[1], tmp_path / "moe")
+    drop(str(moe), "0", tmp_path / "out")
+    with pytest.raises(InputError, match="its prompts are not known; name texts"):
+        routing_report(tmp_path / "out")
+    (tmp_path / "a.txt").write_text("code python function class return story scene " * 9)
+    assert routing_report(tmp_path / "out", {"a": tmp_path / "a.txt"})["experts_per_token"] == 2
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
