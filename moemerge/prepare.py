@@ -111,7 +111,8 @@ class _Preparation:
         gating = [donor for donor in shared[:1] if host and host.mixture.gated]
         asked = [*donors, *gating]
         cache = options.cache_dir
-        vocabulary = vocabularies.choose(config, base, donors, findings, cache) if base else None
+        every = [*donors, *shared]
+        vocabulary = vocabularies.choose(config, base, every, findings, cache) if base else None
         if vocabulary and vocabulary.written and not options.copy_tokenizer:
             findings.note("--no-copy-tokenizer: the tokens that are added stand in no file")
         encoder, prompts = gate_setup.read_prompts(

@@ -320,7 +320,7 @@ class _Choice:
             self.findings.note(line)
         wanted |= {text: named[text] for text in named if text not in {*there, *wanted}}
         try:
-            made, kept = _sound(tokens, wanted, optional)
+            made, kept = _sound(tokens, wanted, optional - named.keys())
             cut = cut_by(tokens, made) if kept else {}
         except ValueError as error:
             raise _Unknown(owner, str(error)) from error

@@ -537,6 +537,16 @@ def test_tokens_that_hide_a_tokenizer_from_llama_cpp_are_said(
     assert not notes("[工作工作]")
 
 
+def test_a_token_that_would_not_be_shown_as_its_text_is_refused(tmp_path: Path) -> None:
+    """Where bytes are spelled as letters, the letter alone is shown as that byte."""
+    base, tokens = tmp_path / "base", byte_level(TEXTS[1:2], 330)
+    make_model(base, vocab_size=tokens.size)
+    (base / "tokenizer.json").write_text(json.dumps(tokens.data))
+    text = config_of(base, [base], "gate_mode: random\nextra_tokens: [ÿþ, ÿ, zeta]")
+    [problem] = refused(text, tmp_path)
+    assert "extra_tokens: 2 cannot be tokens of this tokenizer ('ÿ', 'ÿþ'); remove" in problem
+
+
 def test_ids_that_the_library_would_not_give_are_refused(tmp_path: Path) -> None:
     base, chat = baby(tmp_path / "base", rows=64), baby(tmp_path / "chat", "<|a|>")
     edit(base / "tokenizer.json", lambda data: data["model"]["vocab"].update(far=60))
@@ -697,7 +707,7 @@ def test_a_union_of_real_models(smollm2: Path, relative: Path, tmp_path: Path) -
     prompts = ["The capital of France<|new 3|> is", "def f[new 33](n):"]
     found = [
         read(reader, joined, tmp_path / reader, prompts=prompts, new_tokens=8)
-        for reader in ("transformers 5", "transformers 4.57", "llama.cpp", "mlx-lm")
+        for reader in ("transformers 5", "transformers 4.57", "llama.cpp")
     ]
     for other in found[1:]:
         assert other["prompt_lengths"] == found[0]["prompt_lengths"]
