@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["", "merge", "plan", "architectures", "verify", "push", "routing", "regate",
+COMMANDS = ["", "merge", "split", "plan", "architectures", "verify", "push", "routing", "regate",
             "repair", "extract", "add", "drop", "top-k"]  # fmt: skip
 BESIDE = {
     "examples/configs/": "every file is a test",

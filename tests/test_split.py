@@ -10,9 +10,19 @@ import numpy as np
 import pytest
 import torch
 from babies import make_model, simple_config, write_config
+from test_cli import run
 from test_laws import BODIES, HOSTED, PROMPT, all_tensors, files, load, logits, raw
 
-from moemerge import InputError, MergeConfig, Options, make_plan, merge, neurons, verify_checkpoint
+from moemerge import (
+    InputError,
+    MergeConfig,
+    Options,
+    make_plan,
+    merge,
+    neurons,
+    regate,
+    verify_checkpoint,
+)
 from moemerge.architectures import find
 from moemerge.config import parse_config
 from moemerge.recipe import generator
@@ -217,3 +227,23 @@ def test_nobody_reads_where_the_text_lay(tmp_path: Path, babies: dict[str, Path]
     out = made(babies["base"], "slices: 4, assign: coactivation", "gate_mode: zeros",
                tmp_path / "out")  # fmt: skip
     assert str(babies["base"].parent) not in (out / "README.md").read_text()
+
+
+def test_the_command_wants_a_split(
+    tmp_path: Path, babies: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path / "c.yaml", split_config(babies["base"]))
+    assert run("split", config, tmp_path / "out") == 0
+    merge(config, tmp_path / "again")
+    assert files(tmp_path / "out") == files(tmp_path / "again")
+    plain = write_config(tmp_path / "d.yaml", simple_config(babies["base"], [babies["first"]]))
+    assert run("split", plain, tmp_path / "no") == 2
+    assert "split: is missing" in capfd.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_split_keeps_its_routers(tmp_path: Path, babies: dict[str, Path]) -> None:
+    """They belong to its slices, which new ones would know nothing of."""
+    out = made(babies["base"], "slices: 4", "gate_mode: random", tmp_path / "out")
+    with pytest.raises(InputError, match="split the model anew"):
+        regate(out, tmp_path / "out.yaml")

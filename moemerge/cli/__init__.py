@@ -54,7 +54,7 @@ class DefaultToMerge(TyperGroup):
         own = ("--help", "-h", "--version")
         if args and args[0] not in self.commands and args[0] not in own:
             args = ["merge", *args]
-        if args[:1] in (["merge"], ["plan"]):
+        if args[:1] in (["merge"], ["split"], ["plan"]):
             unheard: list[str] = ctx.meta.setdefault(UNHEARD, [])
             args = list(meaningful(list(with_ray_address(args)), unheard))
         return super().parse_args(ctx, args)
@@ -125,9 +125,27 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="The output directory."
 @with_options()
 def merge(config: Config, out: Out, options: Options, terminal: Terminal) -> None:
     """Merge the models of CONFIG into OUT (the default command)."""
-    from moemerge.pipeline import merge
+    _check_config_path(config)
+    _merge(config, out, options, terminal)
+
+
+@app.command()
+@with_options()
+def split(config: Config, out: Out, options: Options, terminal: Terminal) -> None:
+    """Cut the MLPs of one model into slices, as CONFIG's `split:` says; merge does it too."""
+    from moemerge.config import load_config
 
     _check_config_path(config)
+    said = load_config(config)
+    if not said.split:
+        fix = "add it (`split: {slices: 8}`), or use `moemerge merge`"
+        raise InputError([Problem(said.where("split"), "is missing", fix)])
+    _merge(config, out, options, terminal)
+
+
+def _merge(config: Path, out: Path, options: Options, terminal: Terminal) -> None:
+    from moemerge.pipeline import merge
+
     merged = merge(config, out, options, terminal)
     if merged.missing:
         terminal.result(
@@ -201,7 +219,8 @@ def architectures(
 
     rows = listing()
     if as_json:
-        return show(json.dumps(rows, indent=1))
+        show(json.dumps(rows, indent=1))
+        return
     for row in rows:
         show(row.pop("architecture"))
         for what, which in row.items():

@@ -51,7 +51,10 @@ def plan_lines(ready: Any, options: Options) -> Iterator[str]:
     yield f"base      {ready.base.model.reference.text}"
     if rows := ready.vocabulary.summary:
         yield f"vocabulary: {rows}"
-    for index, name in enumerate(made.experts):
+    if ready.cutting:
+        split = ready.cutting.split
+        yield f"split     {split.slices} slices by {split.assignment}, {split.shared} always on"
+    for index, name in enumerate(() if ready.cutting else made.experts):
         expert = ready.prompts[index]
         yield (
             f"expert {index}  {name}: {len(expert.positive)} positive and "
