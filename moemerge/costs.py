@@ -141,12 +141,23 @@ def expected_peak(ready: Prepared, options: Options) -> int:
         return WITH_TRANSFORMERS + int(max(dense, buffers))
     if "model" not in ready.gate.USES:
         tokenizer = WITH_PROMPTS if "prompts" in ready.gate.USES else 0
-        return (WITH_TORCH if computes else PLAIN) + tokenizer + buffers
+        return (WITH_TORCH if computes else PLAIN) + tokenizer + max(buffers, _slicing(ready))
     tensors_of_base = ready.base.model.tensors.items()
     layer = sum(at.nbytes for name, at in tensors_of_base if name.startswith("model.layers.0."))
     held = layer if options.lazy else 2 * layer
     prompts = [prompt for expert in ready.prompts for prompt in expert.own + expert.negative]
     tokens = min(sum(len(prompt.ids) for prompt in prompts), BATCH_TOKENS)
     wide = 3 * config["intermediate_size"] + 8 * config["hidden_size"]
-    running = held + 4 * tokens * wide
+    running = held + 4 * tokens * wide + _slicing(ready)
     return WITH_TRANSFORMERS + int(max(running, buffers))
+
+
+def _slicing(ready: Prepared) -> int:
+    """Bytes that finding a layer's slices takes: copies of its activations on the text, or of its
+    weights, in float32."""
+    if ready.cutting is None:
+        return 0
+    config = ready.base.model.config
+    tokens = sum(len(piece.ids) for piece in ready.cutting.text)
+    of_weights = 3 * config["hidden_size"] if ready.cutting.split.assignment == "kmeans" else 0
+    return int(4 * config["intermediate_size"] * max(5 * tokens, of_weights))

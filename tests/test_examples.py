@@ -43,6 +43,13 @@ def test_the_quickstart_config_merges_and_verifies(tmp_path: Path) -> None:
     assert checked.compared == checked.tensors - len(ready.plan.shards[0].tensors)
 
 
+def test_the_split_config_finds_its_text() -> None:
+    ready = make_plan(ROOT / "examples/configs/split.yaml")
+    assert ready.cutting
+    assert ready.cutting.text
+    assert (len(ready.plan.experts), ready.plan.experts_per_token) == (7, 3)
+
+
 def test_installed_in_an_empty_environment_it_runs(tmp_path: Path) -> None:
     """The wheel holds all rooms and py.typed; what it depends on comes from this environment."""
     venv.create(tmp_path / "env", with_pip=True)
