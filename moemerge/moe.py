@@ -280,10 +280,11 @@ def _dense(
 
 def _window(config: dict[str, Any], family: str) -> bool:
     """Whether its attention has a sliding window."""
-    types = set(config.get("layer_types") or [])
+    types = config.get("layer_types")
+    full = isinstance(types, list) and {*map(str, types)} == {"full_attention"}
     if family in ("qwen2_moe", "qwen3_moe") and not config.get("use_sliding_window"):
         return False
-    return bool(config.get("sliding_window")) and types != {"full_attention"}
+    return bool(config.get("sliding_window")) and not full
 
 
 def _dense_family(config: dict[str, Any], family: str, opened: Checkpoint) -> str:

@@ -488,6 +488,7 @@ CLAIMS: dict[str, tuple[dict[str, Any], str]] = {
     "another width": ({"hidden_size": 16}, "config.json says"),
     "no rope": ({"rope_theta": None, "rope_parameters": None}, "does not say rope_theta"),
     "none a token": ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
+    "kinds that are no list": ({"layer_types": 1}, "layer_types is not one of"),
 }  # fmt: skip
 
 

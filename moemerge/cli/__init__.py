@@ -434,7 +434,9 @@ def _check_config_path(config: Path) -> None:
     else:
         return
     commands = [
-        command.callback.__name__ for command in app.registered_commands if command.callback
+        command.callback.__name__.replace("_", "-")
+        for command in app.registered_commands
+        if command.callback
     ]
     guess = nearest(str(config), commands)
     fix = f"{guess} (a command)" if guess.startswith("did") else "name a YAML file"
