@@ -20,7 +20,7 @@ from moemerge.checkpoint.reference import parse_source
 from moemerge.errors import Findings, nearest
 from moemerge.output import MANIFEST_FILE, Manifest, read_manifest
 from moemerge.plan import PlannedTensor
-from moemerge.recipe import Join, Read, Recipe
+from moemerge.recipe import Join, Read, Recipe, reads
 from moemerge.state import read_json
 
 PER_TOKEN = "num_experts_per_tok"
@@ -134,7 +134,7 @@ def open_moe(text: str, cache_dir: str | None, findings: Findings) -> Moe | None
     if len(findings.problems) > before:
         return None
     assert isinstance(count, int) and isinstance(per_token, int)
-    manifest = _manifest(opened.directory)
+    manifest = _manifest(opened.directory, text, findings)
     called = manifest.plan.experts if manifest and len(manifest.plan.experts) == count else None
     return Moe(
         text=reference.text,
@@ -303,11 +303,18 @@ def _dense_family(config: dict[str, Any], family: str, opened: Checkpoint) -> st
     return "mistral" if _window(config, family) else "llama"
 
 
-def _manifest(directory: Path) -> Manifest | None:
-    """The manifest, if there is one that can be believed."""
+def _manifest(directory: Path, text: str, findings: Findings) -> Manifest | None:
+    """The manifest, if there is one that can be believed; else a note says why not."""
     if not (directory / MANIFEST_FILE).is_file():
         return None
     try:
-        return read_manifest(directory)
-    except (OSError, ValueError, RecursionError):
+        manifest = read_manifest(directory)
+        told = [manifest.config, *(source.reference for source in manifest.plan.sources)]
+        for read in (one for t in manifest.plan.tensors for one in reads(t.recipe)):
+            told += [read.source, read.tensor]
+        if not all(isinstance(one, str) for one in told):
+            raise ValueError("it names what is no text")
+    except (OSError, ValueError, RecursionError) as error:
+        findings.note(f"{text}: its {MANIFEST_FILE} is not used: {error}")
         return None
+    return manifest

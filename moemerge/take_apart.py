@@ -41,7 +41,7 @@ def repair(
         RunError: a failure on the way; the same call again goes on.
     """
     options, reporter, findings = options or Options(), reporter or Silent(), Findings()
-    moe = _opened(old, options, findings)
+    moe = _opened(old, options, findings, reporter)
     if not _is_wrong(moe):
         return None
     edit = Edit(
@@ -73,7 +73,7 @@ def top_k(
         RunError: a failure on the way; the same call again goes on.
     """
     options, reporter, findings = options or Options(), reporter or Silent(), Findings()
-    moe = _opened(old, options, findings)
+    moe = _opened(old, options, findings, reporter)
     if not 1 <= per_token <= moe.experts:
         fix = f"write a number from 1 to {moe.experts}"
         findings.problem("K", f"{per_token} of {moe.experts} experts cannot be chosen", fix)
@@ -105,7 +105,7 @@ def drop(
         RunError: a failure on the way; the same call again goes on.
     """
     options, reporter, findings = options or Options(), reporter or Silent(), Findings()
-    moe = _opened(old, options, findings)
+    moe = _opened(old, options, findings, reporter)
     number = moe.number(expert, "--expert", findings)
     count = moe.experts - 1
     if not count:
@@ -158,7 +158,7 @@ def add(
         RunError: a failure on the way; the same call again goes on.
     """
     options, reporter, findings = options or Options(), reporter or Silent(), Findings()
-    moe = _opened(old, options, findings)
+    moe = _opened(old, options, findings, reporter)
     opener = Opener(findings, None, options.cache_dir)
     donor = opener.donor(source, "SOURCE", name)
     if moe.experts == 1:
@@ -207,7 +207,7 @@ def extract(
         RunError: a failure on the way; the same call again goes on.
     """
     options, reporter, findings = options or Options(), reporter or Silent(), Findings()
-    moe = _opened(old, options, findings)
+    moe = _opened(old, options, findings, reporter)
     number = moe.number(expert, "--expert", findings)
     for what in _no_dense(moe):
         findings.problem(old, what, "there is no dense family like it")
@@ -243,10 +243,13 @@ def extract(
     return build(edit, Path(out), options, reporter, findings)
 
 
-def _opened(old: str, options: Options, findings: Findings) -> Moe:
+def _opened(old: str, options: Options, findings: Findings, reporter: Reporter) -> Moe:
     moe = open_moe(old, options.cache_dir, findings)
     findings.refuse()
     assert moe is not None
+    for note in findings.notes:
+        reporter.say(note)
+    findings.notes.clear()
     return moe
 
 

@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 from moemerge import InputError, Options, merge, regate, routing_report, verify_checkpoint
 from moemerge.cli import app
 from moemerge.output import read_manifest
+from moemerge.plan import Plan
 from moemerge.shareable import shareable
 from moemerge.take_apart import add, drop, extract, repair, top_k
 
@@ -504,6 +505,24 @@ def test_a_config_that_lies_is_refused(
     with pytest.raises(InputError, match=words):
         extract(str(moe), "0", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["not JSON", "changed", "forged"])
+def test_a_manifest_that_cannot_be_believed_is_not_used(
+    how: str, mixtures: dict[str, Path], tmp_path: Path
+) -> None:
+    moe = as_kind(mixtures["mixtral"], KINDS[0], tmp_path / "moe")
+    data = json.loads((moe / "moemerge.json").read_text())
+    data["plan"]["shards"][1]["tensors"][0]["recipe"]["read"]["source"] = [1]
+    if how == "forged":
+        data["plan_digest"] = Plan.from_json({**data["plan"], "sources": data["sources"]}).digest
+    text = "{" if how == "not JSON" else json.dumps(data)
+    (moe / "moemerge.json").write_text(text)
+    arguments = ["drop", str(moe), str(tmp_path / "out"), "--expert", "2"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "its moemerge.json is not used: " in result.stderr
+    assert verify_checkpoint(tmp_path / "out").compared
 
 
 def test_an_expert_with_a_hole_is_refused(mixtures: dict[str, Path], tmp_path: Path) -> None:
