@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from babies import (
@@ -438,20 +439,24 @@ shared_experts:
 
 
 @pytest.mark.full
-def test_a_peers_qwen_moe_gets_a_config_that_version_4_understands(
-    dense: dict[str, list[Path]], tmp_path: Path
-) -> None:
-    base, first, second, _ = dense["qwen2"]
-    text = simple_config(base, [first, second], "gate_mode: hidden\ndtype: float32")
-    peer(write_config(tmp_path / "c.yaml", text + QWEN.format(base)), tmp_path / "moe", "--quiet")
+def test_a_peers_qwen_moe_gets_a_config_that_version_4_understands(tmp_path: Path) -> None:
+    models = [make_model(tmp_path / str(n), "qwen2", seed=n, rope_theta=500000.0) for n in range(3)]
+    text = simple_config(models[0], models[1:], "gate_mode: hidden\ndtype: float32")
+    config = write_config(tmp_path / "c.yaml", text + QWEN.format(models[0]))
+    peer(config, tmp_path / "moe", "--quiet")
     assert repair(str(tmp_path / "moe"), tmp_path / "out")
     assert same(weights(tmp_path / "out"), weights(tmp_path / "moe"))
-    request = {"token_ids": [[1, 5, 9]], "new_tokens": 8}
-    said = [
-        read(f"transformers {version}", tmp_path / "out", tmp_path / f"w{version}", **request)
-        for version in ("5", "4.57")
-    ]
-    assert said[0]["generated"] == said[1]["generated"]
+
+    def of(reader: str, model: str) -> np.ndarray[Any, Any]:
+        request = {"token_ids": [list(range(24))], "new_tokens": 1, "logits": True}
+        found = read(reader, tmp_path / model, tmp_path / f"{reader} {model}", **request)
+        logits: np.ndarray[Any, Any] = np.load(found["logits_npy"])["arr_0"]
+        return logits
+
+    expected = of("transformers 5", "moe")
+    assert np.abs(of("transformers 4.57", "moe") - expected).max() > 1e-2
+    for reader in ("transformers 5", "transformers 4.57"):
+        assert np.abs(of(reader, "out") - expected).max() <= 1e-5
 
 
 BAD: dict[str, tuple[list[str], str]] = {
