@@ -15,7 +15,7 @@ from typing import Any
 from moemerge.checkpoint import FLOATS, Checkpoint, normalise
 from moemerge.checkpoint.model import SourceProblem, open_checkpoint
 from moemerge.checkpoint.model_config import DEFAULTS
-from moemerge.checkpoint.moe_names import FAMILIES, LAYER, MLP, Names
+from moemerge.checkpoint.moe_names import COUNTS, LAYER, MLP, Names, count_of, names_of
 from moemerge.checkpoint.reference import parse_source
 from moemerge.errors import Findings, nearest
 from moemerge.output import MANIFEST_FILE, Manifest, read_manifest
@@ -29,6 +29,10 @@ _SHARED = ("mlp.shared_expert", "shared_mlp.")
 _NEEDED = (
     "hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
     "rms_norm_eps", "vocab_size",
+)  # fmt: skip
+_KEPT = (
+    "layer_types", "dtype", "original_max_position_embeddings", "pad_token_id", "rope_parameters",
+    "rope_scaling", "torch_dtype",
 )  # fmt: skip
 
 
@@ -118,19 +122,27 @@ def open_moe(text: str, cache_dir: str | None, findings: Findings) -> Moe | None
         findings.problem(text, error.what, error.fix)
         return None
     config = read_json(opened.directory / "config.json")
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        findings.problem(text, f"is of type {family!r}, no mixture that is known", f"use {known}")
+    family, names = (
+        str(config.get("model_type")),
+        names_of(config.get("model_type"), opened.tensors),
+    )
+    if names is None:
+        what = f"is of type {family!r}, no mixture that is known"
+        findings.problem(text, what, "name a mixture whose experts go by usual names")
         return None
-    names, before = FAMILIES[family], len(findings.problems)
-    dense = _dense(opened, config, family, text, findings)
-    count, per_token = names.count_of(config), config.get(PER_TOKEN)
-    for key, value in ((names.count[0], count), (PER_TOKEN, per_token)):
+    before = len(findings.problems)
+    count, per_token = count_of(config), config.get(PER_TOKEN)
+    for key, value in (("the number of experts", count), (PER_TOKEN, per_token)):
         if type(value) is not int or value < 1:
             findings.problem(text, f"config.json: {key} is {value!r}", "write how many there are")
+    if any(config[key] != count for key in COUNTS if key in config):
+        said = " and ".join(key for key in COUNTS if key in config)
+        findings.problem(text, f"config.json: {said} disagree", "write how many there are")
+    if len(findings.problems) > before:
+        return None
     parts = tuple(_parts(opened, names))
-    _check(parts, count, config, text, findings)
+    inner = _check(parts, count, config, text, findings)
+    dense = _dense(opened, config, family, inner, text, findings)
     if len(findings.problems) > before:
         return None
     assert isinstance(count, int) and isinstance(per_token, int)
@@ -208,8 +220,8 @@ def _check(
     config: dict[str, Any],
     text: str,
     findings: Findings,
-) -> None:
-    """Record what does not make a whole mixture: each claim of a file is looked at."""
+) -> int:
+    """Record what does not make a whole mixture, each claim of a file looked at; returns F."""
     fix = "use the weights and the config.json of one and the same model"
     hidden = config.get("hidden_size")
     found: dict[str, dict[tuple[int, int], Part]] = {}
@@ -243,13 +255,21 @@ def _check(
             what = f"{layer.removesuffix('.')} holds {len(have)} matrices of experts"
             router = "a router" if layer in routers else "no router"
             findings.problem(text, f"{what} and {router}, config.json says {count} experts", fix)
+    return inner
 
 
 def _dense(
-    opened: Checkpoint, config: dict[str, Any], family: str, text: str, findings: Findings
+    opened: Checkpoint,
+    config: dict[str, Any],
+    family: str,
+    inner: int,
+    text: str,
+    findings: Findings,
 ) -> dict[str, Any]:
     """The config of the dense model that the body is of, normalised; see `normalise`."""
     kind = _dense_family(config, family, opened)
+    if not inner:
+        return {}
     missing = [key for key in _NEEDED if key not in config]
     if not any(key in config for key in ("rope_theta", "rope_parameters")):
         missing.append("rope_theta")
@@ -258,24 +278,26 @@ def _dense(
         findings.problem(text, what, "write it there as the model has it")
         return {}
     own = {key: config[key] for key in (*DEFAULTS[kind], "head_dim") if key in config}
-    kept = (
-        "rope_parameters",
-        "rope_scaling",
-        "layer_types",
-        "dtype",
-        "torch_dtype",
-        "pad_token_id",
-    )
+    kept = _KEPT if family != "granitemoehybrid" else _KEPT[1:]
     own |= {key: config[key] for key in kept if key in config}
     if not kind.startswith("qwen"):
         own["sliding_window"] = config.get("sliding_window") if _window(config, family) else None
+    if own.get("head_dim") is None:  # families differ in what they then assume
+        own["head_dim"] = _head_dim(opened, config["num_attention_heads"])
     own["attention_bias"] = any(name.endswith("self_attn.o_proj.bias") for name in opened.tensors)
-    inner = config.get(FAMILIES[family].inner, config.get("intermediate_size"))
     try:
         return normalise({**own, "model_type": kind, "intermediate_size": inner})
     except ValueError as error:
         findings.problem(text, f"config.json: {error}", "repair it")
         return {}
+
+
+def _head_dim(opened: Checkpoint, heads: object) -> int | None:
+    """How wide a head is, by the first layer's queries."""
+    queries = opened.tensors.get("model.layers.0.self_attn.q_proj.weight")
+    if queries is None or type(heads) is not int or heads < 1:
+        return None
+    return queries.shape[0] // heads if queries.shape else None
 
 
 def _window(config: dict[str, Any], family: str) -> bool:
@@ -294,8 +316,6 @@ def _dense_family(config: dict[str, Any], family: str, opened: Checkpoint) -> st
         return "granite"
     if family == "flex_olmo":
         return "olmo2"
-    if family == "olmoe":
-        return "llama"  # the nearest; there is none that it is
     if any(name.endswith("self_attn.q_norm.weight") for name in names):
         return "qwen3"
     if any(name.endswith("self_attn.q_proj.bias") for name in names):

@@ -281,7 +281,8 @@ def _config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:
         **partial,
         "dtype": long,
         "torch_dtype": long,
-        **{key: experts for key in COUNTS if key in config or key in moe.tensors.count},
+        **{key: experts for key in COUNTS if key in config},
+        **({"num_local_experts": experts} if moe.family == "qwen3_moe" else {}),
         PER_TOKEN: per_token,
     }
 
@@ -321,7 +322,8 @@ def _check_donor(moe: Moe, donor: Donor, options: Options, findings: Findings) -
     """Record what makes the model's MLPs no expert of this mixture."""
     config = {**moe.dense, "intermediate_size": moe.inner}
     host = Donor("MOE", "the mixture", replace(moe.checkpoint, config=config))
-    alike = _holds(moe, str(donor.model.config.get("model_type")))
+    scaled = moe.config.get("residual_multiplier", 1) != 1
+    alike = not scaled and _is_made_of(moe, str(donor.model.config.get("model_type")))
     compare(host, donor, "SOURCE", findings, allow_crimes=options.allow_crimes or alike)
     wrong = []
     for part in moe.parts:
@@ -340,25 +342,29 @@ def _check_donor(moe: Moe, donor: Donor, options: Options, findings: Findings) -
         findings.problem("SOURCE", wrong[0] + more, fix)
 
 
-def _holds(moe: Moe, family: str) -> bool:
-    """Whether the mixture's class is made of such models too, with their scale of residuals."""
-    if moe.family not in architectures.names():
-        return False
-    scaled = moe.config.get("residual_multiplier", 1) != 1
-    return family in architectures.find(moe.family).FAMILIES and not scaled
+def _is_made_of(moe: Moe, family: str) -> bool:
+    """Whether the mixture's class reproduces models of that family."""
+    return moe.family in architectures.names() and (
+        family in architectures.find(moe.family).FAMILIES
+    )
 
 
 def _no_dense(moe: Moe) -> Iterator[str]:
     """Why the mixture's body is not a dense model's, as far as no tensor tells."""
-    config = moe.config
+    config, kind = moe.config, moe.dense["model_type"]
     partial = moe.dense["rope_parameters"].get("partial_rotary_factor", 1.0)
-    partial = config.get("partial_rotary_factor", partial)
-    if moe.family == "olmoe":
-        yield "norms queries and keys over their full width, before attention"
-    if moe.family == "glm4_moe" and partial != 1:
+    if not _is_made_of(moe, kind):
+        yield f"is a {moe.family}, whose body is no {kind}'s"
+    if config.get("partial_rotary_factor", partial) not in (1, None):
         yield "turns a part of each head only"
     if len(set(moe.dense.get("layer_types") or ["one"])) > 1:
         yield "mixes kinds of attention by layer"
+    if moe.family == "granitemoehybrid":
+        types = config.get("layer_types")
+        if not isinstance(types, list) or any(kind != "attention" for kind in types):
+            yield "has layers without attention"
+        if config.get("position_embedding_type") != "rope":
+            yield "has attention without positions"
 
 
 def _renumbered(part: Part, expert: int, moe: Moe) -> Part:

@@ -24,11 +24,20 @@ from babies import (
 )
 from fake_hub import FakeHub
 from safetensors.torch import load_file
+from test_fused import make_mixture
 from test_readers import ROOT, python_of, read
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from moemerge import InputError, Options, merge, regate, routing_report, verify_checkpoint
+from moemerge import (
+    InputError,
+    Options,
+    architectures,
+    merge,
+    regate,
+    routing_report,
+    verify_checkpoint,
+)
 from moemerge.cli import app
 from moemerge.output import read_manifest
 from moemerge.plan import Plan
@@ -36,14 +45,11 @@ from moemerge.shareable import shareable
 from moemerge.take_apart import add, drop, extract, repair, top_k
 
 SMALL = Options(shard_size="16KB")
+OWN = {"qwen2_moe": "qwen2", **dict.fromkeys(
+    ("granitemoe", "granitemoehybrid", "granitemoeshared"), "granite"
+)}  # fmt: skip
 HOSTS = {
-    "mixtral": "llama",
-    "qwen3_moe": "qwen3",
-    "qwen2_moe": "qwen2",
-    "granitemoe": "granite",
-    "glm4_moe": "llama",
-    "dots1": "qwen3",
-    "flex_olmo": "olmo2",
+    name: OWN.get(name, architectures.find(name).FAMILIES[0]) for name in architectures.names()
 }
 KINDS = ("with a manifest", "without", "as transformers 5 holds it")
 TOKENS = torch.arange(24)[None]
@@ -490,7 +496,8 @@ def test_bad_input_is_told_and_nothing_is_written(
 
 CLAIMS: dict[str, tuple[dict[str, Any], str]] = {
     "more experts": ({"num_local_experts": 4}, "config.json says 4 experts"),
-    "no number": ({"num_local_experts": "3"}, "num_local_experts is '3'"),
+    "no number": ({"num_local_experts": "3"}, "number of experts is '3'"),
+    "two numbers": ({"num_experts": 2}, "num_experts and num_local_experts disagree"),
     "another width": ({"hidden_size": 16}, "config.json says"),
     "no rope": ({"rope_theta": None, "rope_parameters": None}, "does not say rope_theta"),
     "none a token": ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
@@ -528,6 +535,17 @@ def test_a_manifest_that_cannot_be_believed_is_not_used(
     assert result.exit_code == 0, result.stderr
     assert "its moemerge.json is not used: " in result.stderr
     assert verify_checkpoint(tmp_path / "out").compared
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_mixture_that_no_merge_makes_is_taken_apart_but_for_its_body(
+    fused: bool, tmp_path: Path
+) -> None:
+    moe = make_mixture(tmp_path / "moe", "olmoe", fused)
+    drop(str(moe), "1", tmp_path / "fewer")
+    assert logits(tmp_path / "fewer").isfinite().all()
+    with pytest.raises(InputError, match="whose body is no"):
+        extract(str(moe), "0", tmp_path / "out")
 
 
 def test_an_expert_with_a_hole_is_refused(mixtures: dict[str, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moemerge.checkpoint.moe_names import FAMILIES, LAYER, Names
+from moemerge.checkpoint.moe_names import LAYER, Names, count_of, names_of
 from moemerge.checkpoint.tensors import ITEMSIZE, Location
 
 MAX_PARTS = 1 << 19
@@ -53,8 +53,8 @@ def views_of(
     """
     if family == "phi3":
         parts = _parts_of_phi3(tensors, config)
-    elif isinstance(family, str) and family in FAMILIES:
-        parts = _parts_of_moe(tensors, FAMILIES[family], config)
+    elif names := names_of(family, tensors):
+        parts = _parts_of_moe(tensors, names, config)
     else:
         return {}
     views: dict[str, View] = {}
@@ -132,7 +132,7 @@ def _parts_of_moe(
     tensors: Mapping[str, Location], names: Names, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, View]]:
     """Each expert's matrices, of one tensor with all experts' gate above up and one with down."""
-    count, hidden = names.count_of(config), config.get("hidden_size")
+    count, hidden = count_of(config), config.get("hidden_size")
     for name, at in tensors.items():
         found = LAYER.fullmatch(name)
         layer, inside = (found[1], found[3]) if found else ("", "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass(frozen=True)
 class Names:
-    """A family's names within a layer, and its config's keys.
+    """A family's names within a layer.
 
     `matrices` are an expert's in the order of `MLP`. Some writer has all experts' in two tensors
     instead, gate above up (E, 2F, D) and down (E, D, F), under names of `uppers` and `lowers`;
@@ -33,17 +33,11 @@ class Names:
     routers: tuple[str, ...]
     uppers: tuple[str, ...]
     lowers: tuple[str, ...]
-    count: tuple[str, ...]
-    inner: str
     stacked: bool = False
 
     def matrix(self, expert: int, which: int) -> str:
         """The name of an expert's matrix, by its place in `MLP`."""
         return f"{self.expert}{expert}.{self.matrices[which]}.weight"
-
-    def count_of(self, config: Mapping[str, Any]) -> object:
-        """What the config says of how many experts there are."""
-        return next((config[key] for key in self.count if key in config), None)
 
 
 _MIXTRAL = Names(
@@ -53,23 +47,12 @@ _MIXTRAL = Names(
     routers=("mlp.gate.weight",),
     uppers=("mlp.experts.gate_up_proj",),
     lowers=("mlp.experts.down_proj",),
-    count=("num_local_experts",),
-    inner="intermediate_size",
 )
 
 
-def _like_qwen(inner: str, *count: str) -> Names:
-    return dataclasses.replace(
-        _MIXTRAL,
-        expert="mlp.experts.",
-        matrices=MLP,
-        router="mlp.gate.weight",
-        routers=(),
-        count=count,
-        inner=inner,
-    )
-
-
+_QWEN = dataclasses.replace(
+    _MIXTRAL, expert="mlp.experts.", matrices=MLP, router="mlp.gate.weight", routers=()
+)
 _GRANITE = Names(
     expert="block_sparse_moe.experts.",
     matrices=MLP,
@@ -77,20 +60,28 @@ _GRANITE = Names(
     routers=("block_sparse_moe.router.weight",),
     uppers=("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
     lowers=("block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"),
-    count=("num_local_experts",),
-    inner="intermediate_size",
     stacked=True,
 )
 
-FAMILIES = {
+_FAMILIES = {
     "mixtral": _MIXTRAL,
-    "qwen2_moe": _like_qwen("moe_intermediate_size", "num_experts"),
-    "qwen3_moe": _like_qwen("moe_intermediate_size", "num_experts", "num_local_experts"),
-    "olmoe": _like_qwen("intermediate_size", "num_experts"),
-    "flex_olmo": _like_qwen("intermediate_size", "num_experts"),
-    "dots1": _like_qwen("moe_intermediate_size", "n_routed_experts"),
-    "glm4_moe": _like_qwen("moe_intermediate_size", "n_routed_experts"),
-    "granitemoe": _GRANITE,
-    "granitemoeshared": _GRANITE,
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "dots1", "glm4_moe"), _QWEN),
+    **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), _GRANITE),
 }
 """By model_type. The names that are not every reader's are those of transformers 5's memory."""
+
+
+def names_of(family: object, tensors: Iterable[str]) -> Names | None:
+    """A family's names; of one that is not known, those by which its `tensors` go, if any."""
+    if isinstance(family, str) and family in _FAMILIES:
+        return _FAMILIES[family]
+    inside = {found[3] for found in map(LAYER.fullmatch, tensors) if found}
+    for names in (_MIXTRAL, _QWEN, _GRANITE):
+        if (names.uppers[0] if names.stacked else names.matrix(0, 0)) in inside:
+            return names
+    return None
+
+
+def count_of(config: Mapping[str, Any]) -> object:
+    """What a config says of how many experts there are."""
+    return next((config[key] for key in COUNTS if key in config), None)
