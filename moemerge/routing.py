@@ -14,6 +14,7 @@ from moemerge import recipe, routing_stats
 from moemerge.body import Body
 from moemerge.calibration import texts_of
 from moemerge.checkpoint import Donor
+from moemerge.checkpoint.moe_names import COUNTS
 from moemerge.compare import other_ids, same_vocabulary
 from moemerge.config import parse_config
 from moemerge.dense import whole_model
@@ -32,7 +33,6 @@ from moemerge.verify import check_shards, open_manifest
 PAGE_TOKENS = 256
 PAGE_PASSAGES = 4
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token")
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 Passages = dict[str, tuple[Prompt, ...]]
 
@@ -60,7 +60,7 @@ def report(
     if manifest:  # what was merged may be looked at
         seed = manifest.plan.seed
         options = dataclasses.replace(options, seed=seed, allow_crimes=True)
-    count = next(int(config[key]) for key in _EXPERTS if key in config)
+    count = next(int(config[key]) for key in COUNTS if key in config)
     per_token = next(int(config[key]) for key in _PER_TOKEN if key in config)
     experts = manifest.plan.experts if manifest else tuple(f"expert {n}" for n in range(count))
     if texts:
@@ -83,7 +83,7 @@ def report(
 def _config_of(out: Path) -> dict[str, Any]:
     try:
         config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
-        numbers = [[config[key] for key in k if key in config] for k in (_EXPERTS, _PER_TOKEN)]
+        numbers = [[config[key] for key in k if key in config] for k in (COUNTS, _PER_TOKEN)]
         if all(of and isinstance(of[0], int) and of[0] > 0 for of in numbers):
             return dict(config)
     except (OSError, ValueError, TypeError, RecursionError):
