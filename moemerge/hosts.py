@@ -114,6 +114,12 @@ def refusals(
     yield from host.refusals(config, mixture)
 
 
+def readers(host: Architecture, config: dict[str, Any], mixture: Mixture) -> tuple[str, ...]:
+    """The programs that compute exactly what this model is."""
+    others = {reader for reader, _ in host.caveats(config, mixture)}
+    return tuple(reader for reader in host.READERS if reader not in others)
+
+
 def _named(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings) -> Host | None:
     name = find_name(str(config.architecture))
     if name is None:
@@ -145,7 +151,8 @@ def _best(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings
             continue
         spare = bool(host.SHARED) and not mixture.shared
         odd = host.SCORES != "softmax" and not asked
-        fitting.append((odd, spare, -len(host.READERS), len(host.FAMILIES), name))
+        exact = readers(host, model, mixture)
+        fitting.append((odd, spare, -len(exact), len(host.FAMILIES), name))
     if not fitting:
         _refuse(config, base, family, refused, findings)
         return None
@@ -154,8 +161,8 @@ def _best(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings
     if name != "mixtral":
         model_type = model.get("saved_as", family)
         shared = " with shared experts" if mixture.shared else ""
-        readers = ", ".join(host.READERS)
-        findings.note(f"architecture: {name}, exact for a {model_type}{shared}; {readers} read it")
+        said = ", ".join(readers(host, model, mixture))
+        findings.note(f"architecture: {name}, exact for a {model_type}{shared}; {said} read it")
     return Host(name, host, _with_options(config, name, mixture, findings))
 
 

@@ -105,10 +105,12 @@ def whole(
     mlp: Callable[[int], Iterator[Slot]],
     qkv_bias: bool | None = None,
     o_bias: bool | None = None,
+    own_head: bool = False,
 ) -> Iterator[Slot]:
-    """Embeddings, layers, final norm, and head unless tied; `mlp` yields each layer's experts.
+    """Embeddings, layers, final norm, and head; `mlp` yields each layer's experts.
 
-    Where the architecture has biases that the dense model has not, they are zeros.
+    Where the architecture has biases that the dense model has not, they are zeros. A tied head is
+    written only with `own_head`, for readers that know none: a copy of the embeddings.
     """
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     yield same("model.embed_tokens.weight", (vocab, hidden))
@@ -118,6 +120,8 @@ def whole(
     yield same("model.norm.weight", (hidden,))
     if not config["tie_word_embeddings"]:
         yield same("lm_head.weight", (vocab, hidden))
+    elif own_head:
+        yield Slot("lm_head.weight", (vocab, hidden), FromBody("model.embed_tokens.weight"))
 
 
 def _attention(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from babies import LLAMA3_ROPE, make_adapter, make_model, simple_config, write_config
+from babies import SIZES, make_adapter, make_model, simple_config, write_config
+from smollm2 import model_dir
+from test_laws import BODIES, HOSTED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moemerge import merge, verify_checkpoint
+from moemerge import architectures, hosts, merge, verify_checkpoint
+from moemerge.checkpoint import normalise
+from moemerge.slots import Mixture
 
 ROOT = Path(__file__).resolve().parent.parent
 READERS = {
@@ -43,17 +49,28 @@ def python_of(environment: str) -> str:
 
 def read(reader: str, model: Path, work: Path, **request: Any) -> dict[str, Any]:
     """Run a reader on a model; nothing may be missing, unexpected or of another shape."""
+    [response] = read_all(reader, [model], work, **request)
+    assert fits(response), (reader, response)
+    return response
+
+
+def read_all(reader: str, models: list[Path], work: Path, **request: Any) -> list[dict[str, Any]]:
+    """Run a reader on some models, whatever comes of it."""
     environment, program = READERS[reader]
     work.mkdir()
     (work / "request.json").write_text(json.dumps(request))
     files = [work / "request.json", work / "response.json"]
-    command = [python_of(environment), ROOT / "tests/readers" / program, model, *files]
+    command = [python_of(environment), ROOT / "tests/readers" / program, *models, *files]
     done = subprocess.run([*command, "--work", work], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    response: dict[str, Any] = json.loads((work / "response.json").read_text())
-    for kind in ("missing", "unexpected", "mismatched"):
-        assert response[kind] == [], (reader, kind)
-    return response
+    responses: list[dict[str, Any]] = json.loads((work / "response.json").read_text())
+    return responses
+
+
+def fits(response: dict[str, Any]) -> bool:
+    """Whether a reader could read a model, and every tensor had its place."""
+    kinds = ("missing", "unexpected", "mismatched")
+    return "error" not in response and not any(response[kind] for kind in kinds)
 
 
 @pytest.fixture(scope="module")
@@ -101,33 +118,62 @@ def test_a_real_model_says_what_the_dense_one_says(
             assert difference <= tolerance * np.abs(expected).max()
 
 
-BODIES: dict[str, dict[str, Any]] = {
-    "llama3 rope": {"rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0},
-    "mistral window and head_dim": {"family": "mistral", "sliding_window": 7, "head_dim": 16},
-}
+def differ(one: dict[str, Any], two: dict[str, Any]) -> float:
+    """The largest difference of the logits."""
+    arrays = [np.load(each["logits_npy"]) for each in (one, two)]
+    return max(float(np.abs(arrays[0][name] - arrays[1][name]).max()) for name in arrays[0])
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_transformers_4_computes_what_5_computes(tmp_path: Path, body: str) -> None:
-    """The config is written in both dialects: rope and window mean the same to either version."""
-    base = make_model(tmp_path / "base", dialect=5, **BODIES[body])
-    expert = make_model(tmp_path / "expert", seed=1, **BODIES[body])
-    merge(write_config(tmp_path / "c.yaml", simple_config(base, [base, expert])), tmp_path / "out")
-    ids = [[1, *range(3, 40)]]
+@pytest.fixture(scope="module")
+def in_transformers(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[dict[str, Any]]]:
+    """Of each architecture and body, the dense model, mixtures of it alone and of others too, as
+    the two transformers read them. A process reads them all: to start it takes longest."""
+    root = tmp_path_factory.mktemp("all")
+    models: dict[Any, Path] = {}
+    for architecture, body in HOSTED:
+        for seed in (0, 1):
+            if (body, seed) not in models:
+                name = f"{body.replace(' ', '-')}-{seed}"
+                models[body, seed] = make_model(root / name, seed=seed, **BODIES[body])
+        base, other = models[body, 0], models[body, 1]
+        head = f"architecture: {architecture}\nexperts_per_token: 2\ngate_mode: cheap_embed"
+        for kind, experts in (("same", [base] * 3), ("other", [base, other, base])):
+            text = simple_config(base, list(experts), head)
+            out = root / f"{architecture}-{body.replace(' ', '-')}-{kind}"
+            merge(write_config(root / "c.yaml", text), out)
+            models[architecture, body, kind] = out
+    asked = {"token_ids": [[1, *range(3, 40)]], "new_tokens": 8, "logits": True}
     found = [
-        np.load(
-            read(
-                f"transformers {version}",
-                tmp_path / "out",
-                tmp_path / version,
-                token_ids=ids,
-                new_tokens=1,
-                logits=True,
-            )["logits_npy"]
-        )["arr_0"]
+        read_all(f"transformers {version}", list(models.values()), root / version, **asked)
         for version in ("5", "4.57")
     ]
-    assert np.abs(found[0] - found[1]).max() <= 1e-5
+    return {key: list(both) for key, both in zip(models, zip(*found, strict=True), strict=True)}
+
+
+@pytest.mark.parametrize(("architecture", "body"), HOSTED)
+def test_transformers_4_computes_what_5_computes(
+    in_transformers: dict[Any, list[dict[str, Any]]], architecture: str, body: str
+) -> None:
+    """The config is written in both dialects, and both know the tensors' names."""
+    mixture = Mixture(3, 2, SIZES["intermediate_size"])
+    caveats = dict(architectures.find(architecture).caveats(config_of(BODIES[body]), mixture))
+    for kind in ("same", "other"):
+        five, four = in_transformers[architecture, body, kind]
+        assert fits(five) and fits(four)
+        assert differ(five, four) <= 1e-5
+        told = "transformers 4.57" in caveats
+        assert (five["generated"] == four["generated"]) != told
+    dense, _ = in_transformers[body, 0]
+    same, _ = in_transformers[architecture, body, "same"]
+    assert (
+        differ(dense, same) <= 1e-5 < differ(same, in_transformers[architecture, body, "other"][0])
+    )
+
+
+def config_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """The dense model's config, everything said."""
+    settings = {"family": "llama", **SIZES, **settings}
+    return normalise({"model_type": settings.pop("family"), **settings})
 
 
 def test_the_real_model_verifies_and_its_adapters_merge(smollm2: Path, tmp_path: Path) -> None:
@@ -136,3 +182,124 @@ def test_the_real_model_verifies_and_its_adapters_merge(smollm2: Path, tmp_path:
     merged = merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
     checked = verify_checkpoint(tmp_path / "out")
     assert checked.compared == checked.tensors - merged.plan.config["num_hidden_layers"]
+
+
+WIDE = {"vocab_size": 49152, "hidden_size": 64, "intermediate_size": 96, "eos_token_id": 2}
+"""Babies that llama.cpp takes: they have SmolLM2's tokenizer, which its converter knows."""
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0 + i / 4 for i in range(8)],
+    "long_factor": [1.0 + i for i in range(8)], "original_max_position_embeddings": 16,
+}  # fmt: skip
+WIDER: dict[str, dict[str, Any]] = {
+    "llama yarn": {"rope_scaling": YARN},
+    "qwen3 yarn": {"family": "qwen3", "head_dim": 16, "rope_scaling": YARN},
+    "qwen3 longrope": {"family": "qwen3", "head_dim": 16, "rope_scaling": LONGROPE},
+    "phi3 longrope": {**BODIES["phi3 longrope"], "rope_scaling": LONGROPE},
+}
+FEATURES = [
+    "llama tied", "llama llama3 rope", "llama linear rope", "llama yarn", "llama head_dim",
+    "phi3 longrope", "mistral window", "qwen2", "qwen2 window", "qwen3 head_dim", "qwen3 biases",
+    "qwen3 window", "qwen3 yarn", "qwen3 longrope", "granite biases",
+]  # fmt: skip
+
+
+def wide(body: str) -> dict[str, Any]:
+    """The settings of a wide model of that body."""
+    settings = {**WIDE, **{**BODIES, **WIDER}[body]}
+    if body not in WIDER and "head_dim" in settings:
+        settings["head_dim"] *= 2
+    return settings
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mixture of three wide models; `always` has a shared expert that is always on."""
+
+    architecture: str
+    body: str
+    per_token: int = 2
+    always: bool = False
+
+    @property
+    def name(self) -> str:
+        """llama.cpp takes a model for another by `phi3` in its name."""
+        body = self.body.replace(" ", "-").replace("phi3", "phi")
+        return f"{self.architecture}-{body}-{self.per_token}-{self.always}"
+
+    @property
+    def caveats(self) -> dict[str, str] | None:
+        """What the architecture says of readers; None if it does not take the model."""
+        host, config = architectures.find(self.architecture), config_of(wide(self.body))
+        mixture = Mixture(3, self.per_token, WIDE["intermediate_size"], int(self.always))
+        refused = any(hosts.refusals(host, self.architecture, config, mixture))
+        return None if refused else dict(host.caveats(config, mixture))
+
+    def write(self, root: Path) -> Path:
+        """Merge it, of models that are made if need be."""
+        models = [root / f"{self.body.replace(' ', '-')}-{seed}" for seed in range(3)]
+        for seed, model in enumerate(models):
+            if not model.exists():
+                make_model(model, seed=seed, **wide(self.body))
+                for name in ("tokenizer.json", "tokenizer_config.json"):
+                    shutil.copy(model_dir() / name, model / name)
+                (model / "chat_template.jinja").unlink()
+        head = f"architecture: {self.architecture}\nexperts_per_token: {self.per_token}"
+        text = simple_config(models[0], list(models), f"{head}\ngate_mode: cheap_embed")
+        if self.always:
+            text += f"shared_experts: [{{ source_model: {models[1]} }}]\n"
+        merge(write_config(root / "c.yaml", text), root / self.name)
+        return root / self.name
+
+
+def cases() -> list[Case]:
+    """What readers may differ in. With all its experts active, a qwen2_moe shows what else than
+    their weights they take otherwise."""
+    found = []
+    for name in architectures.names():
+        if not ELSEWHERE & set(architectures.find(name).READERS):
+            continue
+        count = 3 if name == "qwen2_moe" else 2
+        fitting = [Case(name, body, count) for body in FEATURES]
+        fitting = [case for case in fitting if case.caveats is not None]
+        body = fitting[0].body
+        routing = [Case(name, body, 1), Case(name, body, 2), Case(name, body, count, True)]
+        found += [*fitting, *(case for case in routing if case.caveats is not None)]
+    return list(dict.fromkeys(found))
+
+
+ELSEWHERE = {"llama.cpp", "mlx-lm"}
+CASES = cases()
+
+
+@pytest.fixture(scope="module")
+def elsewhere(
+    smollm2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[Case, str], dict[str, Any]]:
+    """What each reader that a case's architecture names makes of it."""
+    root = tmp_path_factory.mktemp("wide")
+    models = {case: case.write(root) for case in CASES}
+    asked = {"token_ids": [[1, *range(300, 340)], [5, 77, 1000, 2000]], "new_tokens": 16}
+    found = {}
+    for reader in ("transformers 5", *sorted(ELSEWHERE)):
+        takes = [case for case in CASES if reader in architectures.find(case.architecture).READERS]
+        paths = [models[case] for case in takes]
+        read = read_all(reader, paths, root / reader.replace(" ", "-"), **asked)
+        found |= {(case, reader): one for case, one in zip(takes, read, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_reader_says_the_same_or_plan_says_that_it_does_not(
+    elsewhere: dict[tuple[Case, str], dict[str, Any]], case: Case
+) -> None:
+    expected = elsewhere[case, "transformers 5"]
+    assert fits(expected)
+    assert case.caveats is not None
+    for reader in ELSEWHERE & set(architectures.find(case.architecture).READERS):
+        found = elsewhere[case, reader]
+        same = fits(found) and found["generated"] == expected["generated"]
+        assert same != (reader in case.caveats), (reader, case.caveats, found)
+        if "cannot" in case.caveats.get(reader, ""):
+            assert not fits(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 from moemerge.slots import Mixture, Slot
@@ -15,6 +15,11 @@ _CARRIED = (
     "num_key_value_heads", "pad_token_id", "rms_norm_eps", "rope_parameters", "rope_scaling",
     "rope_theta", "sliding_window", "tie_word_embeddings", "vocab_size",
 )  # fmt: skip
+
+
+LLAMA_CPP_ROPE = frozenset({"linear", "yarn", "dynamic"})
+"""What llama.cpp knows in every graph; it never goes where dynamic begins, beyond the trained
+length."""
 
 
 class Architecture(Protocol):
@@ -73,6 +78,7 @@ def common(
     """What every config.json says: the base's own values, for defaults differ by family."""
     return {
         **{key: config.get(key) for key in _CARRIED},
+        **_longrope(config),
         "num_experts_per_tok": mixture.per_token,
         **training,
         **dict(mixture.training),
@@ -80,6 +86,19 @@ def common(
         "torch_dtype": dtype,
         "use_cache": True,
     }
+
+
+def _longrope(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4 wants beside longrope's own keys: the trained length, and `factor`."""
+    forms = ("rope_scaling", "rope_parameters")
+    rope = config["rope_scaling"] or {}
+    if rope.get("rope_type") != "longrope":
+        return {}
+    length = config["max_position_embeddings"]
+    trained = rope.get("original_max_position_embeddings", length)
+    more = {"factor": rope.get("factor") or length / trained}
+    both = {form: {**config[form], **more} for form in forms}
+    return {**both, "original_max_position_embeddings": trained}
 
 
 def no_biases(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
@@ -108,6 +127,35 @@ def no_head_dim(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         what = f"has head_dim {config['head_dim']}, which a {name} has no place for"
         yield what, "a mixtral or glm4_moe could hold it"
+
+
+def no_loading(config: dict[str, Any], name: str, *readers: str) -> Iterator[tuple[str, str]]:
+    """The caveat of readers that have no attention biases."""
+    if config["qkv_bias"] or config["o_bias"]:
+        for reader in readers:
+            yield reader, f"{reader} cannot load it: its {name} has no attention biases"
+
+
+def other_rope(
+    config: dict[str, Any], reader: str, known: Collection[str] = ()
+) -> Iterator[tuple[str, str]]:
+    """The caveat of a reader that knows few kinds of rope scaling, or none."""
+    kind = (config["rope_scaling"] or {}).get("rope_type")
+    if kind and kind not in known:
+        yield reader, f"{reader} ignores its rope scaling ({kind}): expect other text from it"
+
+
+def long_factors(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The caveat of mlx-lm where it knows longrope: it has no short sequences."""
+    if (config["rope_scaling"] or {}).get("rope_type") == "longrope":
+        what = "takes longrope's long factors at every length: expect other text from it"
+        yield "mlx-lm", f"mlx-lm {what}"
+
+
+def one_alone(mixture: Mixture) -> Iterator[tuple[str, str]]:
+    """The caveat of mlx-lm, which weighs a single expert a token by its sigmoid, not by 1."""
+    if mixture.per_token == 1:
+        yield "mlx-lm", "mlx-lm does not renormalise one expert a token: expect other text from it"
 
 
 def beyond_window(config: dict[str, Any], *readers: str) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moemerge.architectures import beyond_window, glm4_moe, one_kind
+from moemerge.architectures import (
+    beyond_window,
+    glm4_moe,
+    long_factors,
+    no_loading,
+    one_alone,
+    one_kind,
+)
 from moemerge.slots import Mixture, Slot, whole
 
 FAMILIES = ("qwen3",)
@@ -24,7 +31,10 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """Read in mlx-lm's dots1.py, November 2026; llama.cpp refuses grouped queries."""
+    """Measured in November 2026; llama.cpp refuses grouped queries."""
+    yield from no_loading(config, "dots1", "mlx-lm")
+    yield from long_factors(config)
+    yield from one_alone(mixture)
     yield from beyond_window(config, "mlx-lm")
 
 

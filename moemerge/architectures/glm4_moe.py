@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moemerge.architectures import common, no_window, one_kind
+from moemerge.architectures import common, no_window, one_alone, one_kind, other_rope
 from moemerge.slots import (
     DOWN,
     GATE,
@@ -66,14 +66,14 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """mlx-lm's glm4_moe.py was read; llama.cpp's converter wants GLM's own vocabulary."""
-    if config["tie_word_embeddings"]:
-        yield "mlx-lm", "mlx-lm cannot load it: it wants a glm4_moe's lm_head, and this one is tied"
+    """Measured in November 2026; llama.cpp's converter wants GLM's own vocabulary."""
+    yield from other_rope(config, "mlx-lm")
+    yield from one_alone(mixture)
 
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
     """The dense tensors under their own names, routers, biases, experts and shared ones."""
-    return whole(config, lambda layer: experts(config, mixture, layer))
+    return whole(config, lambda layer: experts(config, mixture, layer), own_head=True)
 
 
 def experts(config: dict[str, Any], mixture: Mixture, layer: int) -> Iterator[Slot]:

@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moemerge.architectures import common, no_head_dim, no_window, one_kind
+from moemerge.architectures import (
+    LLAMA_CPP_ROPE,
+    common,
+    long_factors,
+    no_head_dim,
+    no_window,
+    one_kind,
+    other_rope,
+)
 from moemerge.slots import (
     DOWN,
     GATE,
@@ -42,10 +50,16 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """Read in llama.cpp's granite graph and mlx-lm's granitemoe.py, November 2026."""
-    if config["qkv_bias"] or config["o_bias"]:
-        for reader in ("mlx-lm", "llama.cpp"):
-            yield reader, f"{reader} has no biases in a granitemoe's attention: it cannot load it"
+    """Measured in November 2026."""
+    yield from caveats_of_llama_cpp(config)
+    yield from long_factors(config)
+
+
+def caveats_of_llama_cpp(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Rope that its granite graph has not."""
+    if (config["rope_scaling"] or {}).get("rope_type") == "llama3":
+        yield "llama.cpp", "llama.cpp cannot convert it: its granite has no rope of type llama3"
+    yield from other_rope(config, "llama.cpp", LLAMA_CPP_ROPE | {"llama3"})
 
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:

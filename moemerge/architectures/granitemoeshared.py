@@ -18,7 +18,12 @@ READERS = ("transformers 4.57", "transformers 5", "llama.cpp", "vLLM")
 ALIASES = ()
 TRAINING = granitemoe.TRAINING
 
-refusals, caveats = granitemoe.refusals, granitemoe.caveats
+refusals = granitemoe.refusals
+
+
+def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
+    """A granitemoe's, of the readers that it has."""
+    yield from granitemoe.caveats_of_llama_cpp(config)
 
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:

@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moemerge.architectures import beyond_window, common, no_biases
+from moemerge.architectures import (
+    LLAMA_CPP_ROPE,
+    beyond_window,
+    common,
+    no_biases,
+    other_rope,
+)
 from moemerge.slots import DOWN, GATE, LAYER, UP, Mixture, Slot, projection, router, whole
 
 FAMILIES = ("llama", "mistral")
@@ -32,13 +38,12 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """Read in mlx-lm's mixtral.py and llama.cpp's llama graph, November 2026."""
+    """Measured in November 2026."""
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         head = config["head_dim"]
         yield "mlx-lm", f"mlx-lm cannot load it: its Mixtral has no head_dim ({head} here)"
-    if config["rope_scaling"]:
-        kind = config["rope_scaling"]["rope_type"]
-        yield "mlx-lm", f"mlx-lm ignores its rope scaling ({kind}): expect other text from it"
+    yield from other_rope(config, "mlx-lm")
+    yield from other_rope(config, "llama.cpp", LLAMA_CPP_ROPE | {"llama3"})
     yield from beyond_window(config, "mlx-lm", "llama.cpp")
 
 

@@ -1,7 +1,7 @@
 """qwen2_moe: softmax top-k experts, one more that a sigmoid gate scales, biases on q, k and v.
 
-Without shared experts that one is zeros. Where no prompts gate it, its gate is zero, which is
-sigmoid's half, and its down projection is doubled: always on, at full weight, exactly.
+Without shared experts that one is zeros. Where no prompts gate it, its gate is all but zero, which
+is sigmoid's half, and its down projection is doubled: always on, at full weight, exactly.
 """
 
 from __future__ import annotations
@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moemerge.architectures import common, no_head_dim, one_kind
+from moemerge.architectures import (
+    LLAMA_CPP_ROPE,
+    beyond_window,
+    common,
+    no_head_dim,
+    one_kind,
+    other_rope,
+)
 from moemerge.slots import (
     DOWN,
     GATE,
@@ -31,6 +38,9 @@ READERS = ("transformers 4.57", "transformers 5", "mlx-lm", "vLLM", "llama.cpp")
 ALIASES = ("qwen", "qwen2")
 TRAINING = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
 
+_HALF = 1e-12
+"""A gate's weights whose sigmoid is a half, exactly: llama.cpp makes NaN of a logit of zero."""
+
 _IDLE = 256
 """Neurons of a shared expert of zeros; quantised formats want their blocks full."""
 
@@ -44,18 +54,18 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """Read in llama.cpp's qwen2moe graph, which was measured too, and mlx-lm's qwen2_moe.py."""
-    if mixture.per_token < mixture.experts:
-        what = "llama.cpp does not renormalise a qwen2_moe's routing weights: expect other text"
-        yield "llama.cpp", what
-    if mixture.shared and not mixture.gated:
-        what = "llama.cpp makes NaN of a shared expert's gate of zero: give it positive_prompts"
-        yield "llama.cpp", what
+    """Measured in November 2026."""
+    for reader in ("llama.cpp", "mlx-lm"):
+        if mixture.per_token < mixture.experts:
+            what = "does not renormalise a qwen2_moe's routing weights: expect other text from it"
+            yield reader, f"{reader} {what}"
+        yield from beyond_window(config, reader)
+    yield from other_rope(config, "llama.cpp", LLAMA_CPP_ROPE)
+    if config["rope_scaling"]:
+        yield "mlx-lm", "mlx-lm cannot load it: its qwen2_moe knows no rope scaling"
     if config["sliding_window"]:
-        window = config["sliding_window"]
-        for reader in ("mlx-lm", "llama.cpp"):
-            yield reader, f"{reader} attends beyond its sliding window ({window} tokens)"
-    yield "mlx-lm", "mlx-lm renormalises no routing weights of a qwen2_moe: expect other text"
+        what = "loses a qwen2_moe's sliding window as it generates: say use_cache=False"
+        yield "transformers 4.57", f"transformers 4.57 {what}"
 
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
@@ -72,10 +82,10 @@ def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
             else:
                 shape = (hidden, idle) if which == DOWN else (idle, hidden)
                 yield Slot(full, shape, Constant(0.0))
-        gate = Made("shared gate") if mixture.gated else Constant(0.0 if mixture.shared else 1e-3)
+        gate = Made("shared gate") if mixture.gated else Constant(_HALF)
         yield Slot(f"{block}shared_expert_gate.weight", (1, hidden), gate)
 
-    return whole(config, mlp, qkv_bias=True)
+    return whole(config, mlp, qkv_bias=True, own_head=True)
 
 
 def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moemerge.architectures import beyond_window, common, one_kind
+from moemerge.architectures import (
+    LLAMA_CPP_ROPE,
+    beyond_window,
+    common,
+    no_loading,
+    one_kind,
+    other_rope,
+)
 from moemerge.slots import Mixture, Slot, routed, whole
 
 FAMILIES = ("qwen3",)
@@ -22,10 +29,10 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """Read in mlx-lm's qwen3_moe.py and llama.cpp's qwen3moe graph, November 2026."""
-    if config["qkv_bias"]:
-        for reader in ("mlx-lm", "llama.cpp"):
-            yield reader, f"{reader} cannot load it: its Qwen3-MoE has no attention biases"
+    """Measured in November 2026."""
+    yield from no_loading(config, "qwen3_moe", "mlx-lm", "llama.cpp")
+    yield from other_rope(config, "mlx-lm")
+    yield from other_rope(config, "llama.cpp", LLAMA_CPP_ROPE)
     yield from beyond_window(config, "mlx-lm", "llama.cpp")
 
 

