@@ -118,6 +118,28 @@ def test_a_real_model_says_what_the_dense_one_says(
             assert difference <= tolerance * np.abs(expected).max()
 
 
+def of_llama() -> list[str]:
+    """The architectures beside mixtral that hold a Llama."""
+    names = architectures.names()
+    return [n for n in names if "llama" in architectures.find(n).FAMILIES and n != "mixtral"]
+
+
+@pytest.mark.parametrize("architecture", of_llama())
+def test_a_real_model_says_the_same_in_every_architecture(
+    architecture: str, smollm2: Path, dense: dict[str, Any], tmp_path: Path
+) -> None:
+    head = f"architecture: {architecture}\nexperts_per_token: 2\ngate_mode: random"
+    config = write_config(tmp_path / "c.yaml", simple_config(smollm2, [smollm2] * 2, head))
+    merge(config, tmp_path / "out")
+    asked = {"prompts": PROMPTS[:1], "new_tokens": 4, "logits": True}
+    for version in ("5", "4.57"):
+        found = read(f"transformers {version}", tmp_path / "out", tmp_path / version, **asked)
+        assert found["generated"] == [dense["generated"][0][:4]]
+        expected = dense["logits"][0]
+        difference = np.abs(np.load(found["logits_npy"])["arr_0"] - expected).max()
+        assert difference <= 1e-5 * np.abs(expected).max()
+
+
 def differ(one: dict[str, Any], two: dict[str, Any]) -> float:
     """The largest difference of the logits."""
     arrays = [np.load(each["logits_npy"]) for each in (one, two)]
