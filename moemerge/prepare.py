@@ -150,7 +150,9 @@ class _Preparation:
                 config=config,
                 options=options,
                 host=host,
-                parts=Parts(body, self._routed(there, base), self._shared(base, always, host)),
+                parts=Parts(
+                    body, self._routed(there, base, host), self._shared(base, always, host)
+                ),
                 donors=tuple(there),
                 shared=always,
                 uses=gate.USES,
@@ -161,6 +163,12 @@ class _Preparation:
             self.opener.opened.values(),
             findings,
         )
+        factor = self._factor(host)
+        if plan.dtype != "F32" and factor & (factor - 1):
+            findings.note(
+                f"down projections are multiplied by {factor}, which rounds them in "
+                f"{plan.config['dtype']}; a power of two, or dtype: float32, keeps them exact"
+            )
         carried = output.carried_files(vocabulary, options.copy_tokenizer)
         output.check_carried(vocabulary, carried, base.where, findings)
         self._check_output(out, plan, carried)
@@ -235,7 +243,7 @@ class _Preparation:
                 shared=self.split.shared,
             )
             wrong = any(self.split.problems(inner))
-            return None if wrong else find_host(config, base, mixture, self.findings)
+            return None if wrong else self._scaling(find_host(config, base, mixture, self.findings))
         pieces = max(config.segments, 1)
         if config.segments < 1 or not isinstance(inner, int) or inner % pieces:
             what, fix = f"is {config.segments}", f"write a divisor of {inner}, their neurons"
@@ -248,20 +256,36 @@ class _Preparation:
             shared=len(config.shared_experts) * pieces,
             gated=any(expert.positive_prompts for expert in config.shared_experts),
         )
-        return find_host(config, base, mixture, self.findings)
+        return self._scaling(find_host(config, base, mixture, self.findings))
 
-    def _routed(self, donors: list[Donor], base: Donor) -> tuple[Member, ...]:
-        """Each expert, or each of its segments in turn, whose parts of a sum need no less weight
-        than the whole: the router shares one expert's weight among them all."""
-        pieces, split = self.config.segments, self.split
+    @property
+    def _parts(self) -> int:
+        """Among how many slices or segments a router shares what one MLP would weigh: what they add
+        is multiplied by it."""
+        return self.split.per_token(self.config) if self.split else self.config.segments
+
+    def _scaling(self, host: Host | None) -> Host | None:
+        """The host; it multiplies what is chosen itself if it can, and weights stay as they are."""
+        if host is None or host.mixture.settings is None or host.architecture.SCORES != "sigmoid":
+            return host
+        own = host.mixture.settings
+        own = replace(own, routed_scaling_factor=own.routed_scaling_factor * self._parts)
+        return replace(host, mixture=replace(host.mixture, settings=own))
+
+    def _factor(self, host: Host) -> int:
+        """What down projections are multiplied by."""
+        return 1 if host.architecture.SCORES == "sigmoid" else self._parts
+
+    def _routed(self, donors: list[Donor], base: Donor, host: Host) -> tuple[Member, ...]:
+        """Each expert, or each of its segments or of the base model's slices in turn."""
+        pieces, split, factor = self.config.segments, self.split, self._factor(host)
         if split:
-            numbers = range(split.shared, split.slices)
-            return self._slices(base, numbers, split.per_token(self.config))
+            return self._slices(base, range(split.shared, split.slices), factor)
         inner = base.model.config["intermediate_size"] // pieces
         if pieces == 1:
             return tuple(map(Member, donors, self.config.experts))
         return tuple(
-            Member(donor, said, at * inner, (at + 1) * inner, factor=pieces)
+            Member(donor, said, at * inner, (at + 1) * inner, factor)
             for donor, said in zip(donors, self.config.experts, strict=True)
             for at in range(pieces)
         )
@@ -306,7 +330,8 @@ class _Preparation:
                     note(f"{flags[option]} has no effect: gate_mode: {mode} runs no model")
         noise = self.config.draws
         if "seed" in flags and "seed" not in gate.USES and not noise:
-            note(f"--seed has no effect: gate_mode: {mode} without noise_scale or renew draws nothing")
+            without = "without noise_scale or renew"
+            note(f"--seed has no effect: gate_mode: {mode} {without} draws nothing")
         opened = self.opener.opened
         if "cache_dir" in flags and all(reference.directory for reference in opened):
             note("--cache-dir has no effect: no source is on the Hub")
