@@ -43,6 +43,15 @@ def texts_of(path: Path) -> list[str]:
     Raises:
         ValueError: it cannot be read, or a line is no JSON object with text; says which.
     """
+    return list(_texts(rows_of(path), str(path)))
+
+
+def rows_of(path: Path) -> list[Any]:
+    """The rows of a jsonl as they stand, or of any other file one, its text as a `text` column.
+
+    Raises:
+        ValueError: it cannot be read; says why.
+    """
     try:
         content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -50,13 +59,12 @@ def texts_of(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text") from error
     if path.suffix not in (".jsonl", ".json"):
-        return [content] if content.strip() else []
+        return [{"text": content}] if content.strip() else []
     lines = [line for line in content.split("\n") if line.strip()]  # U+2028 may stand in a text
     try:
-        rows = [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not jsonl, one JSON object a line ({error})") from error
-    return list(_texts(rows, str(path)))
 
 
 def documents_of(named: str, beside: Path | None) -> list[str]:

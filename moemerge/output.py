@@ -45,7 +45,7 @@ class Manifest:
     `files` maps each name to its `bytes` and `xxh3` (64 bits, hex); `OWN_FILES`, which the plan
     decides or a person may edit, have neither. `routing` is how the routers do on the prompts,
     `folder` where the config file stood, to which its relative paths relate, `card` what a person
-    wanted of the card.
+    wanted of the card, `tuned` how the routers were trained, if they were.
     """
 
     config: str
@@ -55,6 +55,7 @@ class Manifest:
     folder: str | None = None
     version: str = __version__
     card: dict[str, Any] = field(default_factory=dict)
+    tuned: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain data."""
@@ -69,6 +70,7 @@ class Manifest:
             "files": self.files,
             "routing": self.routing,
             "card": self.card,
+            **({"tuned": self.tuned} if self.tuned else {}),
             "plan": plan,
         }
 
@@ -99,6 +101,7 @@ def read_manifest(out: Path) -> Manifest:
             data.get("folder"),
             data["moemerge"],
             dict(data.get("card", {})),
+            dict(data.get("tuned", {})),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it lacks or mistypes {error}") from error

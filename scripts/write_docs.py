@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ["", "merge", "split", "plan", "architectures", "verify", "push", "routing", "regate",
-            "repair", "extract", "add", "drop", "top-k"]  # fmt: skip
+            "tune", "repair", "extract", "add", "drop", "top-k"]  # fmt: skip
 BESIDE = {
     "examples/configs/": "every file is a test",
     "examples/experts/": "four small LoRA experts, and how they were trained",

@@ -20,6 +20,7 @@ from moemerge.cli.options import (
     BUILDING,
     GATING,
     READING,
+    TUNING,
     UNHEARD,
     meaningful,
     with_options,
@@ -275,6 +276,83 @@ def regate(out: Out, config: Config, options: Options, terminal: Terminal) -> No
     terminal.result(f"{out}: new routers, gate_mode {merged.plan.gate_mode}")
     for line in router_lines(merged):
         terminal.result(line)
+
+
+@app.command()
+@with_options(*TUNING)
+def tune(
+    out: Out,
+    options: Options,
+    terminal: Terminal,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            show_default=False,
+            help="Text to learn from, plain or jsonl; again for more.",
+        ),
+    ] = None,
+    only: Annotated[
+        str,
+        typer.Option(
+            "--only",
+            metavar="routers",
+            show_default=False,
+            help="What is trained; all else is frozen.",
+        ),
+    ] = "",
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Give it back the routers from before the last tuning.")
+    ] = False,
+    steps: Annotated[int, typer.Option("--steps", help="At most so many.")] = 100,
+    batch: Annotated[int, typer.Option("--batch", help="Passages a step.")] = 8,
+    length: Annotated[int, typer.Option("--length", help="Tokens a passage, at most.")] = 256,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", help="Its highest; then a cosine.")
+    ] = 5e-3,
+    held_out: Annotated[
+        float, typer.Option("--held-out", help="The share of the data never trained on.")
+    ] = 0.1,
+    balance: Annotated[
+        float | None,
+        typer.Option(
+            "--balance",
+            show_default=False,
+            help="The weight of the load-balancing loss, if not as config.json says.",
+        ),
+    ] = None,
+    distil: Annotated[
+        float,
+        typer.Option(
+            "--distil",
+            help="The share of the loss that is the distance to what the best "
+            "expert for each passage says alone.",
+        ),
+    ] = 0.0,
+) -> None:
+    """Train the routers of the mixture in OUT; the rest is frozen, and the best step is kept."""
+    from moemerge.router_training import shape
+    from moemerge.tune import tune
+    from moemerge.tune import undo as undo_tuning
+    from moemerge.tuning import Tuning
+
+    if undo:
+        undo_tuning(out, terminal)
+        terminal.result(f"{out}: has the routers from before its last tuning")
+        return
+    if only != "routers":
+        what = f"is {only!r}" if only else "is missing"
+        raise InputError([Problem("--only", what, "write --only routers")])
+    tuning = Tuning(
+        tuple(data or ()), steps, batch, length, learning_rate, held_out, balance, distil
+    )
+    done = tune(out, tuning, options, terminal)
+    trained = done.trained
+    terminal.result(
+        f"{out}: held-out loss {trained.before:.4f} to {trained.after:.4f} at step {trained.best}, "
+        f"{done.seconds:.0f} s ({shape(trained.curve)})"
+    )
 
 
 Moe = Annotated[str, typer.Argument(metavar="MOE", help="A mixture: a directory or user/name.")]

@@ -158,6 +158,9 @@ OPTIONS = {
 READING = ("lazy", "device", "cuda", "cache_dir", "quiet")
 """Those of a command that runs models and writes none."""
 
+TUNING = ("seed", "device", "cuda", "load_in_4bit", "cache_dir", "quiet", "verbose")
+"""Those of a command that trains."""
+
 BUILDING = ("overwrite", "verify", "copy_tokenizer", "jobs", "direct", "checksums", "cache_dir",
             "stream", "quiet", "verbose")  # fmt: skip
 """Those of a command that makes one model out of another's files."""

@@ -1,0 +1,247 @@
+"""A mixture in transformers as training wants it: every expert's matrices are linears of their own.
+
+transformers 5 keeps a layer's experts in two tensors, which bitsandbytes leaves in full size and
+whose gradients are as large as they are. Here an expert is three linears, as in the files: they are
+quantised one by one while they are read, an adapter sits on each, and no gradient of a frozen
+weight, nor a frozen weight in full size, outlives the product that it is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from moemerge import recipe
+from moemerge.checkpoint import fetch
+from moemerge.dense import available_memory, pick_device
+from moemerge.errors import Findings, RunError
+from moemerge.moe import Moe, Part
+from moemerge.options import Options
+from moemerge.reporting import Reporter, size
+
+if TYPE_CHECKING:
+    import torch
+
+_WHOLE = ("lm_head", "shared_expert_gate", "gate", "router", "layer")
+"""The linears that are neither quantised nor adapted: the head, and what routes."""
+
+_FOUR_BITS = 4.13 / 8
+"""Bytes a parameter in NF4 with doubly quantised statistics: 4 bits, 8/64 and 32/256/64."""
+
+
+def is_plain(name: str) -> bool:
+    """Whether a linear of that name is one to quantise and to adapt."""
+    return name.rpartition(".")[2] not in _WHOLE
+
+
+def check_memory(moe: Moe, options: Options, findings: Findings) -> None:
+    """Record a model too large for the memory at hand, where that can be told."""
+    free = available_memory()
+    needed = memory_of(moe, options.load_in_4bit)
+    if free is not None and needed > free and pick_device(options.device) == "cpu":
+        what = f"needs {size(needed)} of memory, {size(free)} are free"
+        fix = "pass --load-in-4bit" if not options.load_in_4bit else "use a larger machine"
+        findings.problem(moe.text, what, fix)
+
+
+def memory_of(moe: Moe, four_bits: bool) -> int:
+    """The bytes of its weights in memory; in NF4 all matrices but embeddings, head and routers."""
+    total = 0.0
+    for part in moe.parts:
+        count = 1
+        for length in part.shape:
+            count *= length
+        small = four_bits and _is_quantised(part)
+        total += count * (_FOUR_BITS if small else 4 if part.dtype == "F32" else 2)
+    return round(total)
+
+
+def _is_quantised(part: Part) -> bool:
+    module = part.name.removesuffix(".weight")
+    return bool(part.layer) and len(part.shape) == 2 and not part.made and is_plain(module)
+
+
+def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> Any:
+    """The mixture on its device in `dtype`, all of it frozen; its experts are linears.
+
+    With `options.load_in_4bit` every linear but the head is quantised (NF4, QLoRA: Dettmers et al.
+    2023, https://arxiv.org/abs/2305.14314) as it is read: memory never holds more than that and
+    one matrix.
+
+    Raises:
+        RunError: transformers cannot build it, or the files hold other tensors than it has.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    opened = moe.checkpoint
+    if opened.absent:
+        reporter.say(f"{moe.text}: downloading it into the Hub's cache")
+        opened = fetch(opened, list(opened.tensors), options.cache_dir)
+    config = AutoConfig.from_pretrained(opened.directory)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    _part_experts(model, moe)
+    device = pick_device(options.device)
+    sources = {moe.text: opened.tensors}
+    names = set(model.state_dict())
+    with reporter.progress("loading the mixture", len(moe.parts), "tensor") as advance:
+        for part in moe.parts:
+            name = next((one for one in _names_in_memory(part, moe) if one in names), None)
+            if name is None:
+                raise RunError(f"{moe.text}: {part.name} has no place in transformers' model")
+            names.remove(name)
+            value = recipe.load(part.name, part.shape, part.recipe, sources)
+            _place(model, name, value, dtype, device, options.load_in_4bit)
+            advance(1)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+        names.discard("lm_head.weight")
+    if names:
+        raise RunError(f"{moe.text}: lacks {min(names)} and {len(names) - 1} more tensors")
+    model.requires_grad_(False)
+    model.model.rotary_emb.to(device)
+    model.is_loaded_in_4bit = options.load_in_4bit  # by which PEFT knows what to put on its linears
+    model.name_or_path = moe.text
+    config.model_type = f"{moe.family}, experts apart"  # else PEFT looks for them where they were
+    return model
+
+
+def routers_of(model: Any, moe: Moe) -> dict[str, torch.nn.Parameter]:
+    """The routers' weights (E, D) by their names in the files."""
+    parameters = dict(model.named_parameters())
+    return {
+        part.name: next(parameters[one] for one in _names_in_memory(part, moe) if one in parameters)
+        for part in moe.parts
+        if part.made == "router"
+    }
+
+
+def name_in_files(name: str, moe: Moe) -> str:
+    """What a module or tensor of the model in memory is called in the files of its family."""
+    own, ours = moe.tensors.expert, f"{_block(moe)}.experts."
+    return name.replace(f".{ours}", f".{own}") if ours != own else name
+
+
+def experts_of(model: Any) -> list[Any]:
+    """Every layer's experts; `only` may name the one that all tokens are to go through."""
+    return [module for module in model.modules() if type(module).__name__ == "ExpertsApart"]
+
+
+def _block(moe: Moe) -> str:
+    """A layer's module in memory that holds the experts."""
+    return moe.tensors.uppers[0].partition(".")[0]
+
+
+def _names_in_memory(part: Part, moe: Moe) -> Iterator[str]:
+    names = moe.tensors
+    if part.expert is not None:
+        matrix = f"{_block(moe)}.experts.{part.expert}.{names.matrices[part.which]}.weight"
+        yield part.layer + matrix
+    elif part.made == "router":
+        for router in (names.router, *names.routers):
+            yield part.layer + router
+    else:
+        yield part.name
+        yield part.name.replace(".block_sparse_moe.", ".mlp.")
+
+
+def _part_experts(model: Any, moe: Moe) -> None:
+    """Put linears in the place of stacked experts, without memory."""
+    import torch
+
+    stacked = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter)
+    ]
+    for name, module in stacked:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        count, rows, _ = module.gate_up_proj.shape
+        apart = _experts_class()(count, module.down_proj.shape[1], rows // 2, moe, module.act_fn)
+        setattr(parent, name.rpartition(".")[2], apart)
+    if not stacked:
+        raise RunError(f"{moe.text}: its experts are not where transformers 5 keeps them")
+
+
+@lru_cache
+def _experts_class() -> Any:
+    import torch
+
+    class Expert(torch.nn.Module):
+        """One expert: act(x W_gate) * (x W_up), times W_down, for x (T, D)."""
+
+        def __init__(self, hidden: int, inner: int, moe: Moe, act: Any):
+            super().__init__()
+            sizes = ((hidden, inner), (hidden, inner), (inner, hidden))
+            with torch.device("meta"):
+                for name, (wide, high) in zip(moe.tensors.matrices, sizes, strict=True):
+                    self.add_module(name, torch.nn.Linear(wide, high, bias=False))
+            self.act, self.own_names = act, moe.tensors.matrices
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            gate, up, down = (getattr(self, name) for name in self.own_names)
+            made: torch.Tensor = down(self.act(gate(inputs)) * up(inputs))
+            return made
+
+    class ExpertsApart(torch.nn.ModuleList):
+        """A layer's experts; called as transformers calls its own."""
+
+        only: int | None = None
+
+        def __init__(self, count: int, hidden: int, inner: int, moe: Moe, act: Any):
+            super().__init__(Expert(hidden, inner, moe, act) for _ in range(count))
+
+        def forward(
+            self, inputs: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+        ) -> torch.Tensor:
+            if self.only is not None:
+                alone: torch.Tensor = self[self.only](inputs)
+                return alone
+            total = torch.zeros_like(inputs)
+            for number, expert in enumerate(self):
+                tokens, place = torch.where(chosen == number)
+                if len(tokens):
+                    made = expert(inputs[tokens]) * weights[tokens, place, None]
+                    total = total.index_add(0, tokens, made.to(total.dtype))
+            return total
+
+    return ExpertsApart
+
+
+def _place(
+    model: Any, name: str, value: torch.Tensor, dtype: torch.dtype, device: str, four_bits: bool
+) -> None:
+    """Give a tensor its place; a linear's weight is quantised on its way if that is wanted."""
+    import torch
+
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    value = value.to(device, dtype if module.state_dict()[leaf].dtype == dtype else None)
+    if not (four_bits and isinstance(module, torch.nn.Linear) and is_plain(path)):
+        if leaf in module._buffers:
+            module._buffers[leaf] = value
+        else:
+            setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False))
+        return
+    import bitsandbytes as bnb
+
+    if leaf == "bias":
+        module.bias = torch.nn.Parameter(value, requires_grad=False)
+        return
+    made = bnb.nn.Linear4bit(
+        module.in_features,
+        module.out_features,
+        bias=module.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    made.bias = module.bias
+    made.weight = bnb.nn.Params4bit(
+        value, requires_grad=False, compress_statistics=True, quant_type="nf4"
+    ).to(device)
+    model.set_submodule(path, made)

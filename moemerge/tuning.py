@@ -1,0 +1,45 @@
+"""How training is run: one frozen record, checked on creation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moemerge.errors import InputError, Problem
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How much is trained on, and how fast.
+
+    `data` are text or jsonl files; `held_out` is the share of them that is never trained on. A step
+    reads `batch` passages of at most `length` tokens. `balance` weighs the load-balancing loss
+    (None: as config.json says), `distil` the share of the loss that is the distance to the best
+    expert of each text.
+    """
+
+    data: tuple[str, ...] = ()
+    steps: int = 100
+    batch: int = 8
+    length: int = 256
+    learning_rate: float = 5e-3
+    held_out: float = 0.1
+    balance: float | None = None
+    distil: float = 0.0
+    patience: int = 4
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.data:
+            problems.append(Problem("--data", "names no text", "name a text or jsonl file"))
+        for name, low, high in (
+            ("steps", 1, 10**7), ("batch", 1, 4096), ("length", 8, 1 << 20), ("patience", 1, 10**6),
+            ("learning_rate", 1e-9, 10), ("held_out", 1e-6, 0.9), ("distil", 0, 1),
+            ("balance", 0, 1000),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                flag = "--" + name.replace("_", "-")
+                fix = f"write a number from {low:g} to {high:g}"
+                problems.append(Problem(flag, f"is {value}", fix))
+        if problems:
+            raise InputError(problems)

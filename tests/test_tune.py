@@ -1,0 +1,151 @@
+"""Routers trained: one small file changes, the best step is kept, and there is a way back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from babies import WORDS, make_model, simple_config, write_config
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from moemerge import InputError, Options, merge, output, verify_checkpoint
+from moemerge.cli import app
+from moemerge.errors import Findings
+from moemerge.moe import open_moe
+from moemerge.reporting import Silent
+from moemerge.router_training import mean_loss
+from moemerge.training_model import load, memory_of, name_in_files
+from moemerge.training_text import divide, passages_of
+from moemerge.tune import BEFORE, tune, undo
+from moemerge.tuning import Tuning
+
+FAMILIES = ["llama", "qwen2", "qwen3", "granite", "olmo2"]
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(directory.iterdir()) if p.is_file()}
+
+
+def made(folder: Path, family: str = "llama", head: str = "gate_mode: random") -> Path:
+    models = [make_model(folder / f"m{n}", family, seed=n) for n in range(3)]
+    config = write_config(folder / "c.yaml", simple_config(models[0], models, head))
+    merge(config, folder / "out", Options(shard_size="16KB"))
+    return folder / "out"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    path = tmp_path / "data.jsonl"
+    texts = [" ".join(WORDS[at % 7 :: 1 + at % 5]) for at in range(40)]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return str(path)
+
+
+def tuning(data: str, **changes: object) -> Tuning:
+    return Tuning(
+        (data,),
+        **{"steps": 20, "batch": 8, "length": 16, "held_out": 0.5, "patience": 99, **changes},
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_apart_are_the_same_model(tmp_path: Path, family: str) -> None:
+    moe = open_moe(str(made(tmp_path, family)), None, Findings())
+    assert moe
+    ours = load(moe, Options(), Silent(), torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(moe.text, dtype=torch.float32)
+    ids = torch.randint(4, 20, (2, 12))
+    assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-5
+    names = {name_in_files(name, moe) for name in ours.state_dict()}
+    assert {
+        part.name for part in moe.parts if part.expert is not None and not moe.tensors.stacked
+    } <= names
+
+
+def test_four_bits_take_the_memory_that_they_should(tmp_path: Path) -> None:
+    moe = open_moe(str(made(tmp_path)), None, Findings())
+    assert moe
+
+    def held(four_bits: bool) -> int:
+        model = load(moe, Options(load_in_4bit=four_bits), Silent(), torch.float32)
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+
+    assert held(False) == memory_of(moe, False)
+    assert held(True) == pytest.approx(memory_of(moe, True), rel=0.05)
+    assert held(True) < held(False) / 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_learns_and_touches_one_shard(tmp_path: Path, data: str, family: str) -> None:
+    out = made(tmp_path, family)
+    before = files(out)
+    done = tune(out, tuning(data))
+    assert done.trained.after < done.trained.before
+    first = output.read_manifest(out).plan.shards[0]
+    changed = {name for name, content in files(out).items() if before.get(name) != content}
+    assert changed == {first.file, "README.md", "moemerge.json"}
+    verify_checkpoint(out)
+    assert AutoModelForCausalLM.from_pretrained(out)
+    assert b"## Trained routers" in (out / "README.md").read_bytes()
+    assert not (out / ".moemerge").exists()
+    undo(out)
+    assert files(out) == before
+    assert not (out / BEFORE).exists()
+    verify_checkpoint(out)
+
+
+def test_what_is_written_has_the_loss_that_was_told(tmp_path: Path, data: str) -> None:
+    from moemerge.prompts import Encoder
+
+    out = made(tmp_path)
+    done = tune(out, tuning(data))
+    texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]
+    encoder = Encoder(out)
+    held = divide([passages_of(text, encoder, 16, None) for text in texts], 0.5, 0)[1]
+    moe = open_moe(str(out), None, Findings())
+    assert moe
+    model = load(moe, Options(), Silent(), torch.float32)
+    assert mean_loss(model, held, 4) == pytest.approx(done.trained.after, abs=1e-4)
+
+
+def test_it_is_the_same_again_and_never_worse(tmp_path: Path, data: str) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        tune(made(tmp_path / name), tuning(data))
+    first = "model-00001-of-*.safetensors"
+    one, two = (load_file(next((tmp_path / n / "out").glob(first))) for n in "ab")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    before = files(tmp_path / "a/out")
+    worse = tune(tmp_path / "a/out", tuning(data, learning_rate=9.0, steps=4))
+    assert worse.trained.after <= worse.trained.before
+    if not worse.trained.best:
+        assert files(tmp_path / "a/out") == before
+
+
+def test_with_a_teacher_balance_and_four_bits(tmp_path: Path, data: str) -> None:
+    out = made(tmp_path)
+    options = Options(load_in_4bit=True)
+    done = tune(out, tuning(data, distil=0.5, balance=0.01, steps=4), options)
+    assert len(done.trained.curve) > 1
+
+
+def test_bad_input_is_told_and_nothing_written(tmp_path: Path, data: str) -> None:
+    out = made(tmp_path)
+    before = files(out)
+    for arguments, said in (
+        (["--data", str(tmp_path / "none.txt"), "--only", "routers"], "there is no"),
+        (["--data", data], "--only"),
+        (["--only", "routers"], "--data"),
+        (["--data", data, "--only", "routers", "--steps", "0"], "--steps"),
+        (["--undo"], "nothing to undo"),
+    ):
+        done = CliRunner().invoke(app, ["tune", str(out), *arguments])
+        assert done.exit_code == 2, arguments
+        assert said in done.output
+    assert files(out) == before
+    with pytest.raises(InputError, match="holds no"):
+        tune(tmp_path, tuning(data))
