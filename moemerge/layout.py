@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from moemerge import recipe
 from moemerge.body import VOCABULARY, Body
 from moemerge.checkpoint import FLOATS, ITEMSIZE, Checkpoint, Donor
-from moemerge.config import Expert, MergeConfig
+from moemerge.config import MergeConfig
 from moemerge.errors import Findings, nearest
 from moemerge.hosts import Host
+from moemerge.members import Parts
 from moemerge.options import Options, ShardSize
 from moemerge.plan import ROUTERS, Plan, PlannedTensor, Source, make_shards
 from moemerge.recipe import Recipe
 from moemerge.slots import (
-    DOWN,
     Constant,
     FromBody,
     FromExpert,
@@ -29,47 +29,6 @@ from moemerge.slots import (
 _DTYPES = {**FLOATS, "bf16": "BF16", "fp16": "F16", "fp32": "F32", "half": "F16", "float": "F32"}
 _LONG_NAMES = {short: long for long, short in FLOATS.items()}
 _MLP = ".mlp."
-
-
-@dataclass(frozen=True)
-class Member:
-    """Whose MLPs an expert has, and what the config says of it.
-
-    Its neurons are those from `start` to `stop`, if `stop` is given, in the layer's `order` if that
-    is given by its name; what it adds to the residual stream is multiplied by `factor`.
-    """
-
-    donor: Donor | Body
-    said: Expert | None = None
-    start: int = 0
-    stop: int = 0
-    factor: float = 1.0
-    order: str = ""
-
-    def recipe(self, tensor: str, seed: int, which: str) -> Recipe:
-        """How the dense tensor of that name becomes this expert's; `which` tells it from others."""
-        donor, down = self.donor, f".{DOWN}." in tensor
-        made = donor.recipe(tensor) if isinstance(donor, Body) else recipe.of_donor(donor, tensor)
-        if self.stop:
-            layer = tensor.split(".")[2]
-            order = recipe.Read(ROUTERS, self.order.format(layer=layer)) if self.order else None
-            made = recipe.Cut(made, 1 if down else 0, self.start, self.stop, order)
-        if self.said and self.said.renew:
-            key = f"{tensor.partition(_MLP)[0]}, {which}"
-            made = recipe.Renew(made, 1 if down else 0, self.said.renew, seed, key)
-        if self.said and self.said.noise_scale:
-            made = recipe.Noise(made, self.said.noise_scale, seed)
-        factor = self.factor * (self.said.residual_scale if self.said else 1.0)
-        return recipe.Scale(made, factor) if down and factor != 1 else made
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What fills an architecture's slots: the body, the routed experts and the shared ones."""
-
-    body: Body
-    routed: tuple[Member, ...]
-    shared: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from moemerge.compare import compare, same_vocabulary
 from moemerge.config import Expert, MergeConfig, check_values
 from moemerge.errors import Findings
 from moemerge.gates import GateMode
-from moemerge.hosts import Host, find_host
-from moemerge.layout import Layout, Member, Parts, check_dtype, lay_out
+from moemerge.hosts import Host
+from moemerge.layout import Layout, check_dtype, lay_out
+from moemerge.members import factor_of, host_of, parts_of
 from moemerge.options import Options
 from moemerge.plan import Plan
 from moemerge.prompts import Encoder, ExpertPrompts, Prompt
-from moemerge.slots import Mixture
 from moemerge.source_cards import read_own
 from moemerge.split import Cutting, Split
 from moemerge.vocabulary import Vocabulary
@@ -103,7 +103,7 @@ class _Preparation:
             config = self.config = splits.with_slices(config, self.split)
         donors = self._donors(config.experts, "experts")
         shared = self._donors(config.shared_experts, "shared_experts")
-        host = self._host(base)
+        host = host_of(config, self.split, base, findings) if base else None
         check_dtype(config, findings)
         own_card = read_own(options.card, findings) if options.card else ""
         gate_setup.check_device(options, gate, findings)
@@ -150,9 +150,7 @@ class _Preparation:
                 config=config,
                 options=options,
                 host=host,
-                parts=Parts(
-                    body, self._routed(there, base, host), self._shared(base, always, host)
-                ),
+                parts=parts_of(config, self.split, host, body, there, always),
                 donors=tuple(there),
                 shared=always,
                 uses=gate.USES,
@@ -163,7 +161,7 @@ class _Preparation:
             self.opener.opened.values(),
             findings,
         )
-        factor = self._factor(host)
+        factor = factor_of(config, self.split, host)
         if plan.dtype != "F32" and factor & (factor - 1):
             findings.note(
                 f"down projections are multiplied by {factor}, which rounds them in "
@@ -228,93 +226,6 @@ class _Preparation:
                 donor = Donor(donor.where, name, donor.model, donor.adapter)
             donors.append(donor)
         return donors
-
-    def _host(self, base: Donor | None) -> Host | None:
-        """The architecture that holds these models, once there is a base model to go by."""
-        config, count = self.config, max(len(self.config.experts), 1)
-        if base is None:
-            return None
-        inner = base.model.config.get("intermediate_size")
-        if self.split:
-            mixture = Mixture(
-                experts=count,
-                per_token=self.split.per_token(config),
-                inner=inner // self.split.slices if isinstance(inner, int) else 0,
-                shared=self.split.shared,
-            )
-            wrong = any(self.split.problems(inner))
-            return None if wrong else self._scaling(find_host(config, base, mixture, self.findings))
-        pieces = max(config.segments, 1)
-        if config.segments < 1 or not isinstance(inner, int) or inner % pieces:
-            what, fix = f"is {config.segments}", f"write a divisor of {inner}, their neurons"
-            self.findings.problem(config.where("segments"), what, fix)
-            return None
-        mixture = Mixture(
-            experts=count * pieces,
-            per_token=(config.experts_per_token or min(2, count)) * pieces,
-            inner=inner // pieces,
-            shared=len(config.shared_experts) * pieces,
-            gated=any(expert.positive_prompts for expert in config.shared_experts),
-        )
-        return self._scaling(find_host(config, base, mixture, self.findings))
-
-    @property
-    def _parts(self) -> int:
-        """Among how many slices or segments a router shares what one MLP would weigh: what they add
-        is multiplied by it."""
-        return self.split.per_token(self.config) if self.split else self.config.segments
-
-    def _scaling(self, host: Host | None) -> Host | None:
-        """The host; it multiplies what is chosen itself if it can, and weights stay as they are."""
-        if host is None or host.mixture.settings is None or host.architecture.SCORES != "sigmoid":
-            return host
-        own = host.mixture.settings
-        own = replace(own, routed_scaling_factor=own.routed_scaling_factor * self._parts)
-        return replace(host, mixture=replace(host.mixture, settings=own))
-
-    def _factor(self, host: Host) -> int:
-        """What down projections are multiplied by."""
-        return 1 if host.architecture.SCORES == "sigmoid" else self._parts
-
-    def _routed(self, donors: list[Donor], base: Donor, host: Host) -> tuple[Member, ...]:
-        """Each expert, or each of its segments or of the base model's slices in turn."""
-        pieces, split, factor = self.config.segments, self.split, self._factor(host)
-        if split:
-            return self._slices(base, range(split.shared, split.slices), factor)
-        inner = base.model.config["intermediate_size"] // pieces
-        if pieces == 1:
-            return tuple(map(Member, donors, self.config.experts))
-        return tuple(
-            Member(donor, said, at * inner, (at + 1) * inner, factor)
-            for donor, said in zip(donors, self.config.experts, strict=True)
-            for at in range(pieces)
-        )
-
-    def _slices(self, base: Donor, numbers: range, factor: float) -> tuple[Member, ...]:
-        """Slices of the base model's MLPs; what they add is multiplied by `factor`."""
-        assert self.split is not None
-        inner = base.model.config["intermediate_size"] // self.split.slices
-        return tuple(
-            Member(base, None, at * inner, (at + 1) * inner, factor, self.split.order)
-            for at in numbers
-        )
-
-    def _shared(self, base: Donor, donors: tuple[Donor, ...], host: Host) -> tuple[Member, ...]:
-        """The shared experts, doubled where a gate that nothing decides halves them."""
-        halved = host.architecture.SHARED == "gated" and not host.mixture.gated
-        factor = 2.0 if halved else 1.0
-        if self.split:
-            return self._slices(base, range(self.split.shared), factor)
-        said = self.config.shared_experts
-        pieces = self.config.segments
-        inner = host.mixture.inner
-        if pieces == 1:
-            return tuple(Member(d, one, factor=factor) for d, one in zip(donors, said, strict=True))
-        return tuple(
-            Member(donor, one, at * inner, (at + 1) * inner, factor)
-            for donor, one in zip(donors, said, strict=True)
-            for at in range(pieces)
-        )
 
     def _check_ray(self) -> None:
         if self.options.ray and importlib.util.find_spec("ray") is None:
