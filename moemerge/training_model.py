@@ -105,6 +105,7 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
     model.model.rotary_emb.to(device)
     model.is_loaded_in_4bit = options.load_in_4bit  # by which PEFT knows what to put on its linears
     model.name_or_path = moe.text
+    config.use_cache = False  # with a cache, texts packed in a row would see each other
     config.model_type = f"{moe.family}, experts apart"  # else PEFT looks for them where they were
     return model
 
@@ -241,6 +242,7 @@ def _place(
         device="meta",
     )
     made.bias = module.bias
+    made.support_avx512bf16_for_cpu = False  # else evaluation packs it as training cannot read it
     made.weight = bnb.nn.Params4bit(
         value, requires_grad=False, compress_statistics=True, quant_type="nf4"
     ).to(device)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ["", "merge", "split", "plan", "architectures", "verify", "push", "routing", "regate",
-            "tune", "repair", "extract", "add", "drop", "top-k"]  # fmt: skip
+            "tune", "merge-adapter", "repair", "extract", "add", "drop", "top-k"]  # fmt: skip
 BESIDE = {
     "examples/configs/": "every file is a test",
     "examples/experts/": "four small LoRA experts, and how they were trained",
@@ -72,7 +72,8 @@ def _tree() -> str:
 def _gates() -> str:
     rows = ["| gate_mode | routers are | needs |", "|---|---|---|"]
     words = {
-        "split text": "a split's text", "prompts": "prompts", "any prompts": "prompts or nothing (seeded)",
+        "split text": "a split's text", "prompts": "prompts",
+        "any prompts": "prompts or nothing (seeded)",
         "experts": "the experts' own models run", "model": "a pass of the base model",
     }  # fmt: skip
     sys.path.insert(0, str(ROOT))

@@ -24,13 +24,14 @@ FLOORS = [
     ["fitting", "moe"],
     ["architectures", "gates", "routing_stats", "selection", "training_model"],
     ["hosts", "gate_setup", "hub_repository", "router_training"],
+    ["members"],
     ["layout"],
     ["prepare"],
     ["write", "verify", "card", "costs", "routers", "page", "heat_map", "shareable"],
     ["on_ray", "card_files", "publish"],
     ["pipeline", "routing"],
     ["new_routers", "rebuild", "tune"],
-    ["take_apart"],
+    ["take_apart", "finetune", "merge_adapter"],
     ["cli"],
 ]
 """Rooms from the ground up; each imports only from floors below its own."""

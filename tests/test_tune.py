@@ -138,7 +138,7 @@ def test_bad_input_is_told_and_nothing_written(tmp_path: Path, data: str) -> Non
     before = files(out)
     for arguments, said in (
         (["--data", str(tmp_path / "none.txt"), "--only", "routers"], "there is no"),
-        (["--data", data], "--only"),
+        (["--data", data], "--only routers"),
         (["--only", "routers"], "--data"),
         (["--data", data, "--only", "routers", "--steps", "0"], "--steps"),
         (["--undo"], "nothing to undo"),

@@ -284,6 +284,9 @@ def tune(
     out: Out,
     options: Options,
     terminal: Terminal,
+    adapter: Annotated[
+        Path | None, typer.Argument(metavar="[ADAPTER]", help="Where --lora writes its adapter.")
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -302,6 +305,29 @@ def tune(
             help="What is trained; all else is frozen.",
         ),
     ] = "",
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train a LoRA adapter of all linears and experts.")
+    ] = False,
+    qlora: Annotated[
+        bool, typer.Option("--qlora", help="The same, with what is frozen in 4 bits.")
+    ] = False,
+    rank: Annotated[int, typer.Option("--rank", help="The adapter's.")] = 16,
+    alpha: Annotated[float, typer.Option("--alpha", help="Its scale times its rank.")] = 32,
+    packing: Annotated[
+        bool,
+        typer.Option("--packing/--no-packing", help="Put short texts side by side in a row."),
+    ] = True,
+    checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Compute each layer twice, and hold less in memory.",
+        ),
+    ] = True,
+    save_every: Annotated[int, typer.Option("--save-every", help="Steps to a checkpoint.")] = 50,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from ADAPTER's last checkpoint.")
+    ] = False,
     undo: Annotated[
         bool, typer.Option("--undo", help="Give it back the routers from before the last tuning.")
     ] = False,
@@ -309,8 +335,13 @@ def tune(
     batch: Annotated[int, typer.Option("--batch", help="Passages a step.")] = 8,
     length: Annotated[int, typer.Option("--length", help="Tokens a passage, at most.")] = 256,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", help="Its highest; then a cosine.")
-    ] = 5e-3,
+        float | None,
+        typer.Option(
+            "--learning-rate",
+            show_default=False,
+            help="Its highest; then a cosine.  [default: 5e-3 for routers, 2e-4 for LoRA]",
+        ),
+    ] = None,
     held_out: Annotated[
         float, typer.Option("--held-out", help="The share of the data never trained on.")
     ] = 0.1,
@@ -331,7 +362,7 @@ def tune(
         ),
     ] = 0.0,
 ) -> None:
-    """Train the routers of the mixture in OUT; the rest is frozen, and the best step is kept."""
+    """Train the mixture in OUT: its routers, in place (--only routers), or a LoRA adapter of it."""
     from moemerge.router_training import shape
     from moemerge.tune import tune
     from moemerge.tune import undo as undo_tuning
@@ -341,18 +372,48 @@ def tune(
         undo_tuning(out, terminal)
         terminal.result(f"{out}: has the routers from before its last tuning")
         return
-    if only != "routers":
-        what = f"is {only!r}" if only else "is missing"
-        raise InputError([Problem("--only", what, "write --only routers")])
-    tuning = Tuning(
-        tuple(data or ()), steps, batch, length, learning_rate, held_out, balance, distil
-    )
+    chosen = [name for name, one in (("lora", lora), ("qlora", qlora), ("only", bool(only))) if one]
+    if len(chosen) != 1 or only not in ("", "routers"):
+        fix = "write one of --only routers, --lora, --qlora, --undo"
+        raise InputError([Problem("tune", "needs one thing to train", fix)])
+    rate = learning_rate or (5e-3 if only else 2e-4)
+    tuning = Tuning(tuple(data or ()), steps, batch, length, rate, held_out, balance, distil)
+    if not only:
+        from moemerge.finetune import Lora, finetune
+
+        if adapter is None:
+            fix = "name a new directory for the adapter"
+            raise InputError([Problem("ADAPTER", "is missing", fix)])
+        if qlora:
+            options = dataclasses.replace(options, load_in_4bit=True)
+        wanted = Lora(rank, alpha, packing, checkpointing, save_every, resume)
+        made = finetune(str(out), adapter, tuning, wanted, options, terminal)
+        terminal.result(
+            f"{adapter}: {count(made.parameters)} parameters trained for {made.steps} steps, "
+            f"held-out loss {made.before:.4f} to {made.after:.4f}"
+        )
+        return
     done = tune(out, tuning, options, terminal)
     trained = done.trained
     terminal.result(
         f"{out}: held-out loss {trained.before:.4f} to {trained.after:.4f} at step {trained.best}, "
         f"{done.seconds:.0f} s ({shape(trained.curve)})"
     )
+
+
+@app.command()
+@with_options(*BUILDING)
+def merge_adapter(
+    moe: Annotated[str, typer.Argument(metavar="MOE", help="A directory or user/name.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A directory or user/name.")],
+    out: Out,
+    options: Options,
+    terminal: Terminal,
+) -> None:
+    """Write a mixture with a LoRA adapter merged into it: a full checkpoint."""
+    from moemerge.merge_adapter import merge_adapter
+
+    _tell_of(merge_adapter(moe, adapter, out, options, terminal), terminal)
 
 
 Moe = Annotated[str, typer.Argument(metavar="MOE", help="A mixture: a directory or user/name.")]

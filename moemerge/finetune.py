@@ -1,0 +1,232 @@
+"""A LoRA adapter trained on a mixture: on every linear and on every expert's own matrices.
+
+The experts stand apart in memory (see `training_model`), so that each has a plain LoRA, in 4 bits
+too. The adapter is saved under the names that the files have, as PEFT saved a Mixtral's before
+transformers 5 fused experts: PEFT puts it together for the fused ones while it loads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moemerge.errors import Findings, InputError, Problem
+from moemerge.gate_setup import check_device_is_here
+from moemerge.moe import Moe, open_moe
+from moemerge.options import Options
+from moemerge.output import writing
+from moemerge.prompts import Encoder
+from moemerge.reporting import Reporter, Silent
+from moemerge.training_model import check_memory, is_plain, load, name_in_files
+from moemerge.training_text import Passage, Template, divide, packed, passages_of, read
+from moemerge.tune import check_passages, dtype_of
+from moemerge.tuning import Tuning
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapter: W + alpha / rank * B A (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+
+    rank: int = 16
+    alpha: float = 32
+    packing: bool = True
+    checkpointing: bool = True
+    save_every: int = 50
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What came of it: the trained parameters, and the held-out loss before and after."""
+
+    adapter: Path
+    parameters: int
+    steps: int
+    before: float
+    after: float
+
+
+def finetune(
+    out: str,
+    adapter: str | Path,
+    tuning: Tuning,
+    lora: Lora | None = None,
+    options: Options | None = None,
+    reporter: Reporter | None = None,
+) -> Adapted:
+    """Train a LoRA adapter of the mixture `out` with transformers' Trainer, into `adapter`.
+
+    With `options.load_in_4bit` the frozen weights are in NF4 (QLoRA). Of conversations only the
+    assistant's turns are learnt. With `lora.resume` it goes on from the last checkpoint.
+
+    Raises:
+        InputError: the mixture, the data or `adapter` cannot be used; nothing was written.
+        RunError: a failure on the way.
+    """
+    lora, options, reporter = lora or Lora(), options or Options(), reporter or Silent()
+    findings, adapter = Findings(), Path(adapter)
+    _check_installed()
+    moe = open_moe(out, options.cache_dir, findings)
+    documents = read(tuning.data, findings)
+    check_device_is_here(options, findings)
+    there = (adapter / CHECKPOINTS).is_dir()
+    if lora.resume and not there:
+        findings.problem("--resume", f"{adapter} holds no checkpoints", "leave it out")
+    elif adapter.exists() and not lora.resume:
+        fix = "name a new directory, or pass --resume to go on with what it holds"
+        findings.problem(str(adapter), "is there already", fix)
+    if lora.rank < 1 or lora.save_every < 1:
+        findings.problem("--rank", "and --save-every must be 1 or more", "write a larger number")
+    if moe and moe.tensors.stacked:
+        what = f"is a {moe.family}, whose experts PEFT does not put together from single ones"
+        findings.problem(out, what, "train its routers, or use a mixture of another architecture")
+    if moe:
+        check_memory(moe, options, findings)
+    passages = _passages(moe, documents, tuning, findings) if moe and documents else []
+    findings.refuse()
+    assert moe is not None
+    texts, held = divide(passages, tuning.held_out, options.seed)
+    if lora.packing:
+        texts = packed(texts, tuning.length)
+    return _run(moe, texts, held, adapter, tuning, lora, options, reporter)
+
+
+def _check_installed() -> None:
+    missing = [n for n in ("peft", "accelerate") if importlib.util.find_spec(n) is None]
+    if missing:
+        fix = "pip install 'moemerge[train]'"
+        raise InputError([Problem("tune", f"{' and '.join(missing)} are not installed", fix)])
+
+
+def _passages(
+    moe: Moe, documents: list[Any], tuning: Tuning, findings: Findings
+) -> list[list[Passage]]:
+    template = _template(moe) if any(not isinstance(one, str) for one in documents) else None
+    try:
+        encoder = Encoder(moe.checkpoint.directory)
+        made = [passages_of(one, encoder, tuning.length, template) for one in documents]
+    except Exception as error:  # a template may raise anything
+        findings.problem("--data", str(error), "repair the data, or the tokenizer's template")
+        return []
+    check_passages(made, moe, findings)
+    return made
+
+
+def _template(moe: Moe) -> Template:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(moe.checkpoint.directory)
+
+    def spoken(turns: Any, asked: bool) -> str:
+        return str(
+            tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=asked)
+        )
+
+    return spoken
+
+
+def _run(
+    moe: Moe,
+    texts: list[Passage],
+    held: list[Passage],
+    adapter: Path,
+    tuning: Tuning,
+    lora: Lora,
+    options: Options,
+    reporter: Reporter,
+) -> Adapted:
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    transformers.set_seed(options.seed)
+    dtype = dtype_of(moe)
+    model = load(moe, options, reporter, dtype)
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and is_plain(name) and ".layers." in name
+        if "shared_" not in name
+    ]
+    targets = sorted({name.rpartition(".")[2] for name in linears})
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=linears, task_type="CAUSAL_LM"
+    )
+    wrapped = get_peft_model(model, config)
+    if lora.checkpointing:
+        wrapped.enable_input_require_grads()
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    settings = transformers.TrainingArguments(
+        output_dir=str(adapter / CHECKPOINTS),
+        max_steps=tuning.steps,
+        per_device_train_batch_size=tuning.batch,
+        per_device_eval_batch_size=tuning.batch,
+        learning_rate=tuning.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, tuning.steps // 20),
+        weight_decay=0.0,
+        bf16=dtype == torch.bfloat16,
+        gradient_checkpointing=lora.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if lora.checkpointing else None,
+        ddp_find_unused_parameters=True,
+        save_steps=lora.save_every,
+        save_total_limit=2,
+        logging_steps=max(1, tuning.steps // 20),
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=options.seed,
+        data_seed=options.seed,
+        use_cpu=on_cpu,
+    )
+    trainer = transformers.Trainer(
+        model=wrapped, args=settings, train_dataset=texts, eval_dataset=held, data_collator=collate
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    before = math.nan if lora.resume else float(trainer.evaluate()["eval_loss"])
+    trainer.train(resume_from_checkpoint=lora.resume or None)
+    after = float(trainer.evaluate()["eval_loss"])
+    if trainer.is_world_process_zero():
+        _save(wrapped, moe, adapter, targets)
+    count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    return Adapted(adapter, count, trainer.state.global_step, before, after)
+
+
+def collate(passages: list[Passage]) -> dict[str, Any]:
+    """A batch for transformers, (B, T) each; positions begin anew with every text in a row."""
+    import torch
+
+    width = max(len(one.ids) for one in passages)
+    ids, labels, positions = [], [], []
+    for one in passages:
+        fill = width - len(one.ids)
+        ids.append([*one.ids, *[0] * fill])
+        learnt = zip(one.ids, one.counted, strict=True)
+        labels.append([*(token if own else -100 for token, own in learnt), *[-100] * fill])
+        ends = (*one.starts[1:], len(one.ids))
+        lengths = [stop - start for start, stop in zip(one.starts, ends, strict=True)]
+        positions.append([at for length in (*lengths, fill) for at in range(length)])
+    columns = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    return {name: torch.tensor(rows) for name, rows in columns.items()}
+
+
+def _save(wrapped: Any, moe: Moe, adapter: Path, targets: list[str]) -> None:
+    """The adapter under the names of the files."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    found = get_peft_model_state_dict(wrapped)
+    state = {name_in_files(name, moe): value.contiguous() for name, value in found.items()}
+    config = wrapped.peft_config["default"]
+    config.target_modules = set(targets)
+    config.base_model_name_or_path = moe.text
+    config.inference_mode = True
+    with writing(adapter):
+        save_file(state, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(adapter))

@@ -1,0 +1,65 @@
+"""A LoRA adapter of a mixture written into it: a full checkpoint, streamed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from moemerge.checkpoint import Donor
+from moemerge.checkpoint.lora import open_adapter
+from moemerge.checkpoint.model import SourceProblem, open_checkpoint
+from moemerge.checkpoint.reference import parse_source
+from moemerge.errors import Findings
+from moemerge.moe import open_moe
+from moemerge.options import Options
+from moemerge.rebuild import Built, Edit, build
+from moemerge.recipe import LowRank, Read
+from moemerge.reporting import Reporter, Silent
+
+
+def merge_adapter(
+    old: str,
+    adapter: str,
+    out: str | Path,
+    options: Options | None = None,
+    reporter: Reporter | None = None,
+) -> Built:
+    """Write the mixture `old` with a LoRA adapter's deltas into `out`.
+
+    The adapter has the names of the mixture's files, as `moemerge tune --lora` writes it.
+
+    Raises:
+        InputError: either cannot be read, or they do not fit; nothing was written.
+        RunError: a failure on the way; the same call again goes on.
+    """
+    options, reporter, findings = options or Options(), reporter or Silent(), Findings()
+    moe = open_moe(old, options.cache_dir, findings)
+    findings.refuse()
+    assert moe is not None
+    try:
+        opened = open_checkpoint(parse_source(adapter)[0], options.cache_dir)
+        lora = open_adapter(opened, moe.checkpoint)
+    except ValueError as error:
+        findings.problem(adapter, str(error), "name an adapter's directory, or user/name")
+    except SourceProblem as error:
+        findings.problem(adapter, error.what, error.fix)
+    findings.refuse()
+    names = {part.name for part in moe.parts}
+    for lost in sorted({*lora.deltas, *lora.replacements} - names)[:1]:
+        what = f"changes {lost}, which is no tensor of its own in {moe.text}"
+        findings.problem(adapter, what, "merge it with PEFT")
+    findings.refuse()
+    text, parts = opened.reference.text, []
+    for part in moe.parts:
+        if part.name in lora.deltas:
+            one = lora.deltas[part.name]
+            delta = LowRank(part.recipe, Read(text, one.down), Read(text, one.up), one.scale)
+            part = replace(part, recipe=delta)
+        elif part.name in lora.replacements:
+            part = replace(part, recipe=Read(text, lora.replacements[part.name]))
+        parts.append(part)
+    name = Path(text).name
+    donor = Donor(adapter, name, moe.checkpoint, lora)
+    story = f"{Path(moe.text).name} with the adapter {name} merged into it."
+    edit = Edit(moe, parts, moe.config, moe.names, moe.per_token, story, (donor,))
+    return build(edit, Path(out), options, reporter, findings)

@@ -1,0 +1,109 @@
+"""Adapters of mixtures: trained, resumed, loaded by PEFT as they are, and merged by streaming."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_tune import data, made
+from transformers import AutoModelForCausalLM
+
+from moemerge import InputError, Options, verify_checkpoint
+from moemerge.finetune import Lora, collate, finetune
+from moemerge.merge_adapter import merge_adapter
+from moemerge.training_text import Passage, packed
+from moemerge.tuning import Tuning
+
+__all__ = ["data"]
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def tuning(data: str, **changes: Any) -> Tuning:
+    return Tuning(
+        (data,), **{"steps": 12, "batch": 4, "length": 32, "learning_rate": 1e-2, **changes}
+    )
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(torch.arange(4, 24)[None]).logits
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
+def test_peft_loads_it_and_merging_is_the_same(tmp_path: Path, data: str, family: str) -> None:
+    out = made(tmp_path, family)
+    done = finetune(str(out), tmp_path / "a", tuning(data), Lora(rank=4))
+    assert done.after < done.before
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    was = logits(plain)
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "a")
+    ours = logits(loaded)
+    assert (ours - was).abs().max() > 1e-2
+    merge_adapter(str(out), str(tmp_path / "a"), tmp_path / "new")
+    verify_checkpoint(tmp_path / "new")
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "new"))
+    assert (merged - ours).abs().max() < 1e-4
+    names = set(load_file(tmp_path / "a/adapter_model.safetensors"))
+    assert any(".experts.2." in name for name in names)
+    assert all(".lora_A." in name or ".lora_B." in name for name in names)
+
+
+def test_four_bits_learn_too(tmp_path: Path, data: str) -> None:
+    out = made(tmp_path)
+    options = Options(load_in_4bit=True)
+    done = finetune(str(out), tmp_path / "a", tuning(data), Lora(rank=4), options)
+    assert done.after < done.before
+
+
+def test_interrupted_training_ends_the_same(tmp_path: Path, data: str) -> None:
+    out = str(made(tmp_path))
+    finetune(out, tmp_path / "a", tuning(data), Lora(rank=4, save_every=5))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/checkpoints/checkpoint-12")
+    (tmp_path / "b/adapter_model.safetensors").unlink()
+    done = finetune(out, tmp_path / "b", tuning(data), Lora(rank=4, save_every=5, resume=True))
+    assert done.steps == 12
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+def test_packed_texts_do_not_see_each_other(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(made(tmp_path))
+    parts = [Passage(tuple(range(a, a + 8)), (False, *(True,) * 7)) for a in (4, 12)]
+    both = collate(packed(parts, 16))
+    found = model(
+        input_ids=both["input_ids"], position_ids=both["position_ids"], use_cache=False
+    ).logits
+    alone = model(input_ids=both["input_ids"][:, 8:]).logits
+    assert (found[:, 8:] - alone).abs().max() < 1e-5
+
+
+def test_only_the_assistants_turns_are_learnt(tmp_path: Path) -> None:
+    from moemerge.prompts import Encoder
+    from moemerge.training_text import passages_of
+
+    def template(turns: Any, asked: bool) -> str:
+        said = " ".join(f"{turn['role']} {turn['content']}" for turn in turns)
+        return (said + " assistant ") if asked else said
+
+    turns = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "tell me"})
+    (made_of,) = passages_of(turns, Encoder(made(tmp_path)), 64, template)
+    assert made_of.counted == (False, False, False, True, True)
+
+
+def test_bad_input_is_told(tmp_path: Path, data: str) -> None:
+    out = str(made(tmp_path))
+    with pytest.raises(InputError, match="no checkpoints"):
+        finetune(out, tmp_path / "a", tuning(data), Lora(resume=True))
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"nothing": 1}))
+    with pytest.raises(InputError, match="--data"):
+        finetune(out, tmp_path / "a", tuning(str(tmp_path / "bad.jsonl")))
+    assert not (tmp_path / "a").exists()
