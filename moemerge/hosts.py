@@ -87,11 +87,12 @@ def listing() -> list[dict[str, str]]:
 
 
 def find_name(said: str) -> str | None:
-    """The architecture that a config means by a name of its own or an alias."""
-    name = said.lower()
+    """The architecture that a config means: by its name, an alias, or mergekit's `Qwen MoE`."""
+    name = said.strip().lower().replace(" ", "_").replace("-", "_")
     if name in architectures.names():
         return name
-    return next((n for n in architectures.names() if name in architectures.find(n).ALIASES), None)
+    short = name.removesuffix("_moe")
+    return next((n for n in architectures.names() if short in architectures.find(n).ALIASES), None)
 
 
 def refusals(
@@ -129,6 +130,8 @@ def _named(config: MergeConfig, base: Donor, mixture: Mixture, findings: Finding
             nearest(str(config.architecture), architectures.names()),
         )
         return None
+    if name != str(config.architecture).lower():
+        findings.note(f"architecture: {config.architecture} is written as a {name}")
     host = architectures.find(name)
     found = list(refusals(host, name, base.model.config, mixture))
     for what, fix in found:

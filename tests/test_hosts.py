@@ -138,3 +138,19 @@ def test_what_does_not_fit_the_architecture_is_refused(
 ) -> None:
     [problem] = problems_of(babies["base"], head)
     assert where in problem and line in problem
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("mixtral", "mixtral"),
+        ("Mixtral", "mixtral"),
+        ("qwen", "qwen2_moe"),
+        ("Qwen MoE", "qwen2_moe"),
+        ("Qwen3 MoE", "qwen3_moe"),
+        ("DeepSeek MoE", "granitemoehybrid"),
+        ("qwen9", None),
+    ],
+)
+def test_the_peers_names_are_known(said: str, name: str | None) -> None:
+    assert hosts.find_name(said) == name

@@ -15,7 +15,7 @@ FAMILIES = granitemoe.FAMILIES
 SHARED = "always"
 SCORES = "softmax"
 READERS = ("transformers 4.57", "transformers 5", "llama.cpp", "mlx-lm", "vLLM")
-ALIASES = ()
+ALIASES = ("deepseek",)
 TRAINING = granitemoe.TRAINING
 
 _IDLE = 256
