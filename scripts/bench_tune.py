@@ -1,4 +1,4 @@
-"""Routers trained, beside those that a gate mode made: held-out loss of mixtures of the demo experts.
+"""Routers trained, beside those that a gate mode made: held-out loss of mixtures of demo experts.
 
     PYTHONPATH=. "$(scripts/environment test)/bin/python" scripts/bench_tune.py [--steps N]
 
