@@ -236,7 +236,8 @@ def parse_config(text: str, file: str = "config") -> MergeConfig:
 def check_values(config: MergeConfig, findings: Findings) -> None:
     """Record what is wrong with values of the right type."""
     if not config.experts and not config.split:
-        findings.problem(config.where("experts"), "is empty", "list at least one expert")
+        what = "is empty" if "experts" in config.lines else "is missing"
+        findings.problem(config.where("experts"), what, "list at least one expert")
     count = config.experts_per_token
     if count is not None and not 1 <= count <= max(len(config.experts), 1) and not config.split:
         findings.problem(

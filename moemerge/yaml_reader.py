@@ -33,7 +33,9 @@ def compose(text: str, file: str, findings: Findings) -> yaml.Node | None:
         )
         return None
     except (yaml.YAMLError, RecursionError) as error:
-        findings.problem(file, f"is not YAML ({str(error).splitlines()[0]})", "write plain text")
+        deep = isinstance(error, RecursionError)
+        why = "it is nested too deeply" if deep else str(error).splitlines()[0]
+        findings.problem(file, f"is not YAML ({why})", "write plain text")
         return None
     if root is None:
         findings.problem(file, "is empty", "give it at least base_model and experts")

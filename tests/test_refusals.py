@@ -278,7 +278,7 @@ WHOLE = {
     "deeply nested": ("[" * 5000, "config.yaml", "not YAML", "text"),
     "two documents": ("a: 1\n---\nb: 2\n", "config.yaml:2", "not YAML", "check"),
     "an unclosed quote": ("base_model: 'a\n", "config.yaml:2", "not YAML", "quotes"),
-    "experts missing": ("base_model: a\n", "config.yaml:1", "experts is missing", "add `experts"),
+    "experts missing": ("base_model: a\n", "config.yaml: experts", "is missing", "at least one"),
     "experts empty": ("base_model: a\nexperts: []\n", "config.yaml:2: experts", "is empty",
                       "at least one"),
     "a tag": ("base_model: !!python/object/apply:os.system [exit]\nexperts: []\n",
