@@ -11,8 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moemerge"
 FLOORS = [
     ["version", "errors"],
-    ["reporting", "yaml_reader", "options", "disk", "slots", "tokens", "neurons",
-     "tuning"],
+    ["reporting", "yaml_reader", "options", "disk", "slots", "tokens", "neurons", "tuning"],
     ["config", "tokenizer_files"],
     ["checkpoint"],
     ["recipe", "calibration", "source_cards"],
