@@ -201,14 +201,16 @@ class Encoder:
         return texts
 
     def pieces(
-        self, documents: Iterable[str], longest: int, most: int = CALIBRATION_TOKENS
+        self, documents: Iterable[str], longest: int, most: int | None = None
     ) -> tuple[Prompt, ...]:
         """The first `most` tokens of some documents in pieces of at most `longest`.
+
+        Without `most` those that count of an expert's calibration texts.
 
         Tokens beyond the base model's vocabulary are the tokenizer's error and found with prompts.
         """
         pieces: list[Prompt] = []
-        left = most
+        left = CALIBRATION_TOKENS if most is None else most
         for document in documents:
             whole = self.encode(document)
             first, own = whole.ids[: whole.own], whole.ids[whole.own :][:left]
