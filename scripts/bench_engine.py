@@ -43,13 +43,14 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 @dataclass(frozen=True)
 class Case:
-    """One merge: its gates, the sources' dtype, and each program's options."""
+    """One merge: its gates and their own options, the sources' dtype, each program's options."""
 
     gate_mode: str
     dtype: str = "bfloat16"
     options: tuple[str, ...] = ()
     peer_options: tuple[str, ...] = ()
     has_peer: bool = True
+    gate: tuple[tuple[str, Any], ...] = ()
 
 
 CASES = {
@@ -62,6 +63,7 @@ CASES = {
         peer_options=("--lazy-unpickle", "--out-shard-size=1B"),
     ),
     "ridge-lazy": Case("ridge", options=("--lazy",), has_peer=False),
+    "self": Case("self", has_peer=False, gate=(("samples", 8), ("tokens", 16))),
     # Half the layers, so that the models take no more room.
     "float32": Case("random", "float32"),
 }  # fmt: skip
@@ -174,7 +176,7 @@ def measure_cases(options: argparse.Namespace, work: Path, peer: Path | None) ->
             continue
         layers = options.layers if case.dtype == "bfloat16" else max(1, options.layers // 2)
         models = models_of(options, work, case.dtype, layers)
-        config = write_config(work, models, case.gate_mode)
+        config = write_config(work, models, case)
         programs: dict[str, tuple[list[Any], Path]] = {  # the command, and what it reads
             "moemerge": ([*MOEMERGE, config, mine, *case.options, *options.options], models),
             "cp": (["cp", "-r", mine, copy], mine),
@@ -210,7 +212,7 @@ def measure_flat(options: argparse.Namespace, work: Path) -> list[float]:
     peaks = []
     for layers in (1, options.layers):
         models = models_of(options, work, "bfloat16", layers)
-        config = write_config(work, models, "random")
+        config = write_config(work, models, CASES["random"])
         for size in ("500MB", "50GB"):
             runs = []
             for _ in range(options.runs):
@@ -446,7 +448,7 @@ def make_models(
             shutil.copy(tokenizer / name, directory)
 
 
-def write_config(work: Path, models: Path, gate_mode: str) -> Path:
+def write_config(work: Path, models: Path, case: Case) -> Path:
     """The config that both tools read: every model an expert, with five prompts."""
     experts = [
         {
@@ -455,7 +457,9 @@ def write_config(work: Path, models: Path, gate_mode: str) -> Path:
         }
         for number in range(len(list(models.iterdir())))
     ]
-    config = {"base_model": experts[0]["source_model"], "gate_mode": gate_mode}
+    gate = {"mode": case.gate_mode, **dict(case.gate)} if case.gate else None
+    modes = {"gate": gate} if gate else {"gate_mode": case.gate_mode}
+    config = {"base_model": experts[0]["source_model"], **modes}
     path = work / "config.yaml"  # JSON is YAML
     path.write_text(json.dumps({**config, "dtype": "bfloat16", "experts": experts}))
     return path
