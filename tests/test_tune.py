@@ -149,3 +149,19 @@ def test_bad_input_is_told_and_nothing_written(tmp_path: Path, data: str) -> Non
     assert files(out) == before
     with pytest.raises(InputError, match="holds no"):
         tune(tmp_path, tuning(data))
+
+
+@pytest.mark.parametrize(
+    ("said", "idle"),
+    [
+        (["--only", "routers", "--rank", "4"], "--rank: has no effect with --only routers"),
+        (["adapter", "--only", "routers"], "ADAPTER: has no effect with --only routers"),
+        (["adapter", "--lora", "--distil", "0.5"], "--distil: has no effect with --lora"),
+        (["adapter", "--qlora", "--balance", "0"], "--balance: has no effect with --qlora"),
+        (["--lora", "--only", "routers"], "needs one thing to train"),
+    ],
+)
+def test_flags_without_an_effect_are_refused(tmp_path: Path, said: list[str], idle: str) -> None:
+    done = CliRunner().invoke(app, ["tune", str(tmp_path), *said, "--data", "a.txt"])
+    assert done.exit_code == 2
+    assert idle in done.stderr

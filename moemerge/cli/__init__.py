@@ -376,6 +376,16 @@ def tune(
     if len(chosen) != 1 or only not in ("", "routers"):
         fix = "write one of --only routers, --lora, --qlora, --undo"
         raise InputError([Problem("tune", "needs one thing to train", fix)])
+    of_lora = {
+        "ADAPTER": adapter is not None, "--rank": rank != 16, "--alpha": alpha != 32,
+        "--no-packing": not packing, "--no-gradient-checkpointing": not checkpointing,
+        "--save-every": save_every != 50, "--resume": resume,
+    }  # fmt: skip
+    of_routers = {"--balance": balance is not None, "--distil": distil != 0}
+    idle, where = (of_lora, "--only routers") if only else (of_routers, f"--{chosen[0]}")
+    if wrong := [flag for flag, said in idle.items() if said]:
+        fix = "remove it"
+        raise InputError([Problem(one, f"has no effect with {where}", fix) for one in wrong])
     rate = learning_rate or (5e-3 if only else 2e-4)
     tuning = Tuning(tuple(data or ()), steps, batch, length, rate, held_out, balance, distil)
     if not only:
