@@ -22,7 +22,9 @@ HEAD = "lm_head.weight"
 NORM = "model.norm.weight"
 LAYER = "model.layers.{layer}."
 
-_BEYOND_DEFAULTS = ("model_type", "head_dim", "rope_scaling", "rope_parameters")
+_BEYOND_DEFAULTS = (
+    "model_type", "head_dim", "rope_scaling", "rope_parameters", "original_max_position_embeddings"
+)  # fmt: skip
 
 
 def available_memory() -> int | None:
@@ -139,7 +141,8 @@ def _load_when_run(
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """Of a config.json only what describes the model: the rest are its saver's wishes."""
-    settings = {key: config[key] for key in (*DEFAULTS[config["model_type"]], *_BEYOND_DEFAULTS)}
+    known = (*DEFAULTS[config["model_type"]], *_BEYOND_DEFAULTS)
+    settings = {key: config[key] for key in known if key in config}
     return settings | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 

@@ -58,9 +58,8 @@ GRANITE = {
     "attention_multiplier": 0.3,
 }  # fmt: skip
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
-LONGROPE = {
-    "rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5],
-    "long_factor": [1.0, 3.0, 6.0, 9.0], "original_max_position_embeddings": 16,
+LONGROPE = {  # as a phi3's config.json has it, and version 4 demands it
+    "type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 3.0, 6.0, 9.0],
 }  # fmt: skip
 BODIES |= {
     "qwen2": {"family": "qwen2"},

@@ -76,9 +76,10 @@ def common(
     config: dict[str, Any], mixture: Mixture, dtype: str, training: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What every config.json says: the base's own values, for defaults differ by family."""
+    rope, trained = config["rope_scaling"] or {}, "original_max_position_embeddings"
     return {
         **{key: config.get(key) for key in _CARRIED},
-        **_longrope(config),
+        **({trained: config[trained]} if rope.get("rope_type") == "longrope" else {}),
         "num_experts_per_tok": mixture.per_token,
         **training,
         **dict(mixture.training),
@@ -86,19 +87,6 @@ def common(
         "torch_dtype": dtype,
         "use_cache": True,
     }
-
-
-def _longrope(config: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 4 wants beside longrope's own keys: the trained length, and `factor`."""
-    forms = ("rope_scaling", "rope_parameters")
-    rope = config["rope_scaling"] or {}
-    if rope.get("rope_type") != "longrope":
-        return {}
-    length = config["max_position_embeddings"]
-    trained = rope.get("original_max_position_embeddings", length)
-    more = {"factor": rope.get("factor") or length / trained}
-    both = {form: {**config[form], **more} for form in forms}
-    return {**both, "original_max_position_embeddings": trained}
 
 
 def no_biases(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:

@@ -186,9 +186,17 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
         if not all(map(_is_number, value if isinstance(value, list) and value else [value])):
             raise ValueError(f"rope_scaling: {key} is {value!r}, which {kind} rope needs as number")
     rest = {k: v for k, v in stated.items() if k not in ("rope_theta", "rope_type", "type")}
-    if kind == "longrope" and config.get("original_max_position_embeddings"):
-        rest["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+    more = {}
+    if kind == "longrope":  # version 4 wants to be told all that version 5 works out
+        length = config["max_position_embeddings"]
+        key = "original_max_position_embeddings"
+        trained = config.get(key) or rest.get(key) or length
+        if not _is_number(trained) or not trained > 0:
+            raise ValueError(f"{key} is {trained!r}, not a positive number")
+        rest |= {key: trained, "factor": rest.get("factor") or length / trained}
+        more = {key: trained}
     return {
+        **more,
         "rope_theta": theta,
         "rope_scaling": None if kind == "default" else {"rope_type": kind, **rest},
         "rope_parameters": {"rope_type": kind, "rope_theta": theta, **rest},
