@@ -57,6 +57,9 @@ def regate(
     ready = dataclasses.replace(ready, plan=plan)
     for note in ready.notes:
         reporter.say(note)
+    before, after = manifest.plan.experts_per_token, plan.experts_per_token
+    if before != after:
+        reporter.say(f"{after} experts a token, as the config says; {before} before")
     with ExitStack() as held:
         with output.writing(out):
             mine = held.enter_context(State(out).mine(shared=False))

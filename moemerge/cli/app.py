@@ -1,0 +1,73 @@
+"""The program: its name for help, the command that goes without saying, and what commands take."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from moemerge.cli.options import UNHEARD, meaningful, with_ray_address
+from moemerge.errors import InputError, Problem, nearest
+
+INTERRUPTED = "interrupted; run the same command again to go on"
+
+
+class DefaultToMerge(TyperGroup):
+    """`moemerge CONFIG OUT` is `moemerge merge CONFIG OUT`."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        """Run, and say one line if Ctrl-C ended it, wherever it came."""
+        try:
+            return super().main(*args, **more)
+        except SystemExit as end:
+            if end.code == 130:
+                print(INTERRUPTED, file=sys.stderr)
+            raise
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `merge` where no command stands, and drop what means nothing here, saying so."""
+        own = ("--help", "-h", "--version")
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = ["merge", *args]
+        if args[:1] in (["merge"], ["split"], ["plan"]):
+            unheard: list[str] = ctx.meta.setdefault(UNHEARD, [])
+            args = list(meaningful(list(with_ray_address(args)), unheard))
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=DefaultToMerge,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+    help="Make one mixture-of-experts language model out of several dense ones.\n\n"
+    "`moemerge CONFIG OUT` merges; the commands below do the rest.",
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The output directory.")]
+
+
+def check_config_path(config: Path) -> None:
+    """Refuse a config that is not there; it may be a command that was mistyped."""
+    try:
+        config.stat()
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return  # reading it will say what is wrong
+    else:
+        return
+    commands = [
+        command.callback.__name__.replace("_", "-")
+        for command in app.registered_commands
+        if command.callback
+    ]
+    guess = nearest(str(config), commands)
+    fix = f"{guess} (a command)" if guess.startswith("did") else "name a YAML file"
+    raise InputError([Problem(str(config), "there is no such config file", fix)])

@@ -1,0 +1,264 @@
+"""The commands that change a mixture: new routers, training, and taking it apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moemerge.cli.app import Config, Out, app, check_config_path
+from moemerge.cli.describe import router_lines
+from moemerge.cli.options import BUILDING, GATING, TUNING, with_options
+from moemerge.cli.terminal import Terminal
+from moemerge.errors import InputError, Problem
+from moemerge.options import Options
+from moemerge.reporting import count, size
+
+if TYPE_CHECKING:
+    from moemerge.rebuild import Built
+
+
+@app.command()
+@with_options(*GATING)
+def regate(out: Out, config: Config, options: Options, terminal: Terminal) -> None:
+    """Give the mixture in OUT the routers that CONFIG asks for; nothing else is rewritten."""
+    from moemerge.new_routers import regate
+
+    check_config_path(config)
+    merged = regate(out, config, options, terminal)
+    terminal.result(f"{out}: new routers, gate_mode {merged.plan.gate_mode}")
+    for line in router_lines(merged):
+        terminal.result(line)
+
+
+@app.command()
+@with_options(*TUNING)
+def tune(
+    out: Out,
+    options: Options,
+    terminal: Terminal,
+    adapter: Annotated[
+        Path | None, typer.Argument(metavar="[ADAPTER]", help="Where --lora writes its adapter.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            show_default=False,
+            help="Text to learn from, plain or jsonl; again for more.",
+        ),
+    ] = None,
+    only: Annotated[
+        str,
+        typer.Option(
+            "--only",
+            metavar="routers",
+            show_default=False,
+            help="What is trained; all else is frozen.",
+        ),
+    ] = "",
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train a LoRA adapter of all linears and experts.")
+    ] = False,
+    qlora: Annotated[
+        bool, typer.Option("--qlora", help="The same, with what is frozen in 4 bits.")
+    ] = False,
+    rank: Annotated[int, typer.Option("--rank", help="The adapter's.")] = 16,
+    alpha: Annotated[float, typer.Option("--alpha", help="Its scale times its rank.")] = 32,
+    packing: Annotated[
+        bool,
+        typer.Option("--packing/--no-packing", help="Put short texts side by side in a row."),
+    ] = True,
+    checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Compute each layer twice, and hold less in memory.",
+        ),
+    ] = True,
+    save_every: Annotated[int, typer.Option("--save-every", help="Steps to a checkpoint.")] = 50,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from ADAPTER's last checkpoint.")
+    ] = False,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Give it back the routers from before the last tuning.")
+    ] = False,
+    steps: Annotated[int, typer.Option("--steps", help="At most so many.")] = 100,
+    batch: Annotated[int, typer.Option("--batch", help="Passages a step.")] = 8,
+    length: Annotated[int, typer.Option("--length", help="Tokens a passage, at most.")] = 256,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--learning-rate",
+            show_default=False,
+            help="Its highest; then a cosine.  [default: 5e-3 for routers, 2e-4 for LoRA]",
+        ),
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option("--held-out", help="The share of the data never trained on.")
+    ] = 0.1,
+    balance: Annotated[
+        float | None,
+        typer.Option(
+            "--balance",
+            show_default=False,
+            help="The weight of the load-balancing loss, if not as config.json says.",
+        ),
+    ] = None,
+    distil: Annotated[
+        float,
+        typer.Option(
+            "--distil",
+            help="The share of the loss that is the distance to what the best "
+            "expert for each passage says alone.",
+        ),
+    ] = 0.0,
+) -> None:
+    """Train the mixture in OUT: its routers, in place (--only routers), or a LoRA adapter of it."""
+    from moemerge.router_training import shape
+    from moemerge.tune import tune
+    from moemerge.tune import undo as undo_tuning
+    from moemerge.tuning import Tuning
+
+    if undo:
+        undo_tuning(out, terminal)
+        terminal.result(f"{out}: has the routers from before its last tuning")
+        return
+    chosen = [name for name, one in (("lora", lora), ("qlora", qlora), ("only", bool(only))) if one]
+    if len(chosen) != 1 or only not in ("", "routers"):
+        fix = "write one of --only routers, --lora, --qlora, --undo"
+        raise InputError([Problem("tune", "needs one thing to train", fix)])
+    of_lora = {
+        "ADAPTER": adapter is not None, "--rank": rank != 16, "--alpha": alpha != 32,
+        "--no-packing": not packing, "--no-gradient-checkpointing": not checkpointing,
+        "--save-every": save_every != 50, "--resume": resume,
+    }  # fmt: skip
+    of_routers = {"--balance": balance is not None, "--distil": distil != 0}
+    idle, where = (of_lora, "--only routers") if only else (of_routers, f"--{chosen[0]}")
+    if wrong := [flag for flag, said in idle.items() if said]:
+        fix = "remove it"
+        raise InputError([Problem(one, f"has no effect with {where}", fix) for one in wrong])
+    rate = learning_rate or (5e-3 if only else 2e-4)
+    tuning = Tuning(tuple(data or ()), steps, batch, length, rate, held_out, balance, distil)
+    if not only:
+        from moemerge.finetune import Lora, finetune
+
+        if adapter is None:
+            fix = "name a new directory for the adapter"
+            raise InputError([Problem("ADAPTER", "is missing", fix)])
+        if qlora:
+            options = dataclasses.replace(options, load_in_4bit=True)
+        wanted = Lora(rank, alpha, packing, checkpointing, save_every, resume)
+        made = finetune(str(out), adapter, tuning, wanted, options, terminal)
+        terminal.result(
+            f"{adapter}: {count(made.parameters)} parameters trained for {made.steps} steps, "
+            f"held-out loss {made.before:.4f} to {made.after:.4f}"
+        )
+        return
+    done = tune(out, tuning, options, terminal)
+    trained = done.trained
+    terminal.result(
+        f"{out}: held-out loss {trained.before:.4f} to {trained.after:.4f} at step {trained.best}, "
+        f"{done.seconds:.0f} s ({shape(trained.curve)})"
+    )
+
+
+@app.command()
+@with_options(*BUILDING)
+def merge_adapter(
+    moe: Annotated[str, typer.Argument(metavar="MOE", help="A directory or user/name.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A directory or user/name.")],
+    out: Out,
+    options: Options,
+    terminal: Terminal,
+) -> None:
+    """Write a mixture with a LoRA adapter merged into it: a full checkpoint."""
+    from moemerge.merge_adapter import merge_adapter
+
+    _tell_of(merge_adapter(moe, adapter, out, options, terminal), terminal)
+
+
+Moe = Annotated[str, typer.Argument(metavar="MOE", help="A mixture: a directory or user/name.")]
+One = Annotated[
+    str, typer.Option("--expert", metavar="N|NAME", show_default=False, help="Which, from 0.")
+]
+
+
+@app.command()
+@with_options(*BUILDING)
+def repair(moe: Moe, out: Out, options: Options, terminal: Terminal) -> None:
+    """Give a mixture the names and config.json that every reader knows, whoever wrote it."""
+    from moemerge.take_apart import repair
+
+    built = repair(moe, out, options, terminal)
+    if built is None:
+        terminal.result(f"{moe}: is as every reader knows it; nothing to do")
+    else:
+        _tell_of(built, terminal)
+
+
+@app.command()
+@with_options("shard_size", *BUILDING)
+def extract(moe: Moe, out: Out, options: Options, terminal: Terminal, expert: One) -> None:
+    """Make one expert of a mixture a dense model: its MLPs in the mixture's body."""
+    from moemerge.take_apart import extract
+
+    _tell_of(extract(moe, expert, out, options, terminal), terminal)
+
+
+@app.command()
+@with_options("shard_size", "allow_crimes", *BUILDING)
+def add(
+    moe: Moe,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="model, or model+adapter.")],
+    out: Out,
+    options: Options,
+    terminal: Terminal,
+    name: Annotated[
+        str, typer.Option("--name", metavar="NAME", show_default=False, help="The expert's name.")
+    ] = "",
+) -> None:
+    """Give a mixture one more expert; its routers' new row is the mean of the others: regate."""
+    from moemerge.take_apart import add
+
+    built = add(moe, source, out, name, options, terminal)
+    _tell_of(built, terminal)
+    terminal.result("its row of the routers is the others' mean: `moemerge regate` fits them all")
+
+
+@app.command()
+@with_options(*BUILDING)
+def drop(moe: Moe, out: Out, options: Options, terminal: Terminal, expert: One) -> None:
+    """Take one expert out of a mixture, and its row out of the routers."""
+    from moemerge.take_apart import drop
+
+    _tell_of(drop(moe, expert, out, options, terminal), terminal)
+
+
+@app.command()
+@with_options(*BUILDING)
+def top_k(
+    moe: Moe,
+    k: Annotated[int, typer.Argument(metavar="K", help="Experts a token.")],
+    options: Options,
+    terminal: Terminal,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="The output directory; or MOE itself.")
+    ] = None,
+) -> None:
+    """Let each token of a mixture choose K experts; without OUT only config.json changes."""
+    from moemerge.take_apart import top_k
+
+    _tell_of(top_k(moe, k, out, options, terminal), terminal)
+
+
+def _tell_of(built: Built, terminal: Terminal) -> None:
+    plan = built.plan
+    experts = f"{len(plan.experts)} experts, {plan.experts_per_token} a token; "
+    terminal.result(
+        f"{built.out}: {plan.architecture}, {experts if len(plan.experts) > 1 else ''}"
+        f"wrote {size(built.written)}, copied {size(built.copied)} of {size(plan.nbytes)}"
+    )
