@@ -30,7 +30,10 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class Lora:
-    """The adapter: W + alpha / rank * B A (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+    """The adapter: W + alpha / rank * B A (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+
+    With `embeddings` it has the embeddings and the head too, trained whole, in float32.
+    """
 
     rank: int = 16
     alpha: float = 32
@@ -38,6 +41,7 @@ class Lora:
     checkpointing: bool = True
     save_every: int = 50
     resume: bool = False
+    embeddings: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,10 +158,18 @@ def _run(
         if "shared_" not in name
     ]
     targets = sorted({name.rpartition(".")[2] for name in linears})
+    tied = bool(model.config.tie_word_embeddings)
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=linears, task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=linears,
+        modules_to_save=["embed_tokens", "lm_head"][: 2 - tied] if lora.embeddings else None,
+        ensure_weight_tying=lora.embeddings and tied,
+        task_type="CAUSAL_LM",
     )
     wrapped = get_peft_model(model, config)
+    if lora.embeddings:
+        _widen_embeddings(model, dtype)
     if lora.checkpointing:
         wrapped.enable_input_require_grads()
     on_cpu = next(model.parameters()).device.type == "cpu"
@@ -193,9 +205,17 @@ def _run(
     trainer.train(resume_from_checkpoint=lora.resume or None)
     after = float(trainer.evaluate()["eval_loss"])
     if trainer.is_world_process_zero():
-        _save(wrapped, moe, adapter, targets)
+        _save(wrapped, moe, adapter, targets, dtype)
     count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     return Adapted(adapter, count, trainer.state.global_step, before, after)
+
+
+def _widen_embeddings(model: Any, dtype: Any) -> None:
+    """Hold trained embeddings and head in float32, for in bfloat16 small steps come to nothing."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for parameter in module.modules_to_save.parameters():
+            parameter.data = parameter.data.float()
+    model.get_input_embeddings().register_forward_hook(lambda _, __, made: made.to(dtype))
 
 
 def collate(passages: list[Passage]) -> dict[str, Any]:
@@ -216,13 +236,21 @@ def collate(passages: list[Passage]) -> dict[str, Any]:
     return {name: torch.tensor(rows) for name, rows in columns.items()}
 
 
-def _save(wrapped: Any, moe: Moe, adapter: Path, targets: list[str]) -> None:
-    """The adapter under the names of the files."""
+def _save(wrapped: Any, moe: Moe, adapter: Path, targets: list[str], dtype: Any) -> None:
+    """The adapter under the names of the files; whole modules in the files' dtype.
+
+    A tied head is there too, as PEFT has it: without it PEFT does not load the embeddings.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     found = get_peft_model_state_dict(wrapped)
-    state = {name_in_files(name, moe): value.contiguous() for name, value in found.items()}
+    state = {
+        name_in_files(name, moe): value.contiguous()
+        if ".lora_" in name
+        else value.to(dtype, copy=True)
+        for name, value in found.items()
+    }
     config = wrapped.peft_config["default"]
     config.target_modules = set(targets)
     config.base_model_name_or_path = moe.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from moemerge import InputError, Options, verify_checkpoint
 from moemerge.finetune import Lora, collate, finetune
 from moemerge.merge_adapter import merge_adapter
+from moemerge.training_model import load
 from moemerge.training_text import Passage, packed
 from moemerge.tuning import Tuning
 
@@ -54,6 +56,50 @@ def test_peft_loads_it_and_merging_is_the_same(tmp_path: Path, data: str, family
     names = set(load_file(tmp_path / "a/adapter_model.safetensors"))
     assert any(".experts.2." in name for name in names)
     assert all(".lora_A." in name or ".lora_B." in name for name in names)
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_what_is_meant_changes(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, embeddings: bool, tied: bool
+) -> None:
+    models, before = [], {}
+
+    def kept(*arguments: Any) -> Any:
+        models.append(load(*arguments))
+        before.update({name: p.detach().clone() for name, p in models[0].named_parameters()})
+        return models[0]
+
+    monkeypatch.setattr("moemerge.finetune.load", kept)
+    out = made(tmp_path, tie_word_embeddings=tied)
+    wanted = Lora(rank=4, embeddings=embeddings, save_every=5)
+    done = finetune(str(out), tmp_path / "a", tuning(data), wanted)
+    assert done.after < done.before
+    after = dict(models[0].named_parameters(remove_duplicate=False))
+    frozen = {re.sub(r"\.(base_layer|original_module)", "", name): name for name in after}
+    assert all(torch.equal(after[frozen.pop(name)], was) for name, was in before.items())
+    if tied:
+        assert torch.equal(after[frozen.pop("lm_head.weight")], before["model.embed_tokens.weight"])
+    trained = [name for name in frozen if after[name].requires_grad]
+    assert trained == list(frozen)
+    own = {name for name in trained if ".lora_" not in name}
+    ends = {"model.embed_tokens", "lm_head"} if embeddings else set()
+    assert own == {f"{name}.modules_to_save.default.weight" for name in ends}
+    assert len({after[name].data_ptr() for name in own}) == (0 if not own else 2 - tied)
+    for name in own:
+        was = before[
+            "lm_head.weight" if "lm_head" in name and not tied else "model.embed_tokens.weight"
+        ]
+        assert not torch.equal(after[name], was)
+    assert all(after[name].any() for name in trained if ".lora_B." in name)
+    assert not [name for name in trained if ".gate." in name or "norm" in name]
+
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out), tmp_path / "a")
+    merge_adapter(str(out), str(tmp_path / "a"), tmp_path / "new")
+    verify_checkpoint(tmp_path / "new")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert (logits(merged) - logits(loaded)).abs().max() < 1e-4
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
 
 
 def test_four_bits_learn_too(tmp_path: Path, data: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,10 @@ def files(directory: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(directory.iterdir()) if p.is_file()}
 
 
-def made(folder: Path, family: str = "llama", head: str = "gate_mode: random") -> Path:
-    models = [make_model(folder / f"m{n}", family, seed=n) for n in range(3)]
+def made(
+    folder: Path, family: str = "llama", head: str = "gate_mode: random", **changes: Any
+) -> Path:
+    models = [make_model(folder / f"m{n}", family, seed=n, **changes) for n in range(3)]
     config = write_config(folder / "c.yaml", simple_config(models[0], models, head))
     merge(config, folder / "out", Options(shard_size="16KB"))
     return folder / "out"

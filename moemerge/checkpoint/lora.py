@@ -64,6 +64,8 @@ def open_adapter(checkpoint: Checkpoint, model: Checkpoint) -> Adapter:
             raise SourceProblem(f"holds {name!r}, which is more than plain LoRA", _MERGE_FIRST)
         else:
             target = re.sub(r"\.modules_to_save(\.\w+)?(?=\.\w+$)", "", module)
+            if target == "lm_head.weight" and _is_tied(config, model):
+                continue
             have = _shape(model, target)
             if have != checkpoint.tensors[name].shape:
                 raise SourceProblem(
@@ -76,6 +78,11 @@ def open_adapter(checkpoint: Checkpoint, model: Checkpoint) -> Adapter:
         raise SourceProblem("holds no LoRA weights", "name another adapter")
     rows = [*(delta.up for delta in deltas.values()), *replacements.values()]
     return Adapter(with_rows(checkpoint, rows), deltas, replacements)
+
+
+def _is_tied(config: dict[str, Any], model: Checkpoint) -> bool:
+    """Whether the head that PEFT saves is the embeddings once more, and no tensor of the model."""
+    return bool(config.get("ensure_weight_tying")) and "lm_head.weight" not in model.tensors
 
 
 def _shape(model: Checkpoint, target: str) -> tuple[int, ...] | None:

@@ -83,6 +83,10 @@ def tune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from ADAPTER's last checkpoint.")
     ] = False,
+    embeddings: Annotated[
+        bool,
+        typer.Option("--embeddings", help="Train embeddings and head too, whole, in the adapter."),
+    ] = False,
     undo: Annotated[
         bool, typer.Option("--undo", help="Give it back the routers from before the last tuning.")
     ] = False,
@@ -135,6 +139,7 @@ def tune(
         "ADAPTER": adapter is not None, "--rank": rank != 16, "--alpha": alpha != 32,
         "--no-packing": not packing, "--no-gradient-checkpointing": not checkpointing,
         "--save-every": save_every != 50, "--resume": resume,
+        "--embeddings": embeddings,
     }  # fmt: skip
     of_routers = {"--balance": balance is not None, "--distil": distil != 0}
     idle, where = (of_lora, "--only routers") if only else (of_routers, f"--{chosen[0]}")
@@ -151,7 +156,7 @@ def tune(
             raise InputError([Problem("ADAPTER", "is missing", fix)])
         if qlora:
             options = dataclasses.replace(options, load_in_4bit=True)
-        wanted = Lora(rank, alpha, packing, checkpointing, save_every, resume)
+        wanted = Lora(rank, alpha, packing, checkpointing, save_every, resume, embeddings)
         made = finetune(str(out), adapter, tuning, wanted, options, terminal)
         terminal.result(
             f"{adapter}: {count(made.parameters)} parameters trained for {made.steps} steps, "
