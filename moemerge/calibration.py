@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from moemerge.checkpoint.reference import is_hub_id
+from moemerge.checkpoint.reference import is_hub_id, places
 from moemerge.config import MergeConfig
 from moemerge.errors import Findings
 
@@ -73,11 +72,8 @@ def documents_of(named: str, beside: Path | None) -> list[str]:
     Raises:
         ValueError: it cannot be read; says why.
     """
-    places = [Path(os.path.expanduser(named))]  # noqa: PTH111 (it raises nothing)
-    if beside and not places[0].is_absolute():
-        places.append(beside / places[0])
     try:
-        path = next((place for place in places if place.exists()), None)
+        path = find(named, beside)
     except OSError as error:  # a name that no disk takes
         raise ValueError(f"{named} cannot be read ({error.strerror})") from error
     if path and path.is_file():
@@ -94,6 +90,15 @@ def documents_of(named: str, beside: Path | None) -> list[str]:
     except Exception as error:  # the library lets many kinds through
         raise ValueError(f"{named} cannot be loaded as a dataset ({error})") from error
     return list(_texts(rows, named))
+
+
+def find(named: str, beside: Path | None) -> Path | None:
+    """The file or directory of that name, or `beside` the config; None where there is none.
+
+    Raises:
+        OSError: no disk takes such a name.
+    """
+    return next((place for place in places(named, beside) if place.exists()), None)
 
 
 def _texts(rows: Iterable[Any], where: str) -> Iterator[str]:

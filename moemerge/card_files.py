@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge import card, heat_map
+from moemerge.card_text import Told
 from moemerge.output import CARD_FILE, PICTURE_FILE, writing
 from moemerge.prepare import Prepared
 from moemerge.reporting import Reporter
@@ -15,7 +16,7 @@ from moemerge.state import PART_SUFFIX, State
 
 
 def write(
-    out: Path, ready: Prepared, routing: dict[str, Any], told: card.Told, reporter: Reporter
+    out: Path, ready: Prepared, routing: dict[str, Any], told: Told, reporter: Reporter
 ) -> dict[str, dict[str, Any]]:
     """Write the card and, where routing is known and matplotlib there, the picture.
 

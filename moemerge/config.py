@@ -121,7 +121,8 @@ class MergeConfig:
         with suppress(InputError):
             if parse_config(self.text) == said:
                 return self.text
-        return str(yaml.safe_dump(_changed(said), sort_keys=False, allow_unicode=True))
+        data = _changed(said)
+        return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
     def where(self, key: str) -> str:
         """`config.yaml:7: experts[1].source_model`, or the nearest enclosing line known."""
@@ -129,6 +130,19 @@ class MergeConfig:
         while at and at not in self.lines:
             at = at[: max(at.rfind("."), at.rfind("["), 0)]
         return f"{self.file}:{self.lines[at]}: {key}" if at else f"{self.file}: {key}"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines as a block, as people do."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        """Plain or quoted as it must be, else a block."""
+        if "\n" not in text:
+            return super().represent_str(text)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|")
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def _hold_types(record: Expert | MergeConfig) -> None:

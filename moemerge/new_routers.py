@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge import card_files, output
-from moemerge.card import Told
+from moemerge.card_text import Told
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.config import MergeConfig, load_config
 from moemerge.costs import transfer

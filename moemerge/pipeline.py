@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge import card_files, output, publish, recipe
-from moemerge.card import Told
+from moemerge.card_text import Told
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.config import MergeConfig, load_config
 from moemerge.costs import Transfer, check_cache_room, transfer

@@ -1,16 +1,20 @@
-"""A manifest as others may read it: nothing in it tells where models lay on this machine."""
+"""A manifest and a config as others may read them: nothing tells where models lay on this disk."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moemerge.checkpoint.reference import is_hub_id
+from moemerge.calibration import find
+from moemerge.checkpoint.reference import is_hub_id, last_part
 from moemerge.config import Expert, MergeConfig, parse_config
 from moemerge.output import Manifest
 from moemerge.plan import Plan
+
+_LOCAL = re.compile(r"(?:^|[\s\"'(\[=:,])(?:~|/|\\\\|[A-Za-z]:\\)[\w.~-]", re.MULTILINE)
 
 
 def shareable(manifest: Manifest) -> Manifest:
@@ -29,7 +33,9 @@ def shareable(manifest: Manifest) -> Manifest:
             tensor["recipe"] = _with_names(tensor["recipe"], names)
     if not manifest.config:  # of a mixture that came without a manifest
         return dataclasses.replace(manifest, plan=Plan.from_json(plan), folder=None)
-    config = _shareable_config(parse_config(manifest.config), manifest.plan)
+    folder = Path(manifest.folder) if manifest.folder else None
+    config = dataclasses.replace(parse_config(manifest.config), folder=folder)
+    config = shareable_config(config, manifest.plan)
     routing = manifest.routing
     if not manifest.card.get("config", True):
         silent = partial(
@@ -46,9 +52,11 @@ def shareable(manifest: Manifest) -> Manifest:
     )
 
 
-def _shareable_config(config: MergeConfig, plan: Plan) -> MergeConfig:
-    """The config that a plan was made of, with `./name` for each directory and file in it, and
-    without its comments."""
+def shareable_config(config: MergeConfig, plan: Plan) -> MergeConfig:
+    """The config that a plan was made of, with `./name` for each directory and file in it.
+
+    Where there is a path, nothing is left of the text as it was written: comments tell paths too.
+    """
     names = _names(plan)
     known = {source.reference for source in plan.sources}
 
@@ -63,28 +71,31 @@ def _shareable_config(config: MergeConfig, plan: Plan) -> MergeConfig:
         return text
 
     def extra(said: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        return f"./{Path(said).name}" if isinstance(said, str) else said
+        return f"./{last_part(said)}" if isinstance(said, str) else said
 
-    def calibration(text: str | None) -> str | None:
-        return text if not text or is_hub_id(text) else f"./{Path(text).name}"
+    def texts(named: str | None) -> str | None:
+        if not named or (is_hub_id(named) and not find(named, config.folder)):
+            return named
+        return f"./{last_part(named)}"
 
     def expert(one: Expert) -> Expert:
         return dataclasses.replace(
             one,
             source_model=source(one.source_model),
-            calibration=calibration(one.calibration),
+            calibration=texts(one.calibration),
         )
 
-    return dataclasses.replace(
+    public = dataclasses.replace(
         config,
         base_model=source(config.base_model),
         experts=tuple(map(expert, config.experts)),
         shared_experts=tuple(map(expert, config.shared_experts)),
         tokenizer=source(config.tokenizer),
         extra_tokens=extra(config.extra_tokens),
-        split={k: calibration(str(v)) if k == "text" else v for k, v in config.split.items()},
-        text="",
+        split={k: texts(str(v)) if k == "text" else v for k, v in config.split.items()},
     )
+    told = public == config and not _LOCAL.search(config.text)
+    return public if told else dataclasses.replace(public, text="")
 
 
 def _names(plan: Plan) -> dict[str, str]:
@@ -95,9 +106,8 @@ def _names(plan: Plan) -> dict[str, str]:
     names: dict[str, str] = {}
     for source in plan.sources:
         if source.directory:
-            path = Path(source.directory)
-            own = path.name if path != Path.home() else "model"  # home bears a person's name
-            name, number = own, 1
+            own, number = last_part(source.directory), 1
+            name = own
             while f"./{name}" in names.values():
                 number += 1
                 name = f"{own}-{number}"

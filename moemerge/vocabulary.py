@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint import Donor, fetch_vocabulary
+from moemerge.checkpoint.reference import places
 from moemerge.config import MergeConfig
 from moemerge.errors import Findings, nearest
 from moemerge.recipe import Cut, Join, Mean, Recipe, of_donor
@@ -206,8 +207,7 @@ def _extra(config: MergeConfig, findings: Findings) -> list[Token] | Tokens:
     said, where = config.extra_tokens, config.where("extra_tokens")
     if not isinstance(said, str):
         return _listed(said, where, "item {}", findings) if said else []
-    places = (Path(said).expanduser(), (config.folder or Path()) / said)
-    path = next((place for place in places if place.is_file()), None)
+    path = next((place for place in places(said, config.folder) if place.is_file()), None)
     if path is None:
         fix = "name a tokenizer.json or a file of one token a line"
         findings.problem(where, f"{said} is no file", fix)

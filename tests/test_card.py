@@ -29,7 +29,7 @@ from moemerge import (
     regate,
     verify_checkpoint,
 )
-from moemerge.card import Told
+from moemerge.card_text import Told
 from moemerge.cli import app
 from moemerge.output import read_manifest
 from moemerge.source_cards import Claims, claims_of
@@ -85,7 +85,7 @@ def test_names_prompts_and_text_are_no_markup(babies: dict[str, Path]) -> None:
     )
     fenced = text.partition("## How it was made")[2].split("\n`````yaml\n")[1]
     again = parse_config(fenced.partition("\n`````\n")[0])
-    assert again.experts[0] == replace(expert, source_model="base")
+    assert again.experts[0] == replace(expert, source_model="./base")
 
 
 def test_whoever_reads_it_can_run_the_model(tmp_path: Path, babies: dict[str, Path]) -> None:
@@ -211,8 +211,11 @@ def test_no_path_of_this_disk_is_told(
     adapter = make_adapter(home / "Bob" / "lora", babies["base"])
     (home / "Eve").mkdir()
     (home / "Eve/private notes.jsonl").write_text('{"text": "story scene dragon"}')
+    (home / "Eve/tokens.txt").write_text("eta\n")
     data = {
         "base_model": str(one),
+        "tokenizer": f"~/{two.relative_to(home)}",
+        "extra_tokens": str(home / "Eve/tokens.txt"),
         "gate_mode": "cheap_embed",
         "experts": [
             {"source_model": f"~/{two.relative_to(home)}", "positive_prompts": ["code"]},
@@ -226,9 +229,14 @@ def test_no_path_of_this_disk_is_told(
         assert secret not in text.replace(f"{one.name}", "").replace(two.name, ""), secret
     assert "private notes.jsonl" in text and "only the last part of the path" in text
     again = yaml.safe_load(shown_config(text))
-    assert again["base_model"] == one.name
-    assert [e["source_model"] for e in again["experts"]] == [two.name, f"{one.name}+lora"]
-    assert again["experts"][1]["calibration"] == "private notes.jsonl"
+    assert again["base_model"] == f"./{one.name}"
+    assert (
+        [e["source_model"] for e in again["experts"]]
+        == [again["tokenizer"], f"./{one.name}+./lora"]
+        == [f"./{two.name}", f"./{one.name}+./lora"]
+    )
+    assert again["experts"][1]["calibration"] == "./private notes.jsonl"
+    assert again["extra_tokens"] == "./tokens.txt"
 
 
 def test_the_home_directory_is_a_name_too(

@@ -22,7 +22,19 @@ class Reference:
     @property
     def short(self) -> str:
         """The last part of the path, which names an expert that has no name of its own."""
-        return self.directory.name if self.directory else self.repo.rpartition("/")[2]
+        return last_part(self.directory or self.repo)
+
+
+def last_part(path: str | Path) -> str:
+    """The last part of a path or Hub id; `model` of a home directory, whose name is a person's."""
+    full, home = (os.path.abspath(os.path.expanduser(one)) for one in (path, "~"))  # noqa: PTH100, PTH111
+    return (os.path.basename(full) if full != home else "") or "model"  # noqa: PTH119
+
+
+def places(named: str, beside: Path | None) -> tuple[Path, ...]:
+    """Where a path in a config may lead: from the working directory, then `beside` its file."""
+    path = Path(os.path.expanduser(named))  # noqa: PTH111 (it raises nothing)
+    return (path, beside / path) if beside else (path,)
 
 
 def is_hub_id(text: str) -> bool:
@@ -68,8 +80,7 @@ def _reference(text: str, beside: Path | None) -> Reference:
 def _directory(text: str, beside: Path | None) -> Path | None:
     if not text.strip() or "\0" in text:
         return None
-    path = Path(os.path.expanduser(text.strip()))  # noqa: PTH111 (it raises nothing)
-    for candidate in (path, beside / path if beside else path):
+    for candidate in places(text.strip(), beside):
         try:
             if candidate.is_dir():
                 return Path(os.path.abspath(candidate))  # noqa: PTH100 (resolves `..`, keeps links)
