@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,30 +114,51 @@ def whole_model(
         made = load_tensors(names, prefix, recipe_of, sources, dtype)
         return {name: tensor.to(device) for name, tensor in made.items()}
 
+    def fill(number: int, layer: Any) -> None:
+        made = load(list(layer.state_dict()), LAYER.format(layer=number))
+        layer.load_state_dict(made, assign=True)
+
     tied = config["tie_word_embeddings"]
     top = load([EMBEDDING, NORM] if tied else [EMBEDDING, NORM, HEAD])
     model.load_state_dict(top | ({HEAD: top[EMBEDDING]} if tied else {}), assign=True, strict=False)
     model.model.rotary_emb.to(device)
     for number, layer in enumerate(model.model.layers):
-        names, prefix = list(layer.state_dict()), LAYER.format(layer=number)
         if options.lazy:
-            _load_when_run(layer, names, prefix, load)
+            Streamed(layer, partial(fill, number))
         else:
-            layer.load_state_dict(load(names, prefix), assign=True)
+            fill(number, layer)
     return model
 
 
-def _load_when_run(
-    layer: Any, names: list[str], prefix: str, load: Callable[..., dict[str, torch.Tensor]]
-) -> None:
-    def before(*_: object) -> None:
-        layer.load_state_dict(load(names, prefix), assign=True)
+class Streamed:
+    """A decoder layer without memory: it is filled when it runs, and let go after it."""
 
-    def after(*_: object) -> None:
-        layer.to("meta")
+    def __init__(self, layer: Any, fill: Callable[[Any], None]):
+        self.layer, self.fill, self.own = layer, fill, layer.forward
+        layer.streamed, layer.forward = self, self.run
 
-    layer.register_forward_pre_hook(before)
-    layer.register_forward_hook(after)
+    @contextmanager
+    def filled(self) -> Iterator[Callable[..., Any]]:
+        """The layer's own forward, to be called any number of times while it has its weights."""
+        self.fill(self.layer)
+        try:
+            yield self.own
+        finally:
+            self.layer.to("meta")
+
+    @contextmanager
+    def replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Let something else run in the layer's place."""
+        self.layer.forward = forward
+        try:
+            yield
+        finally:
+            self.layer.forward = self.run
+
+    def run(self, *args: Any, **named: Any) -> Any:
+        """Run it, with its weights for as long as that takes."""
+        with self.filled() as forward:
+            return forward(*args, **named)
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:

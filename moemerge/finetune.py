@@ -20,9 +20,9 @@ from moemerge.options import Options
 from moemerge.output import writing
 from moemerge.prompts import Encoder
 from moemerge.reporting import Reporter, Silent
-from moemerge.training_model import check_memory, is_plain, load, name_in_files
+from moemerge.training_model import check_memory, dtype_of, is_plain, load, name_in_files
 from moemerge.training_text import Passage, Template, divide, packed, passages_of, read
-from moemerge.tune import check_passages, dtype_of
+from moemerge.tune import check_passages
 from moemerge.tuning import Tuning
 
 CHECKPOINTS = "checkpoints"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,8 +29,13 @@ if TYPE_CHECKING:
 Tensors = dict[str, dict[str, Location]]
 
 
-def fetch(ready: Prepared, options: Options, reporter: Reporter) -> Tensors:
-    """Every source's tensors, with the files that the plan reads from the Hub downloaded."""
+def fetch(
+    ready: Prepared, options: Options, reporter: Reporter, whole: Iterable[Donor] = ()
+) -> Tensors:
+    """Every source's tensors, with the files that the plan reads from the Hub downloaded.
+
+    Those that are to run as the models that they are come `whole`.
+    """
     needed: dict[str, set[str]] = {text: set() for text in ready.checkpoints}
     for tensor in ready.plan.tensors:
         for read in recipe.reads(tensor.recipe):
@@ -38,7 +43,7 @@ def fetch(ready: Prepared, options: Options, reporter: Reporter) -> Tensors:
                 needed[read.source].add(read.tensor)
     runs = [ready.base] if "model" in ready.gate.USES else []
     runs += ready.donors if "experts" in ready.gate.USES else ()
-    for donor in runs:
+    for donor in (*runs, *whole):
         for text, names in _of_donor(donor):
             needed[text] |= names
     found = {}

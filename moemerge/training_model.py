@@ -9,12 +9,12 @@ weight, nor a frozen weight in full size, outlives the product that it is for.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from moemerge import recipe
 from moemerge.checkpoint import fetch
-from moemerge.dense import available_memory, pick_device
+from moemerge.dense import Streamed, available_memory, pick_device
 from moemerge.errors import Findings, RunError
 from moemerge.moe import Moe, Part
 from moemerge.options import Options
@@ -67,7 +67,8 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
 
     With `options.load_in_4bit` every linear but the head is quantised (NF4, QLoRA: Dettmers et al.
     2023, https://arxiv.org/abs/2305.14314) as it is read: memory never holds more than that and
-    one matrix.
+    one matrix. With `options.lazy` a decoder layer's weights are read each time it runs, and let go
+    after it.
 
     Raises:
         RunError: transformers cannot build it, or the files hold other tensors than it has.
@@ -87,15 +88,27 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
     device = pick_device(options.device)
     sources = {moe.text: opened.tensors}
     names = set(model.state_dict())
-    with reporter.progress("loading the mixture", len(moe.parts), "tensor") as advance:
-        for part in moe.parts:
-            name = next((one for one in _names_in_memory(part, moe) if one in names), None)
-            if name is None:
-                raise RunError(f"{moe.text}: {part.name} has no place in transformers' model")
-            names.remove(name)
+    places: dict[str, list[tuple[str, Part]]] = {}
+    for part in moe.parts:
+        name = next((one for one in _names_in_memory(part, moe) if one in names), None)
+        if name is None:
+            raise RunError(f"{moe.text}: {part.name} has no place in transformers' model")
+        names.remove(name)
+        places.setdefault(part.layer, []).append((name, part))
+
+    def fill(layer: str, *_: object) -> None:
+        for name, part in places[layer]:
             value = recipe.load(part.name, part.shape, part.recipe, sources)
             _place(model, name, value, dtype, device, options.load_in_4bit)
-            advance(1)
+
+    with reporter.progress("loading the mixture", len(moe.parts), "tensor") as advance:
+        for layer, there in places.items():
+            if layer and options.lazy:
+                module = model.get_submodule(layer.removesuffix("."))
+                Streamed(module, partial(fill, layer))
+            else:
+                fill(layer)
+            advance(len(there))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
         names.discard("lm_head.weight")
@@ -108,6 +121,13 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
     config.use_cache = False  # with a cache, texts packed in a row would see each other
     config.model_type = f"{moe.family}, experts apart"  # else PEFT looks for them where they were
     return model
+
+
+def dtype_of(moe: Moe) -> torch.dtype:
+    """The dtype to compute in: the weights' own; float32 for float16, which overflows."""
+    import torch
+
+    return torch.bfloat16 if any(p.dtype == "BF16" for p in moe.parts) else torch.float32
 
 
 def routers_of(model: Any, moe: Moe) -> dict[str, torch.nn.Parameter]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moemerge import card, output
 from moemerge.checkpoint import numpy_dtype, read_bytes
@@ -30,14 +30,11 @@ from moemerge.router_training import Trained, train
 from moemerge.routers import save
 from moemerge.shard_file import file_checksum
 from moemerge.state import State, write_json
-from moemerge.training_model import check_memory, load, routers_of
+from moemerge.training_model import check_memory, dtype_of, load, routers_of
 from moemerge.training_text import Passage, divide, passages_of, read
 from moemerge.tuning import Tuning
 from moemerge.verify import check_shards, open_manifest
 from moemerge.write import How, write_shard
-
-if TYPE_CHECKING:
-    import torch
 
 BEFORE = "before-tuning"
 """Holds the first shard as it was, under a name that no reader takes for weights."""
@@ -135,13 +132,6 @@ def undo(out: str | Path, reporter: Reporter | None = None) -> None:
             (out / name).unlink(missing_ok=True)
         (out / BEFORE).rmdir()
         state.remove()
-
-
-def dtype_of(moe: Moe) -> torch.dtype:
-    """The dtype to train in: the weights' own; float32 for float16, which overflows."""
-    import torch
-
-    return torch.bfloat16 if any(p.dtype == "BF16" for p in moe.parts) else torch.float32
 
 
 def balance_of(moe: Moe, tuning: Tuning) -> float:

@@ -23,6 +23,7 @@ from moemerge import InputError, Options, RunError, make_plan, merge
 from moemerge.calibration import texts_of
 from moemerge.cli import app
 from moemerge.prompts import Encoder
+from moemerge.reporting import Silent
 from moemerge.routing import report
 from moemerge.routing_stats import Routed, summary
 
@@ -450,14 +451,23 @@ def test_what_is_no_mixture_is_refused(
         assert f"{out}: has no config.json of a mixture; name a directory that holds" in problem
 
 
-def test_a_mixture_that_does_not_fit_into_memory_is_refused(
-    built: Path, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+def test_a_mixture_that_does_not_fit_into_memory_is_read_by_layers(
+    built: Path, texts: dict[str, Path], found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moemerge.reading.available_memory", lambda: 1000)
-    result = routing(built, *given(texts))
-    assert result.exit_code == 2
-    assert "of memory to read text" in result.stderr and "leave --text out" in result.stderr
-    assert routing(built).exit_code == 0
+    for room in ("loading", "sources"):
+        monkeypatch.setattr(f"moemerge.{room}.available_memory", lambda: 1000)
+    said: list[str] = []
+    listener = Silent()
+    listener.say = said.append  # type: ignore[method-assign]
+    streamed = report(built, texts, reporter=listener)
+    assert sum("read layer by layer" in line for line in said) == 6
+    for ours, theirs in zip(streamed["texts"], found["texts"], strict=True):
+        np.testing.assert_allclose(ours["load"], theirs["load"], atol=1e-5)
+        assert ours["perplexity"].pop("experts") == pytest.approx(theirs["perplexity"]["experts"])
+        assert ours["perplexity"] == pytest.approx(
+            {name: value for name, value in theirs["perplexity"].items() if name != "experts"}
+        )
+    assert streamed["by_experts_per_token"] == pytest.approx(found["by_experts_per_token"])
 
 
 def test_a_broken_manifest_is_told(tmp_path: Path, built: Path) -> None:

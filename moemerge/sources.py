@@ -1,0 +1,98 @@
+"""What a mixture was made of: base, experts and their average, each as a model in transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moemerge import recipe
+from moemerge.body import Body
+from moemerge.compare import other_ids, same_vocabulary
+from moemerge.config import parse_config
+from moemerge.dense import EMBEDDING, available_memory, compute_dtype, pick_device, whole_model
+from moemerge.errors import InputError
+from moemerge.options import Options
+from moemerge.output import Manifest
+from moemerge.prepare import Prepared, prepare
+from moemerge.recipe import Recipe
+from moemerge.reporting import Reporter, size
+from moemerge.routers import Tensors, fetch
+from moemerge.slots import dense_shapes
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dense model that the mixture was made of; `kind` is `base`, `expert` or `average`.
+
+    `moved` is how many of its tokens have other ids in the mixture, by whose tokens it then cannot
+    be read. `directory` holds the files of its own, tokenizer and generation config.
+    """
+
+    kind: str
+    name: str
+    config: dict[str, Any]
+    recipe_of: Callable[[str], Recipe]
+    tensors: Tensors
+    directory: Path | None = None
+    moved: int = 0
+
+    def why_not(self, last: int) -> str:
+        """Why it cannot read tokens of the mixture of which `last` is the last; empty if it can."""
+        if self.moved:
+            return f"{self.moved} of its tokens have other ids in the mixture"
+        return f"it does not know token {last}" if last >= self.config["vocab_size"] else ""
+
+    def model(self, options: Options, reporter: Reporter) -> Any:
+        """The model in transformers; layer by layer if memory is too small, or `options.lazy`."""
+        device = pick_device(options.device)
+        dtype = compute_dtype(self.recipe_of(EMBEDDING), self.tensors, device)
+        needed = dtype.itemsize * sum(map(math.prod, dense_shapes(self.config).values()))
+        free = available_memory()
+        if not options.lazy and free is not None and needed > free:
+            told = f"{size(needed)} of weights, {size(free)} of memory free"
+            reporter.say(f"{self.name}: {told}, so it is read layer by layer")
+            options = dataclasses.replace(options, lazy=True)
+        return whole_model(self.config, self.recipe_of, self.tensors, options)
+
+
+def sources_of(manifest: Manifest | None, options: Options, reporter: Reporter) -> list[Source]:
+    """The base, each expert, and the experts' average.
+
+    Of a split the base alone. None where they are not known, or not at hand, which is said.
+    """
+    if manifest is None or not manifest.config:
+        return []
+    try:
+        ready = prepared(manifest, options)
+    except InputError as error:
+        reporter.say(f"the sources are not compared: {error.problems[0]}")
+        return []
+    vocabulary, donors = ready.vocabulary, ready.donors
+    tensors = fetch(ready, options, reporter, (ready.base, *donors))
+    base = Body(ready.base, vocabulary=vocabulary)
+    found = [Source("base", "base", base.config, base.recipe, tensors)]
+    if ready.cutting:
+        return found
+    for donor in donors:
+        own, moved = donor.model, len(other_ids(vocabulary, donor))
+        made = partial(recipe.of_donor, donor)
+        found.append(Source("expert", donor.name, own.config, made, tensors, own.directory, moved))
+    agree = all(same_vocabulary(ready.base, donor) for donor in donors)
+    average = Body(ready.base, donors, (1 / len(donors),) * len(donors), agree, vocabulary)
+    return [*found, Source("average", "average", average.config, average.recipe, tensors)]
+
+
+def prepared(manifest: Manifest, options: Options) -> Prepared:
+    """The merge that the manifest tells of, made ready again from its sources.
+
+    Raises:
+        InputError: they are not what they were, or not at hand.
+    """
+    config = parse_config(manifest.config)
+    folder = Path(manifest.folder) if manifest.folder else None
+    return prepare(dataclasses.replace(config, folder=folder), options)
