@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moemerge.checkpoint import hub
+from moemerge.checkpoint.hub import progress_bars
+from moemerge.checkpoint.remote import retry_after, shortened
 from moemerge.errors import MoemergeError, RunError
 from moemerge.output import CONFIG_FILE
 
@@ -125,7 +126,7 @@ class Repository:
         additions = []
         for names in filter(None, [*alone, together]):
             batch = [CommitOperationAdd(name, new[name]) for name in names]
-            with hub.progress_bars(self.bars and sys.stderr.isatty()):
+            with progress_bars(self.bars and sys.stderr.isatty()):
                 self._ask(
                     f"the upload of {names[0]}",
                     partial(self.api.preupload_lfs_files, self.repo, batch, free_memory=False),
@@ -188,7 +189,7 @@ class Repository:
                         f"{self.repo}: {what} failed ({_why(cause, status)}); "
                         "run the same command again to go on"
                     ) from error
-                wait = hub.retry_after(cause) or _WAIT * 2**failures
+                wait = retry_after(cause) or _WAIT * 2**failures
                 time.sleep(min(wait, _LONGEST_WAIT))
         raise AssertionError("unreachable")
 
@@ -250,4 +251,4 @@ def _why(error: BaseException, status: int | None) -> str:
     if status is not None:
         said = " ".join(str(getattr(error, "server_message", None) or "").split())[:160]
         return f"HTTP {status}{': ' if said else ''}{said}"
-    return re.sub(r"https?://\S+", "the Hub", hub.shortened(Exception(str(error) or repr(error))))
+    return re.sub(r"https?://\S+", "the Hub", shortened(Exception(str(error) or repr(error))))

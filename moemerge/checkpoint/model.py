@@ -14,6 +14,7 @@ from moemerge.checkpoint import hub, safetensors_file, torch_file
 from moemerge.checkpoint.fused import View, rows_named, views_of, with_views
 from moemerge.checkpoint.model_config import normalise
 from moemerge.checkpoint.reference import Reference
+from moemerge.checkpoint.remote import HubError, Remote, open_remote
 from moemerge.checkpoint.tensors import Location
 from moemerge.errors import ReadError
 
@@ -48,10 +49,10 @@ class Checkpoint:
     fingerprint: str
     commit: str | None = None
     modified: int | None = None
-    absent: dict[str, hub.Remote] = field(default_factory=dict)
+    absent: dict[str, Remote] = field(default_factory=dict)
     note: str = ""
     views: dict[str, View] = field(default_factory=dict)
-    unread: dict[str, hub.Remote] = field(default_factory=dict)
+    unread: dict[str, Remote] = field(default_factory=dict)
 
     @property
     def is_adapter(self) -> bool:
@@ -70,7 +71,7 @@ def open_checkpoint(reference: Reference, cache_dir: str | None = None) -> Check
             return _open(reference, reference.directory, None)
         snapshot = hub.open_snapshot(reference, cache_dir)
         return _open(reference, snapshot.directory, snapshot)
-    except hub.HubError as error:
+    except HubError as error:
         raise SourceProblem(error.what, error.fix) from error
     except OSError as error:
         what = f"{error.filename or reference.text} cannot be read ({error.strerror})"
@@ -191,13 +192,13 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
             raise SourceProblem(str(error), fix) from error
     commit = snapshot.commit if snapshot else None
     fingerprint = commit or digest.hexdigest()
-    remote = snapshot.files if snapshot else {}
-    absent = {file: remote[file] for file in files if not (directory / file).exists()}
+    on_hub = snapshot.files if snapshot else {}
+    absent = {file: on_hub[file] for file in files if not (directory / file).exists()}
     note = snapshot.note if snapshot else ""
     unread = {
-        name: remote[name]
+        name: on_hub[name]
         for name in hub.VOCABULARIES
-        if name in remote and not (directory / name).exists()
+        if name in on_hub and not (directory / name).exists()
     }
     return Checkpoint(
         reference=reference,
@@ -271,7 +272,7 @@ def _read_header(path: Path, snapshot: hub.Snapshot | None) -> dict[str, Locatio
     try:
         if snapshot is None or path.exists():
             return _read_local_header(path)
-        with hub.open_remote(snapshot.files[path.name]) as remote:
+        with open_remote(snapshot.files[path.name]) as remote:
             if path.suffix == ".safetensors":
                 return safetensors_file.read_header(path, remote)
             return torch_file.read_header(path, remote)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moemerge.checkpoint.hub import HubError, Remote, read_range
+from moemerge.checkpoint.remote import HubError, Remote, read_range
 from moemerge.errors import ReadError
 
 if TYPE_CHECKING:

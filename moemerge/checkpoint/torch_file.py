@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moemerge.checkpoint.hub import HubError
+from moemerge.checkpoint.remote import HubError
 from moemerge.checkpoint.tensors import ITEMSIZE, MAX_DIMENSIONS, Location
 
 _STORAGES = {
