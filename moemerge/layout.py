@@ -29,6 +29,8 @@ from moemerge.slots import (
 _DTYPES = {**FLOATS, "bf16": "BF16", "fp16": "F16", "fp32": "F32", "half": "F16", "float": "F32"}
 _LONG_NAMES = {short: long for long, short in FLOATS.items()}
 _MLP = ".mlp."
+_LEAST_F16 = 2.0**-24
+"""The least that is above zero in float16; what a constant says is not to become zero."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def lay_out(made: Layout, opened: Iterable[Checkpoint], findings: Findings) -> P
             slot.name,
             slot.shape,
             slot.dtype or dtype,
-            _recipe(slot, made),
+            _recipe(slot, made, slot.dtype or dtype),
             slot.expert,
             slot.of.kind if isinstance(slot.of, Made) else "",
         )
@@ -115,7 +117,7 @@ def _dtype(config: MergeConfig, base: Donor, slots: list[Slot]) -> str:
     return "F32" if most == "F64" else most if most in _LONG_NAMES else "BF16"
 
 
-def _recipe(slot: Slot, made: Layout) -> Recipe:
+def _recipe(slot: Slot, made: Layout, dtype: str) -> Recipe:
     """How what the slot holds is made of its sources."""
     parts, of = made.parts, slot.of
     if isinstance(of, FromBody):
@@ -125,9 +127,10 @@ def _recipe(slot: Slot, made: Layout) -> Recipe:
         which = f"{'shared ' * of.shared}expert {of.expert}"
         return member.recipe(of.tensor, made.options.seed, which)
     if isinstance(of, Constant):
-        return recipe.Fill(of.value, slot.shape)
+        least = _LEAST_F16 if dtype == "F16" and of.value > 0 else of.value
+        return recipe.Fill(max(of.value, least), slot.shape)
     if isinstance(of, Joined):
-        return recipe.Join(tuple(_recipe(part, made) for part in of.parts), of.axis)
+        return recipe.Join(tuple(_recipe(part, made, dtype) for part in of.parts), of.axis)
     whole = recipe.Read(ROUTERS, slot.name)
     times = made.host.mixture.experts // len(made.donors)
     if of.kind == "shared gate" or times == 1:

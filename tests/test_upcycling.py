@@ -73,6 +73,22 @@ def test_a_shared_expert_is_its_own_model(tmp_path: Path, architecture: str) -> 
         assert (expected(ids).logits - load(out)(ids).logits).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_shared_expert_is_half_open_and_its_gate_not_zero(tmp_path: Path, dtype: str) -> None:
+    """llama.cpp makes NaN of a gate's logit of zero."""
+    base = model(tmp_path / "base", "qwen2")
+    shared = f"shared_experts:\n  - source_model: {base}\n"
+    head = f"architecture: qwen2_moe\ndtype: {dtype}"
+    mixture, seen = load(merged(tmp_path, text_of(base, [base] * 2, head, shared=shared))), []
+    for layer in mixture.model.layers:
+        layer.mlp.shared_expert_gate.register_forward_hook(lambda m, a, out: seen.append(out))
+    with torch.inference_mode():
+        mixture(torch.tensor([[1, *range(3, 40)]]))
+    logits = torch.stack(seen)
+    assert (logits != 0).all()
+    assert (logits.sigmoid() - 0.5).abs().max() <= (1e-6 if dtype == "float16" else 0)
+
+
 def test_prompts_gate_a_shared_expert(tmp_path: Path) -> None:
     """What its prompts make the layer see opens the gate; what other prompts do closes it."""
     base, other = model(tmp_path / "base", "qwen2"), model(tmp_path / "other", "qwen2", seed=1)
