@@ -8,6 +8,7 @@ weights were made in the first place, as if it had been merged so: `regate` work
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from moemerge.moe import Moe, Part, planned
 from moemerge.options import Options, ShardSize
 from moemerge.output import Manifest
 from moemerge.plan import Plan, PlannedTensor, Shard, cut, shards_of
-from moemerge.recipe import Cut, Join, LowRank, Mean, Noise, Read, Recipe, Scale
+from moemerge.recipe import Cut, Join, LowRank, Mean, Noise, Read, Recipe, Renew, Scale
 from moemerge.reporting import Reporter
 from moemerge.shard_file import file_checksum
 from moemerge.state import PART_SUFFIX, STATE_DIRECTORY, State, write_json
@@ -78,7 +79,7 @@ def _plan(edit: Edit, options: Options) -> tuple[Plan, tuple[Shard, ...]]:
         groups = [tuple(kept.pop("")), *map(tuple, kept.values()), *cut(new, limit)]
     else:
         groups = list(cut((tensor for _, tensor in tensors), limit))
-    origins = {one.name: one for one in before.plan.tensors} if before else {}
+    origins = _origins(moe)
     said = [tuple(_as_merged(tensor, moe.text, origins) for tensor in group) for group in groups]
     read = {read.source for group in said for t in group for read in recipe.reads(t.recipe)}
     known = {one.reference: one for one in before.plan.sources} if before else {}
@@ -102,12 +103,34 @@ def _plan(edit: Edit, options: Options) -> tuple[Plan, tuple[Shard, ...]]:
     return plan, tuple(replace(shard, tensors=group) for shard, group in pairs)
 
 
+def _origins(moe: Moe) -> dict[str, PlannedTensor]:
+    """What the old manifest has of each tensor, and of each expert's part of those of all."""
+    found = {one.name: one for one in moe.manifest.plan.tensors} if moe.manifest else {}
+    for name, view in moe.checkpoint.views.items():
+        whole, values = found.get(view.of), math.prod(view.shape)
+        if whole and isinstance(whole.recipe, Join):
+            parts, at = whole.recipe.of, view.start // values
+            if whole.parameters == len(parts) * values:
+                drawn_for = f"{whole.name}[{at}]"
+                found[name] = PlannedTensor(drawn_for, view.shape, whole.dtype, parts[at])
+    return found
+
+
 def _as_merged(tensor: PlannedTensor, old: str, origins: dict[str, PlannedTensor]) -> PlannedTensor:
     """A copy of an old tensor with the recipe that the old manifest has of it, if it holds still.
 
     What was drawn at random was drawn for the name that the tensor had.
     """
     made = tensor.recipe
+    if isinstance(made, Join) and tensor.expert == -1:
+        shape = (tensor.parameters // len(made.of) // tensor.shape[-1], tensor.shape[-1])
+        parts = (
+            PlannedTensor(f"{tensor.name}[{number}]", shape, tensor.dtype, part)
+            for number, part in enumerate(made.of)
+        )
+        return replace(
+            tensor, recipe=Join(tuple(_as_merged(part, old, origins).recipe for part in parts))
+        )
     before = origins.get(made.tensor) if isinstance(made, Read) and made.source == old else None
     same = before and (before.shape, before.dtype) == (tensor.shape, tensor.dtype)
     if before is None or not same or (before.name != tensor.name and _draws(before.recipe)):
@@ -118,7 +141,8 @@ def _as_merged(tensor: PlannedTensor, old: str, origins: dict[str, PlannedTensor
 def _draws(made: Recipe) -> bool:
     if isinstance(made, Mean | Join):
         return any(map(_draws, made.of))
-    return isinstance(made, Noise) or (isinstance(made, LowRank | Scale | Cut) and _draws(made.of))
+    draws = isinstance(made, Noise | Renew)
+    return draws or (isinstance(made, LowRank | Scale | Cut) and _draws(made.of))
 
 
 def _checkpoints(edit: Edit) -> list[Checkpoint]:

@@ -204,7 +204,7 @@ def test_fewer_experts_than_a_token_chooses_are_all_chosen(
         drop(str(tmp_path / "one"), "0", tmp_path / "none")
 
 
-@pytest.mark.parametrize("host", ["mixtral", "glm4_moe"])
+@pytest.mark.parametrize("host", ["mixtral", "glm4_moe", "granitemoe"])
 def test_regate_takes_what_was_added_for_merged(
     host: str, mixtures: dict[str, Path], dense: dict[str, list[Path]], tmp_path: Path
 ) -> None:
@@ -222,18 +222,20 @@ def test_regate_takes_what_was_added_for_merged(
     verify_checkpoint(tmp_path / "dropped")
 
 
-def test_noise_drawn_for_another_name_is_kept_as_it_is(
-    dense: dict[str, list[Path]], tmp_path: Path
+@pytest.mark.parametrize("drawn", ["noise_scale: 0.1", "renew: 0.5"])
+@pytest.mark.parametrize("host", ["mixtral", "granitemoe"])
+def test_what_was_drawn_for_another_name_is_kept_as_it_is(
+    host: str, drawn: str, dense: dict[str, list[Path]], tmp_path: Path
 ) -> None:
-    base, first, second, _ = dense["llama"]
-    text = simple_config(base, [first, second], "gate_mode: random", "noise_scale: 0.1")
+    base, first, second, _ = dense[HOSTS[host]]
+    text = simple_config(base, [first, second], head_of(host), drawn)
     merge(write_config(tmp_path / "c.yaml", text), tmp_path / "moe", SMALL)
     drop(str(tmp_path / "moe"), "0", tmp_path / "left")
     verified = verify_checkpoint(tmp_path / "left")
     assert verified.compared == verified.tensors
-    name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
-    old, left = weights(tmp_path / "moe"), weights(tmp_path / "left")
-    assert torch.equal(left[name.format(0)], old[name.format(1)])
+    extract(str(tmp_path / "moe"), "1", tmp_path / "old")
+    extract(str(tmp_path / "left"), "0", tmp_path / "new")
+    assert same(weights(tmp_path / "old"), weights(tmp_path / "new"))
 
 
 def test_whole_files_are_copied_and_none_is_linked(
