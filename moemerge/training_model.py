@@ -8,6 +8,7 @@ weight, nor a frozen weight in full size, outlives the product that it is for.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
