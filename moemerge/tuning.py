@@ -21,7 +21,7 @@ class Tuning:
     steps: int = 100
     batch: int = 8
     length: int = 256
-    learning_rate: float = 5e-3
+    learning_rate: float = 0.1
     held_out: float = 0.1
     balance: float | None = None
     distil: float = 0.0

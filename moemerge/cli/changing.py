@@ -98,7 +98,7 @@ def tune(
         typer.Option(
             "--learning-rate",
             show_default=False,
-            help="Its highest; then a cosine.  [default: 5e-3 for routers, 2e-4 for LoRA]",
+            help="Its highest; then a cosine.  [default: 0.1 for routers, 2e-4 for LoRA]",
         ),
     ] = None,
     held_out: Annotated[
@@ -146,7 +146,7 @@ def tune(
     if wrong := [flag for flag, said in idle.items() if said]:
         fix = "remove it"
         raise InputError([Problem(one, f"has no effect with {where}", fix) for one in wrong])
-    rate = learning_rate or (5e-3 if only else 2e-4)
+    rate = learning_rate or (Tuning.learning_rate if only else 2e-4)
     tuning = Tuning(tuple(data or ()), steps, batch, length, rate, held_out, balance, distil)
     if not only:
         from moemerge.finetune import Lora, finetune
