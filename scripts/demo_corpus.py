@@ -17,8 +17,6 @@ Text of no domain, on which no expert is trained, is `other`: two novels out of 
 pierrec/lz4, the Devil's Dictionary, the Jargon File (public domain), German manual pages of shadow
 and the Python of click (BSD-3-Clause).
 
-    python scripts/demo_corpus.py       # writes examples/heldout/other.jsonl
-
 Needs Debian or a relative (`apt-get download`, `dpkg-deb`, `groff`) and `npm`.
 """
 
@@ -552,18 +550,3 @@ def _reference(draw: random.Random, tables: tuple[Table, ...]) -> tuple[Table, T
         if kind == "ref" and any(k != "ref" for _, k in table[1])
     ]
     return draw.choice(found)
-
-
-def main() -> None:
-    """Write the passages of `other`; those of the domains are written where they are trained."""
-    from smollm2 import model_dir
-    from train_demo_experts import _heldout_passages, _write_passages
-    from transformers import AutoTokenizer
-
-    train, heldout = documents("other", model_dir().parent / "demo-corpus")
-    passages = _heldout_passages(train, heldout, AutoTokenizer.from_pretrained(model_dir()), 0)
-    _write_passages(Path(__file__).parent.parent / "examples/heldout/other.jsonl", passages)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,6 @@ import datetime
 import json
 import math
 import random
-import re
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from demo_corpus import DOMAINS, documents
+from demo_heldout import choose, write
 from peft import LoraConfig, PeftModel, get_peft_model
 from smollm2 import model_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -32,9 +32,6 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 SEPARATOR = "<|endoftext|>"  # stood before every document in pre-training
 SEQUENCE_TOKENS = 256
 PIECE_CHARACTERS = 3000  # long documents are cut into pieces of about this size
-PASSAGE_TOKENS = (60, 180)
-PASSAGES = 24
-SHINGLE_WORDS = 8
 
 
 def main() -> None:
@@ -46,8 +43,8 @@ def main() -> None:
     minutes = {}
     for domain in [] if options.table_only else options.domains:
         train, other = documents(domain, options.corpus)
-        passages = _heldout_passages(train, other, tokenizer, options.seed)
-        _write_passages(heldout / f"{domain}.jsonl", passages)
+        passages = choose(train, other, tokenizer, options.seed)
+        write(heldout / f"{domain}.jsonl", passages)
         batches = _batches(train, tokenizer, options)
         start = time.monotonic()
         _train(batches, experts / domain, options)
@@ -89,61 +86,6 @@ def _options() -> argparse.Namespace:
     if options.threads:
         torch.set_num_threads(options.threads)
     return options
-
-
-def _heldout_passages(
-    train: dict[str, str], heldout: dict[str, str], tokenizer: PreTrainedTokenizerBase, seed: int
-) -> list[dict[str, str]]:
-    """Choose passages of whole paragraphs, spread over the held-out documents.
-
-    One that shares more than a tenth of its 8-word sequences with training text, or with a passage
-    chosen before it, is left out.
-    """
-    seen = {shingle for text in train.values() for shingle in _shingles(text)}
-    draw = random.Random(seed)
-    queues = []
-    for name, text in heldout.items():
-        passages = _cut(text, tokenizer)
-        draw.shuffle(passages)
-        queues.append([{"text": passage, "source": name} for passage in passages])
-    draw.shuffle(queues)
-    chosen: list[dict[str, str]] = []
-    while any(queues):  # one from each document, then a second, ...
-        for queue in filter(None, queues):
-            passage = queue.pop()
-            shingles = _shingles(passage["text"])
-            if sum(shingle in seen for shingle in shingles) <= len(shingles) / 10:
-                chosen.append(passage)
-                seen |= shingles
-    chosen = chosen[:PASSAGES]
-    return sorted(chosen, key=lambda passage: (passage["source"], passage["text"]))
-
-
-def _shingles(text: str) -> set[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.lower())
-    return set(zip(*(words[start:] for start in range(SHINGLE_WORDS)), strict=False))
-
-
-def _cut(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Cut a document between paragraphs into passages of PASSAGE_TOKENS; drop what does not fit."""
-    low, high = PASSAGE_TOKENS
-    passages: list[str] = []
-    passage = ""
-    for paragraph in text.strip().split("\n\n"):
-        longer = f"{passage}\n\n{paragraph}" if passage else paragraph
-        if len(tokenizer(longer).input_ids) <= high:
-            passage = longer
-            continue
-        passages.append(passage)
-        passage = paragraph
-    passages.append(passage)
-    return [text for text in passages if low <= len(tokenizer(text).input_ids) <= high]
-
-
-def _write_passages(path: Path, passages: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(passage, ensure_ascii=False) + "\n" for passage in passages]
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 def _read_passages(path: Path) -> list[str]:
