@@ -69,8 +69,8 @@ def documents(domain: str, cache: Path) -> tuple[dict[str, str], dict[str, str]]
     if domain == "c":
         return _headers(C_TRAIN, cache), _headers(C_HELDOUT, cache)
     if domain == "french":
-        heldout = _manuals(FRENCH_HELDOUT, cache)
-        return _manuals(FRENCH_TRAIN, cache), {
+        heldout = manuals(FRENCH_HELDOUT, cache)
+        return manuals(FRENCH_TRAIN, cache), {
             name: _prose(heldout[name], FRENCH_WORDS) for name in heldout
         }
     if domain == "legal":
@@ -107,7 +107,7 @@ def _headers(packages: Iterable[str], cache: Path) -> dict[str, str]:
     return found
 
 
-def _manuals(packages: Iterable[str], cache: Path, language: str = "fr") -> dict[str, str]:
+def manuals(packages: Iterable[str], cache: Path, language: str = "fr") -> dict[str, str]:
     """Every manual page of some Debian packages, one paragraph a line, unindented."""
     found = {}
     groff = [
@@ -180,7 +180,7 @@ def _other(cache: Path) -> dict[str, str]:
         path = next((_debian_package(package, cache) / "usr/share/dictd").glob("*.dict.dz"))
         text = gzip.decompress(path.read_bytes()).decode()
         found[f"{package}: {path.stem}"] = _tidy(start + text.partition(start)[2])
-    pages = _manuals(["passwd"], cache, "de").values()
+    pages = manuals(["passwd"], cache, "de").values()
     prose = "\n".join(_prose(page, GERMAN_WORDS) for page in pages)
     found["passwd: German pages"] = _tidy(prose)
     modules = sorted(_debian_package("python3-click", cache).rglob("click/*.py"))
