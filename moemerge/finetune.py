@@ -8,11 +8,14 @@ transformers 5 fused experts: PEFT puts it together for the fused ones while it 
 from __future__ import annotations
 
 import importlib.util
-import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moemerge import checkpoints
+from moemerge.dense import pick_device
 from moemerge.errors import Findings, InputError, Problem
 from moemerge.gate_setup import check_device_is_here
 from moemerge.moe import Moe, open_moe
@@ -66,7 +69,9 @@ def finetune(
     """Train a LoRA adapter of the mixture `out` with transformers' Trainer, into `adapter`.
 
     With `options.load_in_4bit` the frozen weights are in NF4 (QLoRA). Of conversations only the
-    assistant's turns are learnt. With `lora.resume` it goes on from the last checkpoint.
+    assistant's turns are learnt. With `lora.resume` it goes on from the last checkpoint, as if it
+    had not been interrupted. Under `accelerate launch` each process reads its share of every step,
+    and one of them writes.
 
     Raises:
         InputError: the mixture, the data or `adapter` cannot be used; nothing was written.
@@ -78,10 +83,10 @@ def finetune(
     moe = open_moe(out, options.cache_dir, findings)
     documents = read(tuning.data, findings)
     check_device_is_here(options, findings)
-    there = (adapter / CHECKPOINTS).is_dir()
-    if lora.resume and not there:
+    folder = adapter / CHECKPOINTS
+    if lora.resume and not folder.is_dir():
         findings.problem("--resume", f"{adapter} holds no checkpoints", "leave it out")
-    elif adapter.exists() and not lora.resume:
+    elif adapter.exists() and not lora.resume and is_first_process():
         fix = "name a new directory, or pass --resume to go on with what it holds"
         findings.problem(str(adapter), "is there already", fix)
     if lora.rank < 1 or lora.save_every < 1:
@@ -97,7 +102,29 @@ def finetune(
     texts, held = divide(passages, tuning.held_out, options.seed)
     if lora.packing:
         texts = packed(texts, tuning.length)
-    return _run(moe, texts, held, adapter, tuning, lora, options, reporter)
+    run = {
+        "--steps": tuning.steps, "--batch": tuning.batch, "--length": tuning.length,
+        "--learning-rate": tuning.learning_rate, "--held-out": tuning.held_out,
+        "--rank": lora.rank, "--alpha": lora.alpha, "--packing": lora.packing,
+        "--embeddings": lora.embeddings, "--qlora": options.load_in_4bit, "--seed": options.seed,
+        "--num_processes": _processes(),
+        "--data": checkpoints.digest_of_text([*texts, *held]),
+        "OUT": checkpoints.digest_of_weights(moe),
+    }  # fmt: skip
+    if lora.resume:
+        checkpoints.check_same(folder, run, findings)
+        findings.refuse()
+    reporter = reporter if is_first_process() else Silent()
+    return _run(moe, texts, held, adapter, tuning, lora, options, reporter, run)
+
+
+def is_first_process() -> bool:
+    """Whether this is the one process, or the first of several that `accelerate launch` began."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _check_installed() -> None:
@@ -143,13 +170,38 @@ def _run(
     lora: Lora,
     options: Options,
     reporter: Reporter,
+    run: dict[str, Any],
 ) -> Adapted:
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
 
+    dtype, folder = dtype_of(moe), adapter / CHECKPOINTS
+    settings = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=tuning.steps,
+        per_device_train_batch_size=tuning.batch,
+        per_device_eval_batch_size=tuning.batch,
+        learning_rate=tuning.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, tuning.steps // 20),
+        weight_decay=0.0,
+        bf16=dtype == torch.bfloat16,
+        gradient_checkpointing=lora.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if lora.checkpointing else None,
+        ddp_find_unused_parameters=True,
+        save_steps=lora.save_every,
+        save_total_limit=2,
+        logging_steps=max(1, tuning.steps // 20),
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=options.seed,
+        data_seed=options.seed,
+        use_cpu=pick_device(options.device) == "cpu",
+    )  # before the model, for of several processes it gives each its device
     transformers.set_seed(options.seed)
-    dtype = dtype_of(moe)
     model = load(moe, options, reporter, dtype)
     linears = [
         name
@@ -172,42 +224,48 @@ def _run(
         _widen_embeddings(model, dtype)
     if lora.checkpointing:
         wrapped.enable_input_require_grads()
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    settings = transformers.TrainingArguments(
-        output_dir=str(adapter / CHECKPOINTS),
-        max_steps=tuning.steps,
-        per_device_train_batch_size=tuning.batch,
-        per_device_eval_batch_size=tuning.batch,
-        learning_rate=tuning.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, tuning.steps // 20),
-        weight_decay=0.0,
-        bf16=dtype == torch.bfloat16,
-        gradient_checkpointing=lora.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if lora.checkpointing else None,
-        ddp_find_unused_parameters=True,
-        save_steps=lora.save_every,
-        save_total_limit=2,
-        logging_steps=max(1, tuning.steps // 20),
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        seed=options.seed,
-        data_seed=options.seed,
-        use_cpu=on_cpu,
-    )
     trainer = transformers.Trainer(
         model=wrapped, args=settings, train_dataset=texts, eval_dataset=held, data_collator=collate
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    before = math.nan if lora.resume else float(trainer.evaluate()["eval_loss"])
-    trainer.train(resume_from_checkpoint=lora.resume or None)
+    found = checkpoints.last(folder) if lora.resume else None
+    if found:
+        at, before = found
+        reporter.say(f"goes on from {at}")
+    else:
+        at, before = None, float(trainer.evaluate()["eval_loss"])
+        if is_first_process():
+            with writing(adapter):
+                checkpoints.begin(folder, run, before)
+    with reporter.progress("training", tuning.steps, "step") as advance:
+        trainer.add_callback(_listener(advance, reporter))
+        if at and checkpoints.step_of(at) >= tuning.steps:  # of which Trainer would make one more
+            wrapped.load_adapter(str(at), "default", is_trainable=True)
+        else:
+            trainer.train(resume_from_checkpoint=str(at) if at else None)
     after = float(trainer.evaluate()["eval_loss"])
-    if trainer.is_world_process_zero():
+    if is_first_process():
         _save(wrapped, moe, adapter, targets, dtype)
     count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    return Adapted(adapter, count, trainer.state.global_step, before, after)
+    return Adapted(adapter, count, tuning.steps, before, after)
+
+
+def _listener(advance: Callable[[int], object], reporter: Reporter) -> Any:
+    """Tells of a training's steps and losses."""
+    import transformers
+
+    class Listener(transformers.TrainerCallback):  # type: ignore[misc]
+        at = 0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            advance(state.global_step - self.at)
+            self.at = state.global_step
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in logs:
+                reporter.detail(f"step {state.global_step}: loss {logs['loss']:.4f}")
+
+    return Listener()
 
 
 def _widen_embeddings(model: Any, dtype: Any) -> None:

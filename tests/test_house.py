@@ -21,7 +21,7 @@ FLOORS = [
     ["router_inputs", "own_text", "output", "reading", "training_text"],
     ["split"],
     ["fitting", "moe"],
-    ["architectures", "gates", "routing_stats", "selection", "training_model"],
+    ["architectures", "checkpoints", "gates", "routing_stats", "selection", "training_model"],
     ["hosts", "gate_setup", "hub_repository", "loading", "router_training"],
     ["members"],
     ["layout"],

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +113,86 @@ def test_four_bits_learn_too(tmp_path: Path, data: str) -> None:
     assert done.after < done.before
 
 
-def test_interrupted_training_ends_the_same(tmp_path: Path, data: str) -> None:
-    out = str(made(tmp_path))
-    finetune(out, tmp_path / "a", tuning(data), Lora(rank=4, save_every=5))
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    shutil.rmtree(tmp_path / "b/checkpoints/checkpoint-12")
-    (tmp_path / "b/adapter_model.safetensors").unlink()
-    done = finetune(out, tmp_path / "b", tuning(data), Lora(rank=4, save_every=5, resume=True))
-    assert done.steps == 12
+CHILD = """
+import json, os, signal, sys, warnings
+warnings.simplefilter("ignore")
+import moemerge.finetune as room
+from moemerge.tuning import Tuning
+
+out, adapter, last, lora, tuning = json.loads(sys.argv[1])
+whole, read = room.collate, []
+
+def collate(passages):
+    read.append(passages)
+    if len(read) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(passages)
+
+room.collate = collate
+room.finetune(out, adapter, Tuning(**tuning), room.Lora(**lora))
+"""
+
+
+def losses(adapter: Path) -> list[tuple[int, float]]:
+    told = json.loads((adapter / "checkpoints/checkpoint-12/trainer_state.json").read_text())
+    return [(one["step"], one["loss"]) for one in told["log_history"] if "loss" in one]
+
+
+def test_killed_training_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[Passage]] = []
+
+    def noted(passages: list[Passage]) -> dict[str, Any]:
+        read.append(passages)
+        return collate(passages)
+
+    monkeypatch.setattr("moemerge.finetune.collate", noted)
+    out = str(made(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=True))
+    lora = Lora(rank=4, save_every=5, embeddings=True)
+    finetune(out, tmp_path / "a", tuning(data), lora)
+    held, whole = (len(read) - 12) // 2, list(read)
+    assert whole[:held] == whole[-held:]
+
+    told = [out, str(tmp_path / "b"), held + 8, vars(lora), vars(tuning(data))]
+    command = [sys.executable, "-c", CHILD, json.dumps(told)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert [p.name for p in (tmp_path / "b/checkpoints").glob("check*")] == ["checkpoint-5"]
+    assert not (tmp_path / "b/adapter_model.safetensors").exists()
+
+    read.clear()
+    finetune(out, tmp_path / "b", tuning(data), dataclasses.replace(lora, resume=True))
+    assert read == whole[held + 5 :]
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+    assert [step for step, _ in losses(tmp_path / "b")] == list(range(1, 13))
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
-    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path: Path, data: str) -> None:
+    out = str(made(tmp_path))
+    lora = Lora(rank=4, save_every=5, packing=False)
+    first = finetune(out, tmp_path / "a", tuning(data), lora)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b/checkpoints/checkpoint-12/trainer_state.json").write_text('{"log_his')
+    (tmp_path / "b/adapter_model.safetensors").unlink()
+    again = dataclasses.replace(lora, resume=True)
+    for done in (finetune(out, tmp_path / "b", tuning(data), again) for _ in range(2)):
+        assert done == dataclasses.replace(first, adapter=tmp_path / "b")
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+    for flag, changed, rank in (("--steps", {"steps": 9}, 4), ("--rank", {}, 3)):
+        with pytest.raises(InputError, match=flag):
+            other = dataclasses.replace(again, rank=rank)
+            finetune(out, tmp_path / "b", tuning(data, **changed), other)
+    with Path(data).open("a") as file:
+        file.write('\n{"text": "hello please code python"}')
+    with pytest.raises(InputError, match="--data: is not what"):
+        finetune(out, tmp_path / "b", tuning(data), again)
+    shutil.rmtree(tmp_path / "b/checkpoints")
+    (tmp_path / "b/checkpoints").mkdir()
+    assert finetune(out, tmp_path / "b", tuning(data, steps=3), again).steps == 3
 
 
 def test_packed_texts_do_not_see_each_other(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def tune(
     rate = learning_rate or (Tuning.learning_rate if only else 2e-4)
     tuning = Tuning(tuple(data or ()), steps, batch, length, rate, held_out, balance, distil)
     if not only:
-        from moemerge.finetune import Lora, finetune
+        from moemerge.finetune import Lora, finetune, is_first_process
 
         if adapter is None:
             fix = "name a new directory for the adapter"
@@ -158,10 +158,11 @@ def tune(
             options = dataclasses.replace(options, load_in_4bit=True)
         wanted = Lora(rank, alpha, packing, checkpointing, save_every, resume, embeddings)
         made = finetune(str(out), adapter, tuning, wanted, options, terminal)
-        terminal.result(
-            f"{adapter}: {count(made.parameters)} parameters trained for {made.steps} steps, "
-            f"held-out loss {made.before:.4f} to {made.after:.4f}"
-        )
+        if is_first_process():
+            terminal.result(
+                f"{adapter}: {count(made.parameters)} parameters trained for {made.steps} steps, "
+                f"held-out loss {made.before:.4f} to {made.after:.4f}"
+            )
         return
     done = tune(out, tuning, options, terminal)
     trained = done.trained
