@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from moemerge import InputError, Options, merge, output, verify_checkpoint
+from moemerge import InputError, Options, merge, output, top_k, verify_checkpoint
 from moemerge.cli import app
 from moemerge.errors import Findings
 from moemerge.moe import open_moe
@@ -127,6 +127,19 @@ def test_it_is_the_same_again_and_never_worse(tmp_path: Path, data: str) -> None
     assert worse.trained.after <= worse.trained.before
     if not worse.trained.best:
         assert files(tmp_path / "a/out") == before
+
+
+def test_a_mixture_of_another_tool_is_told_the_way(tmp_path: Path, data: str) -> None:
+    """Without a manifest `top-k`, the fix that is named, makes one that can be tuned."""
+    out, other = made(tmp_path), tmp_path / "other"
+    AutoModelForCausalLM.from_pretrained(out).save_pretrained(other)
+    (other / "tokenizer.json").write_bytes((out / "tokenizer.json").read_bytes())
+    with pytest.raises(InputError, match=r"top-k.* K as it is"):
+        tune(other, tuning(data))
+    top_k(str(other), 2, tmp_path / "new")
+    done = tune(tmp_path / "new", tuning(data))
+    assert done.trained.after < done.trained.before
+    verify_checkpoint(tmp_path / "new")
 
 
 def test_with_a_teacher_balance_and_four_bits(tmp_path: Path, data: str) -> None:
