@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 from bench_engine import ROOT, report, surroundings
-from heldout import Texts, load_texts, read
+from heldout import Texts, load, load_texts, read
 from smollm2 import model_dir
-from transformers import AutoModelForCausalLM
 
 from moemerge import MergeConfig, Options, merge
 
@@ -135,16 +134,6 @@ def halves(options: argparse.Namespace, work: Path) -> Texts:
         files[kind].write_text("\n".join(lines[1::2]) + "\n", encoding="utf-8")
     (work / "fit.jsonl").write_text("\n".join(fit) + "\n", encoding="utf-8")
     return load_texts(files, options.model, options.passages)
-
-
-def load(directory: Path) -> Any:
-    """The model in float32, as it was written."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True
-    )
-    if any(info.values()):
-        raise SystemExit(f"{directory} does not load as it is: {info}")
-    return model.eval()
 
 
 @torch.no_grad()

@@ -84,9 +84,9 @@ def read_dense(dense: Path, experts: list[str], texts: Texts) -> Iterator[tuple[
     `dense` holds the models `base` and `experts`. The oracle has a body's attention, norms and
     embeddings, and for each kind of text the MLPs of that expert.
     """
-    model = _load(dense / "base")
+    model = load(dense / "base")
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    states = {name: _load(dense / name).state_dict() for name in experts}
+    states = {name: load(dense / name).state_dict() for name in experts}
     average = {name: torch.stack([s[name] for s in states.values()]).mean(0) for name in base}
 
     def losses(body: State, mlps: State, kinds: Texts) -> Losses:
@@ -110,7 +110,7 @@ class Mixture:
     """A mixture loaded as it was written, which then takes other routers."""
 
     def __init__(self, directory: Path, texts: Texts):
-        self.model, self.texts = _load(directory), texts
+        self.model, self.texts = load(directory), texts
         named = self.model.named_modules()
         self.routers = [module for name, module in named if ROUTER.search(f"{name}.weight")]
         self.experts: int = len(self.routers[0].weight)
@@ -143,7 +143,8 @@ def layer_of(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _load(directory: Path) -> Any:
+def load(directory: Path) -> Any:
+    """The model in float32, as it was written."""
     model, info = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True
     )
