@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -12,6 +13,7 @@ from moemerge.card_text import Told, sections
 from moemerge.prepare import Prepared
 from moemerge.source_cards import Claims, claims_of, split_own
 
+_HEAD = re.compile(r"\A---\n.*?^---$", re.DOTALL | re.MULTILINE)
 _SEAL = re.compile(r"(.*)<!-- moemerge:card ([0-9a-f]{16}) -->\n?", re.DOTALL)
 
 
@@ -23,16 +25,31 @@ def render(ready: Prepared, routing: dict[str, Any], told: Told, picture: str = 
     """
     claims = {text: claims_of(c.directory) for text, c in ready.checkpoints.items()}
     keys, own = split_own(told.own)
-    head = yaml.safe_dump(
-        {**_metadata(ready, claims), **keys}, sort_keys=False, allow_unicode=True, width=1000
-    )
     parts = [
-        f"---\n{head}---",
+        _dumped({**_metadata(ready, claims), **keys}),
         own,
         f"#{'#' * bool(own)} A mixture of {len(ready.plan.experts)} experts",
         *sections(ready, claims, routing, told, picture),
     ]
     return seal("\n\n".join(filter(None, parts)) + "\n\n")
+
+
+def changed(content: bytes, change: Callable[[str], str]) -> bytes | None:
+    """A card with its text changed and sealed anew; None if it is not as moemerge wrote it."""
+    if not is_untouched(content):
+        return None
+    text = content.decode().replace("\r\n", "\n").rpartition("<!-- moemerge:card")[0]
+    return seal(change(text)).encode()
+
+
+def head_of(text: str) -> dict[str, Any]:
+    """The keys of a card's YAML head."""
+    return split_own(text)[0]
+
+
+def with_head(text: str, keys: dict[str, Any]) -> str:
+    """A card's text with another head."""
+    return _HEAD.sub(lambda _: _dumped(keys), text, count=1)
 
 
 def seal(text: str) -> str:
@@ -51,6 +68,11 @@ def picture(ready: Prepared, routing: dict[str, Any]) -> dict[str, Any]:
     names = ready.plan.experts
     texts = [{**text, "name": names[text["expert"]]} for text in routing["texts"]]
     return {"model": "Prompts, each held out", "experts": list(names), "texts": texts}
+
+
+def _dumped(keys: dict[str, Any]) -> str:
+    head = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{head}---"
 
 
 def _digest(text: str) -> str:

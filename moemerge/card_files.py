@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moemerge import card, heat_map
+from moemerge import card, evaluation_text, heat_map
 from moemerge.card_text import Told
+from moemerge.errors import RunError
 from moemerge.output import CARD_FILE, PICTURE_FILE, writing
 from moemerge.prepare import Prepared
 from moemerge.reporting import Reporter
@@ -32,6 +34,37 @@ def write(
             return {}
         path = out / PICTURE_FILE
         return {PICTURE_FILE: {"bytes": path.stat().st_size, "xxh3": file_checksum(path)}}
+
+
+def tell_evaluation(out: Path, found: dict[str, Any], reporter: Reporter) -> bool:
+    """Tell results of `evaluate` in the card of a finished mixture; whether that could be.
+
+    Raises:
+        RunError: another run is at work there.
+        WriteError: `out` cannot be written.
+    """
+    if not (out / CARD_FILE).is_file():
+        reporter.say(f"{out / CARD_FILE}: is not there, so nothing tells the results")
+        return False
+    with writing(out), State(out).mine(shared=False) as mine:
+        if not mine:
+            raise RunError(f"{out}: another moemerge is at work there; wait for it")
+        done = rewrite(out, lambda text: evaluation_text.told(text, found), reporter)
+        State(out).remove()
+        return done
+
+
+def rewrite(out: Path, change: Callable[[str], str], reporter: Reporter) -> bool:
+    """Change the card's text in one step; one that somebody edited stays, and that is said."""
+    path = out / CARD_FILE
+    content = card.changed(path.read_bytes(), change) if path.is_file() else b""
+    if content is None:
+        reporter.say(f"{path}: was edited since it was written, so it stays as it is")
+    if content:
+        part = State(out).directory / f"{CARD_FILE}{PART_SUFFIX}"
+        part.write_bytes(content)
+        part.replace(path)
+    return bool(content)
 
 
 def _draw(out: Path, ready: Prepared, routing: dict[str, Any], reporter: Reporter) -> bool:

@@ -102,7 +102,7 @@ def _what(ready: Prepared) -> Iterator[str]:
         "Size": f"{size(plan.nbytes)} ({plan.config.get('dtype') or plan.dtype}), on disk and, "
         "at least, in memory",
         "Context": f"{context} tokens" if context else "",
-        "Vocabulary": _shown(ready.vocabulary.summary),
+        "Vocabulary": shown(ready.vocabulary.summary),
         "Routers": f"`{plan.gate_mode}`: {_gate(ready)}",
     }
     yield "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v)])
@@ -132,7 +132,7 @@ def _gate(ready: Prepared) -> str:
         if value is not None
     ]
     words = line.removeprefix("the default; ").rstrip(".")
-    return words + f" ({_shown(', '.join(chosen), 300)})" * bool(chosen)
+    return words + f" ({shown(', '.join(chosen), 300)})" * bool(chosen)
 
 
 def _experts(ready: Prepared, told: Told) -> Iterator[str]:
@@ -149,7 +149,7 @@ def _experts(ready: Prepared, told: Told) -> Iterator[str]:
             "scaled by": expert.residual_scale,
         }
         extra = [f"{k} {v:g}" for k, v in changes.items() if v is not None and v != 1]
-        row = {"#": str(number), "expert": _shown(name)}
+        row = {"#": str(number), "expert": shown(name)}
         row["made of"] = ", ".join([_source(donor), *extra])
         if told.config and uses:
             row |= {title: _prompts(getattr(expert, key)) for title, key in prompts.items()}
@@ -163,7 +163,7 @@ def _experts(ready: Prepared, told: Told) -> Iterator[str]:
     yield "## The experts"
     if told.config and uses:
         yield "Routers were set so that text like the prompts of an expert, shown here, finds it."
-    yield _table(titles, zip(*(columns[title] for title in titles), strict=True))
+    yield table(titles, zip(*(columns[title] for title in titles), strict=True))
 
 
 def _running(ready: Prepared) -> Iterator[str]:
@@ -195,11 +195,11 @@ def _routing(ready: Prepared, routing: dict[str, Any], told: Told, picture: str)
         collisions = [{**one, "texts": []} for one in routing["collisions"]]
         routing = {**routing, "collisions": collisions}
     yield "## Routing"
-    yield "\n".join(f"- {_shown(line, 300)}" for line in verdict(routing, names))
+    yield "\n".join(f"- {shown(line, 300)}" for line in verdict(routing, names))
     yield "Each row: where the tokens of one expert's prompts go first, over all layers."
-    titles = ["prompts of", *map(_shown, names)]
+    titles = ["prompts of", *map(shown, names)]
     rows = zip(names, routing["confusion"], strict=True)
-    yield _table(titles, ([_shown(n), *(f"{x:.0%}" for x in shares)] for n, shares in rows))
+    yield table(titles, ([shown(n), *(f"{x:.0%}" for x in shares)] for n, shares in rows))
     if picture:
         yield (
             f"![Heat maps, one for each expert's prompts: for every layer, the share of tokens "
@@ -237,7 +237,7 @@ def _limits(ready: Prepared, routing: dict[str, Any]) -> Iterator[str]:
         lines.append("All its experts are the same model: without training it gains nothing.")
     host = ready.host
     caveats = host.architecture.caveats(ready.base.model.config, host.mixture)
-    lines += [_shown(line, 300) for _, line in caveats]
+    lines += [shown(line, 300) for _, line in caveats]
     yield "## Limits"
     yield "\n".join(f"- {line}" for line in lines)
 
@@ -249,7 +249,7 @@ def _sources(ready: Prepared, claims: dict[str, Claims]) -> Iterator[str]:
     shared = [("a shared expert", donor) for donor in ready.shared]
     for name, donor in [*whole, *zip(ready.plan.experts, ready.donors, strict=True), *shared]:
         for opened in _opened(donor):
-            used[opened.reference.text].append(_shown(name))
+            used[opened.reference.text].append(shown(name))
     rows = [
         (
             _linked(opened.reference, opened.commit)
@@ -261,7 +261,7 @@ def _sources(ready: Prepared, claims: dict[str, Claims]) -> Iterator[str]:
         for text, opened in ready.checkpoints.items()
     ]
     yield "## Sources and licences"
-    yield _table(["source", "used for", "commit", "licence"], rows)
+    yield table(["source", "used for", "commit", "licence"], rows)
     terms = {claim.terms for claim in claims.values()}
     if len(terms) == 1 and "" not in terms:
         yield f"All sources name the same licence, {_terms(next(iter(claims.values())))}."
@@ -307,32 +307,32 @@ def _source(donor: Donor) -> str:
 def _linked(reference: Reference, commit: str | None) -> str:
     """A source by name, with a link to the very commit if it is on the Hub."""
     if reference.directory:
-        return _shown(reference.short)
-    return f"[{_shown(reference.text, 200)}]({_HUB}/{reference.repo}/tree/{commit})"
+        return shown(reference.short)
+    return f"[{shown(reference.text, 200)}]({_HUB}/{reference.repo}/tree/{commit})"
 
 
 def _calibration(named: str, folder: Path | None) -> str:
     if find(named, folder) or not is_hub_id(named):
-        return _shown(last_part(named))
-    return f"[{_shown(named)}]({_HUB}/datasets/{named})"
+        return shown(last_part(named))
+    return f"[{shown(named)}]({_HUB}/datasets/{named})"
 
 
 def _terms(claims: Claims) -> str:
-    text = _shown(claims.terms or claims.license or "unknown")
+    text = shown(claims.terms or claims.license or "unknown")
     return f"[{text}]({claims.license_link})" if claims.license_link else text
 
 
 def _prompts(prompts: tuple[str, ...]) -> str:
     more = len(prompts) - _MOST_PROMPTS
-    return "<br>".join(map(_shown, prompts[:_MOST_PROMPTS])) + f"<br>and {more} more" * (more > 0)
+    return "<br>".join(map(shown, prompts[:_MOST_PROMPTS])) + f"<br>and {more} more" * (more > 0)
 
 
-def _table(titles: Sequence[str], rows: Any) -> str:
+def table(titles: Sequence[str], rows: Any) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _shown(text: str, most: int = 60) -> str:
+def shown(text: str, most: int = 60) -> str:
     """Some text on one short line or in a table's cell, and nothing in it is markup or a link."""
     text = one_line(" ".join(text.split()))
     short = text if len(text) <= most else text[: most - 3] + "..."

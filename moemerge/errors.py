@@ -95,6 +95,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says first, or what it is called."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """Say which of `valid` a misspelled `word` was probably meant to be."""
     names = sorted(valid)

@@ -9,7 +9,7 @@ from typing import Any
 
 from moemerge.checkpoint.moe_names import COUNTS
 from moemerge.dense import available_memory, pick_device
-from moemerge.errors import Findings, InputError, Problem
+from moemerge.errors import Findings, InputError, Problem, first_line
 from moemerge.moe import open_moe
 from moemerge.options import Options
 from moemerge.output import CONFIG_FILE
@@ -45,7 +45,7 @@ def load_mixture(out: Path, options: Options, reporter: Reporter) -> Any:
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
         except Exception as error:  # it lets through what any of many libraries raises
-            what = f"transformers cannot load it ({_first_line(error)})"
+            what = f"transformers cannot load it ({first_line(error)})"
             fix = "name one that it loads; `moemerge verify` checks one that moemerge made"
             raise InputError([Problem(str(out), what, fix)]) from error
     if model.dtype == torch.float16:
@@ -90,9 +90,5 @@ def _streamed(out: Path, options: Options, reporter: Reporter) -> Any:
     options = dataclasses.replace(options, lazy=True, load_in_4bit=False)
     model = load(moe, options, reporter, dtype_of(moe)).eval()
     model.config.output_router_logits = False  # the layers that would note them run elsewhere
-    model.config.use_cache = True
+    model.config.use_cache, model.config.model_type = True, moe.family
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moemerge import output, recipe
+from moemerge import card, card_files, output, recipe
 from moemerge.checkpoint import Checkpoint, Donor, Location, fetch, streamed
 from moemerge.disk import OutputFile
 from moemerge.errors import Findings, RunError
+from moemerge.evaluation_text import untold
 from moemerge.layout import source_of
 from moemerge.moe import Moe, Part, planned
 from moemerge.options import Options, ShardSize
@@ -269,9 +270,11 @@ def _copied(old: Path, shard: Shard, out: Path) -> bool:
 
 def _write_card(edit: Edit, out: Path) -> None:
     """The mixture's own card where it is the same model still, else a short one."""
-    card = edit.moe.checkpoint.directory / output.CARD_FILE
-    if edit.same_model and card.is_file():
-        content = card.read_bytes()
+    kept = edit.moe.checkpoint.directory / output.CARD_FILE
+    if edit.same_model and kept.is_file():
+        content = kept.read_bytes()
+        if edit.per_token != edit.moe.per_token:
+            content = card.changed(content, untold) or content
     else:
         tags = ["moemerge", "merge", *(["moe"] if len(edit.experts) > 1 else [])]
         head = "".join(f"- {tag}\n" for tag in tags)
@@ -280,7 +283,7 @@ def _write_card(edit: Edit, out: Path) -> None:
         (out / output.CARD_FILE).write_bytes(content)
 
 
-def build_in_place(edit: Edit) -> Built:
+def build_in_place(edit: Edit, reporter: Reporter) -> Built:
     """Change config.json, and the manifest if there is one, each in one step."""
     moe = edit.moe
     out, before = moe.checkpoint.directory, moe.manifest
@@ -296,5 +299,6 @@ def build_in_place(edit: Edit) -> Built:
         else:
             plan = _plan(edit, Options())[0]
         write_json(out / output.CONFIG_FILE, edit.config, scratch=state.directory)
+        card_files.rewrite(out, untold, reporter)
         state.remove()
     return Built(out, plan, 0, 0)

@@ -55,9 +55,8 @@ def report(
     if manifest:
         check_shards(out, manifest.plan, "look at")
     config = config_of(out)
-    if manifest:  # what was merged may be looked at
-        seed = manifest.plan.seed
-        options = dataclasses.replace(options, seed=seed, allow_crimes=True)
+    if manifest:
+        options = dataclasses.replace(options, seed=manifest.plan.seed)
     count = next(int(config[key]) for key in COUNTS if key in config)
     per_token = next(int(config[key]) for key in PER_TOKEN if key in config)
     experts = manifest.plan.experts if manifest else tuple(f"expert {n}" for n in range(count))

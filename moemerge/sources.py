@@ -30,7 +30,8 @@ class Source:
     """A dense model that the mixture was made of; `kind` is `base`, `expert` or `average`.
 
     `moved` is how many of its tokens have other ids in the mixture, by whose tokens it then cannot
-    be read. `directory` holds the files of its own, tokenizer and generation config.
+    be read. `directory` holds the files of its own, tokenizer and generation config. Equal experts
+    have the same `identity`.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Source:
     tensors: Tensors
     directory: Path | None = None
     moved: int = 0
+    identity: tuple[object, ...] = ()
 
     def why_not(self, last: int) -> str:
         """Why it cannot read tokens of the mixture of which `last` is the last; empty if it can."""
@@ -57,7 +59,8 @@ class Source:
             told = f"{size(needed)} of weights, {size(free)} of memory free"
             reporter.say(f"{self.name}: {told}, so it is read layer by layer")
             options = dataclasses.replace(options, lazy=True)
-        return whole_model(self.config, self.recipe_of, self.tensors, options)
+        with reporter.progress(f"loading {self.name}", 1, "model"):
+            return whole_model(self.config, self.recipe_of, self.tensors, options)
 
 
 def sources_of(manifest: Manifest | None, options: Options, reporter: Reporter) -> list[Source]:
@@ -75,13 +78,20 @@ def sources_of(manifest: Manifest | None, options: Options, reporter: Reporter) 
     vocabulary, donors = ready.vocabulary, ready.donors
     tensors = fetch(ready, options, reporter, (ready.base, *donors))
     base = Body(ready.base, vocabulary=vocabulary)
-    found = [Source("base", "base", base.config, base.recipe, tensors)]
+    own = ready.base.model.directory
+    where = own if own == vocabulary.directory and not vocabulary.written else None
+    found = [Source("base", "base", base.config, base.recipe, tensors, where)]
     if ready.cutting:
         return found
     for donor in donors:
-        own, moved = donor.model, len(other_ids(vocabulary, donor))
+        of, moved = donor.model, len(other_ids(vocabulary, donor))
         made = partial(recipe.of_donor, donor)
-        found.append(Source("expert", donor.name, own.config, made, tensors, own.directory, moved))
+        found.append(
+            Source(
+                "expert", donor.name, of.config, made, tensors, of.directory, moved,
+                donor.identity,
+            )
+        )  # fmt: skip
     agree = all(same_vocabulary(ready.base, donor) for donor in donors)
     average = Body(ready.base, donors, (1 / len(donors),) * len(donors), agree, vocabulary)
     return [*found, Source("average", "average", average.config, average.recipe, tensors)]
@@ -93,6 +103,8 @@ def prepared(manifest: Manifest, options: Options) -> Prepared:
     Raises:
         InputError: they are not what they were, or not at hand.
     """
-    config = parse_config(manifest.config)
     folder = Path(manifest.folder) if manifest.folder else None
-    return prepare(dataclasses.replace(config, folder=folder), options)
+    config = dataclasses.replace(parse_config(manifest.config), folder=folder)
+    # what was merged may be looked at
+    options = dataclasses.replace(options, seed=manifest.plan.seed, allow_crimes=True)
+    return prepare(config, options)

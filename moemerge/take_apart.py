@@ -87,7 +87,7 @@ def top_k(
     if out is None:
         for flag in options.flags.values():
             reporter.say(f"{flag} has no effect: only config.json changes")
-        return build_in_place(edit)
+        return build_in_place(edit, reporter)
     return build(edit, Path(out), options, reporter, findings)
 
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moemerge import card, output
+from moemerge import card, card_files, output
 from moemerge.checkpoint import numpy_dtype, read_bytes
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.errors import Findings, InputError, Problem, RunError
+from moemerge.evaluation_text import untold
 from moemerge.gate_setup import check_device_is_here
 from moemerge.moe import Moe, open_moe
 from moemerge.options import Options
@@ -300,22 +301,6 @@ def _copy(old: Path, new: Path, state: State) -> None:
 
 def _retell(out: Path, tuned: Tuned, tuning: Tuning, reporter: Reporter) -> None:
     """Say in the card what was done; what it says of the old routers goes."""
-    path = out / CARD_FILE
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    if not card.is_untouched(content):
-        reporter.say(f"{path}: was edited since it was written, so it stays as it is")
-        return
-    text = content.decode().rpartition("<!-- moemerge:card")[0]
-    for title in ("## Routing", _TITLE):
-        text = re.sub(rf"^{title}\n.*?(?=^## |\Z)", "", text, flags=re.DOTALL | re.MULTILINE)
-    text = re.sub(r"^- Its routers are [^\n]*: train it before use\.\n?", "", text, flags=re.M)
-    routers = r"^(\| Routers \| .*?)(, then trained)? \|$"
-    text = re.sub(routers, r"\1, then trained |", text, flags=re.M)
-    text = text.replace(
-        "without training it further:", "without training it further but for its routers:"
-    )
     trained = tuned.trained
     paragraph = (
         f"Its routers were trained after the merge, all else frozen: {trained.best} steps of "
@@ -324,7 +309,18 @@ def _retell(out: Path, tuned: Tuned, tuning: Tuning, reporter: Reporter) -> None
         f"{tuned.held_out} passages of the same data)."
     )
     section = f"{_TITLE}\n\n{paragraph}\n\n"
-    head, limits, rest = text.partition("## Limits\n")
-    part = State(out).directory / f"{CARD_FILE}.part"
-    part.write_bytes(card.seal(head + section + limits + rest).encode())
-    part.replace(path)
+
+    def change(text: str) -> str:
+        text = untold(text)
+        for title in ("## Routing", _TITLE):
+            text = re.sub(rf"^{title}\n.*?(?=^## |\Z)", "", text, flags=re.DOTALL | re.MULTILINE)
+        text = re.sub(r"^- Its routers are [^\n]*: train it before use\.\n?", "", text, flags=re.M)
+        routers = r"^(\| Routers \| .*?)(, then trained)? \|$"
+        text = re.sub(routers, r"\1, then trained |", text, flags=re.M)
+        text = text.replace(
+            "without training it further:", "without training it further but for its routers:"
+        )
+        head, limits, rest = text.partition("## Limits\n")
+        return head + section + limits + rest
+
+    card_files.rewrite(out, change, reporter)

@@ -15,12 +15,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["", "merge", "split", "plan", "architectures", "verify", "push", "routing", "regate",
-            "tune", "merge-adapter", "repair", "extract", "add", "drop", "top-k"]  # fmt: skip
+COMMANDS = ["", "merge", "split", "plan", "architectures", "verify", "push", "routing", "eval",
+            "regate", "tune", "merge-adapter", "repair", "extract", "add", "drop", "top-k"]  # fmt: skip
 BESIDE = {
     "examples/configs/": "every file is a test",
     "examples/experts/": "four small LoRA experts, and how they were trained",
     "examples/heldout/": "text that no expert was trained on",
+    "examples/tasks/": "a multiple-choice task of that text, for lm-eval",
     "scripts/": "quickstart, test, demo experts, benchmarks",
     "tests/": "one file per law or room, and the real readers",
     "docs/": "the commands in full, how to contribute",

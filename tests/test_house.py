@@ -12,11 +12,12 @@ PACKAGE = ROOT / "moemerge"
 FLOORS = [
     ["version", "errors"],
     ["reporting", "yaml_reader", "options", "disk", "slots", "tokens", "neurons", "tuning"],
+    ["harness"],
     ["config", "tokenizer_files"],
     ["checkpoint"],
     ["recipe", "calibration", "source_cards"],
-    ["vocabulary"],
-    ["plan", "body", "dense"],
+    ["vocabulary", "arithmetic"],
+    ["plan", "body", "dense", "vocabulary_choice"],
     ["prompts", "compare", "state", "shard_file"],
     ["router_inputs", "own_text", "output", "reading", "training_text"],
     ["split"],
@@ -28,10 +29,11 @@ FLOORS = [
     ["prepare", "shareable"],
     ["card_text"],
     ["write", "verify", "card", "costs", "routers", "page", "heat_map"],
-    ["on_ray", "card_files", "publish", "sources"],
+    ["evaluation_text", "on_ray", "publish", "sources"],
+    ["card_files"],
     ["pipeline", "routing"],
     ["new_routers", "rebuild", "tune"],
-    ["take_apart", "finetune", "merge_adapter"],
+    ["take_apart", "finetune", "merge_adapter", "evaluate"],
     ["cli"],
 ]
 """Rooms from the ground up; each imports only from floors below its own."""

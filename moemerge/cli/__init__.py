@@ -6,10 +6,10 @@ import io
 import signal
 import sys
 
-from moemerge.cli import building, changing
+from moemerge.cli import building, changing, evaluating
 from moemerge.cli.app import INTERRUPTED, app
 
-__all__ = ["app", "building", "changing", "main"]
+__all__ = ["app", "building", "changing", "evaluating", "main"]
 
 
 def main() -> None:

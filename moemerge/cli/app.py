@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +53,16 @@ app = typer.Typer(
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The output directory.")]
 
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        metavar="NAME=FILE",
+        show_default=False,
+        help="Text for the expert NAME (or of none), plain or jsonl; again for more.",
+    ),
+]
+
 
 def check_config_path(config: Path) -> None:
     """Refuse a config that is not there; it may be a command that was mistyped."""
@@ -71,3 +82,25 @@ def check_config_path(config: Path) -> None:
     guess = nearest(str(config), commands)
     fix = f"{guess} (a command)" if guess.startswith("did") else "name a YAML file"
     raise InputError([Problem(str(config), "there is no such config file", fix)])
+
+
+def check_file_to_write(path: Path) -> None:
+    """Refuse a file that has no directory to be in, or is one."""
+    if not path.absolute().parent.is_dir():
+        fix = "name a file in a directory that exists"
+        raise InputError([Problem(str(path), "its directory does not exist", fix)])
+    if path.is_dir():
+        raise InputError([Problem(str(path), "is a directory", "name a file")])
+
+
+def texts_by_name(given: Iterable[str]) -> dict[str, Path]:
+    """What `--text NAME=FILE` says, again and again."""
+    texts: dict[str, Path] = {}
+    for one in given:
+        name, equals, file = one.partition("=")
+        if not equals or not name or not file:
+            raise InputError([Problem("--text", f"{one!r} is no NAME=FILE", "write NAME=FILE")])
+        if name in texts:
+            raise InputError([Problem("--text", f"{name} stands twice", "keep one of them")])
+        texts[name] = Path(file)
+    return texts

@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moemerge.cli.app import Config, Out, app, check_config_path
+from moemerge.cli.app import (
+    Config,
+    Out,
+    Texts,
+    app,
+    check_config_path,
+    check_file_to_write,
+    texts_by_name,
+)
 from moemerge.cli.describe import plan_lines, router_lines, routing_lines
 from moemerge.cli.options import (
     READING,
@@ -195,15 +202,7 @@ def routing(
     out: Out,
     options: Options,
     terminal: Terminal,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--text",
-            metavar="NAME=FILE",
-            show_default=False,
-            help="Text for the expert NAME (or of none), plain or jsonl; again for more.",
-        ),
-    ] = None,
+    text: Texts = None,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write the page.")
     ] = None,
@@ -217,13 +216,9 @@ def routing(
     from moemerge.output import writing
     from moemerge.routing import report
 
-    texts = _texts(text or ())
+    texts = texts_by_name(text or ())
     for path in filter(None, (html, png)):
-        if not path.absolute().parent.is_dir():
-            fix = "name a file in a directory that exists"
-            raise InputError([Problem(str(path), "its directory does not exist", fix)])
-        if path.is_dir():
-            raise InputError([Problem(str(path), "is a directory", "name a file")])
+        check_file_to_write(path)
     if png and importlib.util.find_spec("matplotlib") is None:
         fix = "pip install 'moemerge[report]'"
         raise InputError([Problem("--png", "matplotlib is not installed", fix)])
@@ -239,15 +234,3 @@ def routing(
         return
     for line in routing_lines(found):
         terminal.result(line)
-
-
-def _texts(given: Iterable[str]) -> dict[str, Path]:
-    texts: dict[str, Path] = {}
-    for one in given:
-        name, equals, file = one.partition("=")
-        if not equals or not name or not file:
-            raise InputError([Problem("--text", f"{one!r} is no NAME=FILE", "write NAME=FILE")])
-        if name in texts:
-            raise InputError([Problem("--text", f"{name} stands twice", "keep one of them")])
-        texts[name] = Path(file)
-    return texts
