@@ -1,8 +1,6 @@
 """A LoRA adapter trained on a mixture: on every linear and on every expert's own matrices.
 
-The experts stand apart in memory (see `training_model`), so that each has a plain LoRA, in 4 bits
-too. The adapter is saved under the names that the files have, as PEFT saved a Mixtral's before
-transformers 5 fused experts: PEFT puts it together for the fused ones while it loads.
+transformers' Trainer runs it; `adapters` puts it on the model and saves it.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge import checkpoints
+from moemerge.adapters import attach, save
 from moemerge.dense import pick_device
 from moemerge.errors import Findings, InputError, Problem
 from moemerge.gate_setup import check_device_is_here
@@ -23,7 +22,7 @@ from moemerge.options import Options
 from moemerge.output import writing
 from moemerge.prompts import Encoder
 from moemerge.reporting import Reporter, Silent
-from moemerge.training_model import check_memory, dtype_of, is_plain, load, name_in_files
+from moemerge.training_model import check_memory, dtype_of, load
 from moemerge.training_text import Passage, Template, divide, packed, passages_of, read
 from moemerge.tune import check_passages
 from moemerge.tuning import Tuning
@@ -91,9 +90,6 @@ def finetune(
         findings.problem(str(adapter), "is there already", fix)
     if lora.rank < 1 or lora.save_every < 1:
         findings.problem("--rank", "and --save-every must be 1 or more", "write a larger number")
-    if moe and moe.tensors.stacked:
-        what = f"is a {moe.family}, whose experts PEFT does not put together from single ones"
-        findings.problem(out, what, "train its routers, or use a mixture of another architecture")
     if moe:
         check_memory(moe, options, findings)
     passages = _passages(moe, documents, tuning, findings) if moe and documents else []
@@ -174,7 +170,6 @@ def _run(
 ) -> Adapted:
     import torch
     import transformers
-    from peft import LoraConfig, get_peft_model
 
     dtype, folder = dtype_of(moe), adapter / CHECKPOINTS
     settings = transformers.TrainingArguments(
@@ -203,25 +198,7 @@ def _run(
     )  # before the model, for of several processes it gives each its device
     transformers.set_seed(options.seed)
     model = load(moe, options, reporter, dtype)
-    linears = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and is_plain(name) and ".layers." in name
-        if "shared_" not in name
-    ]
-    targets = sorted({name.rpartition(".")[2] for name in linears})
-    tied = bool(model.config.tie_word_embeddings)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=linears,
-        modules_to_save=["embed_tokens", "lm_head"][: 2 - tied] if lora.embeddings else None,
-        ensure_weight_tying=lora.embeddings and tied,
-        task_type="CAUSAL_LM",
-    )
-    wrapped = get_peft_model(model, config)
-    if lora.embeddings:
-        _widen_embeddings(model, dtype)
+    wrapped = attach(model, lora.rank, lora.alpha, lora.embeddings, dtype)
     if lora.checkpointing:
         wrapped.enable_input_require_grads()
     trainer = transformers.Trainer(
@@ -245,7 +222,7 @@ def _run(
             trainer.train(resume_from_checkpoint=str(at) if at else None)
     after = float(trainer.evaluate()["eval_loss"])
     if is_first_process():
-        _save(wrapped, moe, adapter, targets, dtype)
+        save(wrapped, moe, adapter, dtype)
     count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     return Adapted(adapter, count, tuning.steps, before, after)
 
@@ -268,14 +245,6 @@ def _listener(advance: Callable[[int], object], reporter: Reporter) -> Any:
     return Listener()
 
 
-def _widen_embeddings(model: Any, dtype: Any) -> None:
-    """Hold trained embeddings and head in float32, for in bfloat16 small steps come to nothing."""
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for parameter in module.modules_to_save.parameters():
-            parameter.data = parameter.data.float()
-    model.get_input_embeddings().register_forward_hook(lambda _, __, made: made.to(dtype))
-
-
 def collate(passages: list[Passage]) -> dict[str, Any]:
     """A batch for transformers, (B, T) each; positions begin anew with every text in a row."""
     import torch
@@ -292,27 +261,3 @@ def collate(passages: list[Passage]) -> dict[str, Any]:
         positions.append([at for length in (*lengths, fill) for at in range(length)])
     columns = {"input_ids": ids, "labels": labels, "position_ids": positions}
     return {name: torch.tensor(rows) for name, rows in columns.items()}
-
-
-def _save(wrapped: Any, moe: Moe, adapter: Path, targets: list[str], dtype: Any) -> None:
-    """The adapter under the names of the files; whole modules in the files' dtype.
-
-    A tied head is there too, as PEFT has it: without it PEFT does not load the embeddings.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    found = get_peft_model_state_dict(wrapped)
-    state = {
-        name_in_files(name, moe): value.contiguous()
-        if ".lora_" in name
-        else value.to(dtype, copy=True)
-        for name, value in found.items()
-    }
-    config = wrapped.peft_config["default"]
-    config.target_modules = set(targets)
-    config.base_model_name_or_path = moe.text
-    config.inference_mode = True
-    with writing(adapter):
-        save_file(state, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(str(adapter))

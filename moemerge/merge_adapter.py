@@ -26,7 +26,8 @@ def merge_adapter(
 ) -> Built:
     """Write the mixture `old` with a LoRA adapter's deltas into `out`.
 
-    The adapter has the names of the mixture's files, as `moemerge tune --lora` writes it.
+    The adapter has the names of the mixture's files, as `moemerge tune --lora` writes it, or it was
+    trained with PEFT on experts that transformers 5 had stacked (`target_parameters`).
 
     Raises:
         InputError: either cannot be read, or they do not fit; nothing was written.
@@ -53,7 +54,8 @@ def merge_adapter(
     for part in moe.parts:
         if part.name in lora.deltas:
             one = lora.deltas[part.name]
-            delta = LowRank(part.recipe, Read(text, one.down), Read(text, one.up), one.scale)
+            down, up = Read(text, one.down), Read(text, one.up)
+            delta = LowRank(part.recipe, down, up, one.scale, one.every, one.first)
             part = replace(part, recipe=delta)
         elif part.name in lora.replacements:
             part = replace(part, recipe=Read(text, lora.replacements[part.name]))

@@ -49,12 +49,17 @@ class Read:
 
 @dataclass(frozen=True)
 class LowRank:
-    """of + scale * up @ down, with `down` (r, in) and `up` (out, r): a LoRA delta."""
+    """of + scale * up @ down, with `down` (r, in) and `up` (out, r): a LoRA delta.
+
+    Of an `up` (out, r * every) that several experts share, the columns `first`, `first + every` ...
+    """
 
     of: Recipe
     down: Read
     up: Read
     scale: float
+    every: int = 1
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -441,7 +446,8 @@ def _evaluate(
         down = sources[recipe.down.source][recipe.down.tensor]
         whole[recipe.down] = _read(down, range(down.shape[0])).float()
     up = sources[recipe.up.source][recipe.up.tensor]
-    delta: torch.Tensor = _read(up, rows).float() @ whole[recipe.down]
+    own = _read(up, rows)[:, recipe.first :: recipe.every]
+    delta: torch.Tensor = own.float() @ whole[recipe.down]
     return value + recipe.scale * delta
 
 

@@ -23,7 +23,7 @@ FLOORS = [
     ["split"],
     ["fitting", "moe"],
     ["architectures", "checkpoints", "gates", "routing_stats", "selection", "training_model"],
-    ["hosts", "gate_setup", "hub_repository", "loading", "router_training"],
+    ["adapters", "gate_setup", "hosts", "hub_repository", "loading", "router_training"],
     ["members"],
     ["layout"],
     ["prepare", "shareable"],

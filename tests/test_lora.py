@@ -9,12 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_tune import data, made
 from transformers import AutoModelForCausalLM
@@ -43,14 +44,34 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
-def test_peft_loads_it_and_merging_is_the_same(tmp_path: Path, data: str, family: str) -> None:
-    out = made(tmp_path, family)
+MIXTURES = {
+    "mixtral": ("llama", ""), "qwen3_moe": ("qwen3", ""), "flex_olmo": ("olmo2", ""),
+    "granitemoe": ("granite", ""), "qwen2_moe": ("qwen2", "shared_experts"),
+    "glm4_moe": ("llama", "shared_experts"), "granitemoeshared": ("granite", "shared_experts"),
+    "granitemoehybrid": ("llama", "shared_experts"), "dots1": ("qwen3", "shared_experts"),
+}  # fmt: skip
+
+
+def mixture(folder: Path, architecture: str) -> Path:
+    family, shared = MIXTURES[architecture]
+    head = f"gate_mode: random\narchitecture: {architecture}"
+    if shared:
+        head += f"\nshared_experts:\n  - source_model: {folder / 'm1'}"
+    return made(folder, family, head, **({"head_dim": 8} if family == "qwen3" else {}))
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_peft_loads_it_and_merging_is_the_same(
+    tmp_path: Path, data: str, architecture: str
+) -> None:
+    out = mixture(tmp_path, architecture)
     done = finetune(str(out), tmp_path / "a", tuning(data), Lora(rank=4))
     assert done.after < done.before
     plain = AutoModelForCausalLM.from_pretrained(out)
     was = logits(plain)
-    loaded = PeftModel.from_pretrained(plain, tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|inconsisten).*")
+        loaded = PeftModel.from_pretrained(plain, tmp_path / "a")
     ours = logits(loaded)
     assert (ours - was).abs().max() > 1e-2
     merge_adapter(str(out), str(tmp_path / "a"), tmp_path / "new")
@@ -58,8 +79,37 @@ def test_peft_loads_it_and_merging_is_the_same(tmp_path: Path, data: str, family
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "new"))
     assert (merged - ours).abs().max() < 1e-4
     names = set(load_file(tmp_path / "a/adapter_model.safetensors"))
-    assert any(".experts.2." in name for name in names)
     assert all(".lora_A." in name or ".lora_B." in name for name in names)
+    assert any(".experts." in name for name in names)
+    shared = {name for name in names if ".shared_" in name}
+    assert bool(shared) == bool(MIXTURES[architecture][1])
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe", "granitemoe"])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        {"target_parameters": ["experts.down_proj"], "use_rslora": True},
+        {"target_parameters": ["experts.gate_up_proj"], "rank_pattern": {r".*gate_up_proj": 5}},
+    ],
+)
+def test_what_plain_peft_trained_on_stacked_experts_is_merged(
+    tmp_path: Path, architecture: str, targets: dict[str, Any]
+) -> None:
+    out = mixture(tmp_path, architecture)
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], **targets}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(out), LoraConfig(**settings))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3)
+    model.save_pretrained(tmp_path / "a")
+    merge_adapter(str(out), str(tmp_path / "a"), tmp_path / "new")
+    verify_checkpoint(tmp_path / "new")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert (logits(merged) - logits(model)).abs().max() < 1e-3
+    assert (logits(merged) - logits(AutoModelForCausalLM.from_pretrained(out))).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("embeddings", [False, True])

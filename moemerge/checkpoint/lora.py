@@ -14,26 +14,35 @@ from typing import Any
 
 from moemerge.checkpoint.fused import row_name, rows_of
 from moemerge.checkpoint.model import Checkpoint, SourceProblem, with_rows
+from moemerge.checkpoint.moe_names import LAYER, count_of, names_of
 
 _PREFIX = "base_model.model."
 _MERGE_FIRST = "merge it into its base with PEFT's merge_and_unload and name the result"
+_CHANGES = "changes {!r}, which the model does not have"
+_TRAINED_ON = "name the model that the adapter was trained on"
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class Delta:
-    """scale * up @ down, with `down` (r, in) and `up` (out, r) named in the adapter."""
+    """scale * up @ down, with `down` (r, in) and `up` (out, r) named in the adapter.
+
+    Of an `up` (out, r * every) that experts share, the columns `first`, `first + every` ...
+    """
 
     down: str
     up: str
     scale: float
+    every: int = 1
+    first: int = 0
 
 
 @dataclass(frozen=True)
 class Adapter:
     """What an adapter does, by the names of its model's tensors.
 
-    Of one trained on fused tensors each part has a delta: all of `down`, and its rows of `up`.
+    Of one trained on fused tensors each part has a delta: all of `down`, and its rows of `up`; of
+    one trained on stacked experts (PEFT's `target_parameters`), its rows of `down` too.
     """
 
     checkpoint: Checkpoint
@@ -56,7 +65,11 @@ def open_adapter(checkpoint: Checkpoint, model: Checkpoint) -> Adapter:
         found = re.fullmatch(r"(.+)\.lora_(A|B)(?:\.\w+)?\.weight", module)
         if found:
             if found[2] == "A":
-                target, up = _add(found[1], name), _partner(name)
+                up, wrapped = _partner(name), _wrapped(config, found[1])
+                if wrapped and not wrapped.endswith(".weight"):
+                    deltas |= _stacked(checkpoint, model, wrapped, name, up)
+                    continue
+                target = _add(found[1], name)
                 whole = _delta(checkpoint, model, found[1], target, name, up)
                 for part, its_up in _parts(model, target, up).items():
                     deltas[part] = dataclasses.replace(whole, up=its_up)
@@ -71,13 +84,61 @@ def open_adapter(checkpoint: Checkpoint, model: Checkpoint) -> Adapter:
                 raise SourceProblem(
                     f"replaces {target!r} by {list(checkpoint.tensors[name].shape)}, "
                     f"the model has {'no such tensor' if have is None else list(have)}",
-                    "name the model that the adapter was trained on",
+                    _TRAINED_ON,
                 )
             replacements |= _parts(model, target, name)
     if not deltas and not replacements:
         raise SourceProblem("holds no LoRA weights", "name another adapter")
-    rows = [*(delta.up for delta in deltas.values()), *replacements.values()]
+    rows = [one for delta in deltas.values() for one in (delta.down, delta.up)]
+    rows += replacements.values()
     return Adapter(with_rows(checkpoint, rows), deltas, replacements)
+
+
+def _wrapped(config: dict[str, Any], module: str) -> str | None:
+    """The parameter that PEFT's wrapper at `module` is for; of several the first is innermost."""
+    path = module
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    depth = (len(module) - len(path)) // len(".base_layer")
+    targets = [one for one in config.get("target_parameters") or () if isinstance(one, str)]
+    names = [f"{path}.{leaf}" for leaf in ("gate_up_proj", "down_proj", "weight")]
+    own = [name for name in names if any(f".{name}".endswith(f".{one}") for one in targets)]
+    return own[-1 - depth] if depth < len(own) else None
+
+
+def _stacked(
+    checkpoint: Checkpoint, model: Checkpoint, parameter: str, down: str, up: str
+) -> dict[str, Delta]:
+    """What an adapter of stacked experts does to each of them.
+
+    PEFT reshapes A (E * r, in) to (E, r, in), but B (out, r * E) to (out, r, E).
+    """
+    found = LAYER.fullmatch(parameter)
+    names = names_of(model.config.get("model_type"), model.tensors)
+    own: dict[tuple[int, int], str] = {}
+    if found and names and found[3] in (*names.uppers, *names.lowers):
+        count = count_of(model.config)
+        each = (0, 1) if found[3] in names.uppers else (2,)
+        for expert in range(count if isinstance(count, int) else 0):
+            own |= {(expert, n): found[1] + names.matrix(expert, w) for n, w in enumerate(each)}
+    if not own or not {*own.values()} <= model.tensors.keys():
+        raise SourceProblem(_CHANGES.format(parameter), _TRAINED_ON)
+    experts, parts = len({expert for expert, _ in own}), len({part for _, part in own})
+    high, wide = model.tensors[own[0, 0]].shape
+    rank = _rank(checkpoint, down) // experts
+    shapes = (experts * rank, wide), (high * parts, experts * rank)
+    _check_shapes(checkpoint, parameter, down, up, shapes, (experts, high * parts, wide))
+    scale = _scale(checkpoint.config, parameter, parameter, rank)
+    return {
+        name: Delta(
+            row_name(down, range(expert * rank, (expert + 1) * rank)),
+            row_name(up, range(part * high, (part + 1) * high)),
+            scale,
+            experts,
+            expert,
+        )
+        for (expert, part), name in own.items()
+    }
 
 
 def _is_tied(config: dict[str, Any], model: Checkpoint) -> bool:
@@ -132,32 +193,47 @@ def _partner(name: str) -> str:
 def _delta(
     checkpoint: Checkpoint, model: Checkpoint, module: str, target: str, down: str, up: str
 ) -> Delta:
-    if up not in checkpoint.tensors:
-        raise SourceProblem(f"holds {down!r} but not {up!r}", "save the adapter again")
     w = _shape(model, target)
     if w is None:
+        raise SourceProblem(_CHANGES.format(target), _TRAINED_ON)
+    rank = _rank(checkpoint, down)
+    _check_shapes(checkpoint, target, down, up, ((rank, *w[1:]), (w[0], rank)), w)
+    return Delta(down, up, _scale(checkpoint.config, target, module, rank))
+
+
+def _rank(checkpoint: Checkpoint, down: str) -> int:
+    return (*checkpoint.tensors[down].shape, 0)[0]
+
+
+def _check_shapes(
+    checkpoint: Checkpoint,
+    target: str,
+    down: str,
+    up: str,
+    wanted: tuple[tuple[int, ...], tuple[int, ...]],
+    whole: tuple[int, ...],
+) -> None:
+    if up not in checkpoint.tensors:
+        raise SourceProblem(f"holds {down!r} but not {up!r}", "save the adapter again")
+    have = checkpoint.tensors[down].shape, checkpoint.tensors[up].shape
+    if have != wanted or any(len(shape) != 2 for shape in have):
+        a, b = map(list, have)
+        what = f"{target}: its matrices are {a} and {b}, the model's {list(whole)}"
+        raise SourceProblem(what, _TRAINED_ON)
+
+
+def _scale(config: dict[str, Any], target: str, module: str, found: int) -> float:
+    """What B A is multiplied by, for matrices of rank `found`."""
+    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", found))
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", found))
+    if rank != found or not rank:
         raise SourceProblem(
-            f"changes {target!r}, which the model does not have",
-            "name the model that the adapter was trained on",
-        )
-    a, b = checkpoint.tensors[down].shape, checkpoint.tensors[up].shape
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != w:
-        raise SourceProblem(
-            f"{target}: its matrices are {list(a)} and {list(b)}, the model's {list(w)}",
-            "name the model that the adapter was trained on",
-        )
-    config = checkpoint.config
-    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", a[0]))
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", a[0]))
-    if rank != a[0] or not rank:
-        raise SourceProblem(
-            f"{target}: adapter_config.json says rank {rank}, the weights are of rank {a[0]}",
+            f"{target}: adapter_config.json says rank {rank}, the weights are of rank {found}",
             "save the adapter again",
         )
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
         raise SourceProblem(f"lora_alpha is {alpha!r}", "repair adapter_config.json")
-    divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-    return Delta(down, up, alpha / divisor)
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _by_pattern(patterns: object, module: str, default: Any) -> Any:
