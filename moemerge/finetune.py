@@ -15,7 +15,7 @@ from typing import Any
 from moemerge import checkpoints
 from moemerge.adapters import attach, save
 from moemerge.dense import pick_device
-from moemerge.errors import Findings, InputError, Problem
+from moemerge.errors import Findings, InputError, Problem, RunError
 from moemerge.gate_setup import check_device_is_here
 from moemerge.moe import Moe, open_moe
 from moemerge.options import Options
@@ -78,7 +78,7 @@ def finetune(
     """
     lora, options, reporter = lora or Lora(), options or Options(), reporter or Silent()
     findings, adapter = Findings(), Path(adapter)
-    _check_installed()
+    _check_installed(options)
     moe = open_moe(out, options.cache_dir, findings)
     documents = read(tuning.data, findings)
     check_device_is_here(options, findings)
@@ -88,8 +88,11 @@ def finetune(
     elif adapter.exists() and not lora.resume and is_first_process():
         fix = "name a new directory, or pass --resume to go on with what it holds"
         findings.problem(str(adapter), "is there already", fix)
-    if lora.rank < 1 or lora.save_every < 1:
-        findings.problem("--rank", "and --save-every must be 1 or more", "write a larger number")
+    for flag, value in (("--rank", lora.rank), ("--save-every", lora.save_every)):
+        if value < 1:
+            findings.problem(flag, f"is {value}", "write 1 or more")
+    if not 0 < lora.alpha < 1e6:
+        findings.problem("--alpha", f"is {lora.alpha:g}", "write a number above 0")
     if moe:
         check_memory(moe, options, findings)
     passages = _passages(moe, documents, tuning, findings) if moe and documents else []
@@ -123,18 +126,21 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _check_installed() -> None:
-    missing = [n for n in ("peft", "accelerate") if importlib.util.find_spec(n) is None]
+def _check_installed(options: Options) -> None:
+    needed = ["peft", "accelerate", *(["bitsandbytes"] if options.load_in_4bit else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        fix = "pip install 'moemerge[train]'"
-        raise InputError([Problem("tune", f"{' and '.join(missing)} are not installed", fix)])
+        what = f"needs packages that are not installed: {', '.join(missing)}"
+        fix = "pip install 'moemerge[train]', and bitsandbytes for --qlora"
+        raise InputError([Problem("tune", what, fix)])
 
 
 def _passages(
     moe: Moe, documents: list[Any], tuning: Tuning, findings: Findings
 ) -> list[list[Passage]]:
-    template = _template(moe) if any(not isinstance(one, str) for one in documents) else None
     try:
+        spoken = any(not isinstance(one, str) for one in documents)
+        template = chat_template(moe.checkpoint.directory) if spoken else None
         encoder = Encoder(moe.checkpoint.directory)
         made = [passages_of(one, encoder, tuning.length, template) for one in documents]
     except Exception as error:  # a template may raise anything
@@ -144,10 +150,13 @@ def _passages(
     return made
 
 
-def _template(moe: Moe) -> Template:
+def chat_template(directory: Path) -> Template | None:
+    """The chat template of the tokenizer in a directory, if it has one."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(moe.checkpoint.directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if not tokenizer.chat_template:
+        return None
 
     def spoken(turns: Any, asked: bool) -> str:
         return str(
@@ -221,6 +230,8 @@ def _run(
         else:
             trainer.train(resume_from_checkpoint=str(at) if at else None)
     after = float(trainer.evaluate()["eval_loss"])
+    if not after < 700:
+        raise RunError(f"the held-out loss came out as {after:g}; lower the learning rate")
     if is_first_process():
         save(wrapped, moe, adapter, dtype)
     count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)

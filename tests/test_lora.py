@@ -15,16 +15,21 @@ from typing import Any
 
 import pytest
 import torch
+from babies import WORDS, make_adapter, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_tune import data, made
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from moemerge import InputError, Options, verify_checkpoint
-from moemerge.finetune import Lora, collate, finetune
+from moemerge.cli import app
+from moemerge.finetune import Lora, chat_template, collate, finetune
 from moemerge.merge_adapter import merge_adapter
+from moemerge.prompts import Encoder
 from moemerge.training_model import load
-from moemerge.training_text import Passage, packed
+from moemerge.training_text import Passage, packed, passages_of
 from moemerge.tuning import Tuning
 
 __all__ = ["data"]
@@ -257,9 +262,6 @@ def test_packed_texts_do_not_see_each_other(tmp_path: Path) -> None:
 
 
 def test_only_the_assistants_turns_are_learnt(tmp_path: Path) -> None:
-    from moemerge.prompts import Encoder
-    from moemerge.training_text import passages_of
-
     def template(turns: Any, asked: bool) -> str:
         said = " ".join(f"{turn['role']} {turn['content']}" for turn in turns)
         return (said + " assistant ") if asked else said
@@ -269,11 +271,92 @@ def test_only_the_assistants_turns_are_learnt(tmp_path: Path) -> None:
     assert made_of.counted == (False, False, False, True, True)
 
 
-def test_bad_input_is_told(tmp_path: Path, data: str) -> None:
-    out = str(made(tmp_path))
-    with pytest.raises(InputError, match="no checkpoints"):
-        finetune(out, tmp_path / "a", tuning(data), Lora(resume=True))
-    (tmp_path / "bad.jsonl").write_text(json.dumps({"nothing": 1}))
-    with pytest.raises(InputError, match="--data"):
-        finetune(out, tmp_path / "a", tuning(str(tmp_path / "bad.jsonl")))
+CHATML = """{% for turn in messages %}{{ '<|user|> ' if turn.role == 'user' else '<s> ' }}
+{{- turn.content }} </s>{% endfor %}{% if add_generation_prompt %}<s> {% endif %}"""
+
+
+def chat(path: Path, count: int = 12) -> Path:
+    """Conversations of two questions and answers."""
+    asked, told = ("hello please", "count the number"), ("tell me", "code python function")
+    turns = [
+        {"role": role, "content": f"{text} {WORDS[at]}"}
+        for at in range(2)
+        for role, text in (("user", asked[at]), ("assistant", told[at]))
+    ]
+    path.write_text("\n".join([json.dumps({"messages": turns})] * count))
+    return path
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_the_command_line_from_chat_to_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt = set()
+
+    def noted(passages: list[Passage]) -> dict[str, Any]:
+        learnt.update(tuple(p.ids[n] for n, own in enumerate(p.counted) if own) for p in passages)
+        return collate(passages)
+
+    monkeypatch.setattr("moemerge.finetune.collate", noted)
+    out = made(tmp_path)
+    (out / "chat_template.jinja").write_text(CHATML)
+    told = ["--data", chat(tmp_path / "chat.jsonl"), "--steps", 3, "--batch", 2, "--rank", 2]
+    told += ["--no-packing", "--length", 32]
+    for how in ("--lora", "--qlora"):
+        adapter = tmp_path / how
+        done = run("tune", out, adapter, how, *told, "--embeddings", "--save-every", 2)
+        assert done.exit_code == 0, done.output
+        assert "trained for 3 steps, held-out loss" in done.output
+        done = run("tune", out, adapter, how, *told, "--embeddings", "--resume")
+        assert done.exit_code == 0, done.output
+        assert "checkpoint-3" in done.output
+        done = run("merge-adapter", out, adapter, tmp_path / f"new{how}")
+        assert done.exit_code == 0, done.output
+        verify_checkpoint(tmp_path / f"new{how}")
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    said = "tell me code </s> code python function python </s>"
+    assert learnt == {tuple(tokenizer.encode(said, add_special_tokens=False).ids)}
+
+
+def test_a_real_chat_template_is_learnt_from_the_answer_to_its_end(smollm2: Path) -> None:
+    encoder, template = Encoder(smollm2), chat_template(smollm2)
+    turns = ({"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}) * 2
+    (one,) = passages_of(turns, encoder, 512, template)
+    counted = [token for token, own in zip(one.ids, one.counted, strict=True) if own]
+    assert encoder.tokenizer.decode(counted, skip_special_tokens=False) == (
+        "Nobody.<|im_end|>\nNobody.<|im_end|>\n"
+    )
+
+
+def test_bad_input_is_told_once(tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, broken = made(tmp_path), tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "hello"}\n{"text": ')
+    spoken = chat(tmp_path / "chat.jsonl")
+    for adapter, arguments, said in (
+        ("a", ["--data", broken], "broken.jsonl"),
+        ("a", ["--data", spoken], "does not tell the assistant's turns apart"),
+        ("a", ["--data", data, "--rank", "0"], "--rank"),
+        ("a", ["--data", data, "--alpha", "nan"], "--alpha"),
+        ("a", ["--data", data, "--resume"], "holds no checkpoints"),
+        ("m0", ["--data", data], "is there already"),
+        ("a", ["--data", data, "--steps", "0"], "--steps"),
+    ):
+        done = run("tune", out, tmp_path / adapter, "--lora", *arguments)
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 2), done.output
+        assert said in done.stderr
+    (out / "chat_template.jinja").unlink()
+    assert "has no chat template" in run("tune", out, "a", "--lora", "--data", spoken).stderr
+    make_adapter(tmp_path / "other", make_model(tmp_path / "wide", hidden_size=64))
+    for adapter, said in (("other", "trained on"), ("m0", "adapter"), ("none", "none")):
+        done = run("merge-adapter", out, tmp_path / adapter, tmp_path / "new")
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 2), done.output
+        assert said in done.stderr
+    monkeypatch.setitem(sys.modules, "peft", None)
+    done = run("tune", out, tmp_path / "a", "--lora", "--data", data)
+    assert done.exit_code == 2
+    assert "pip install 'moemerge[train]'" in done.stderr
     assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "new").exists()
