@@ -328,6 +328,7 @@ def _prompts(prompts: tuple[str, ...]) -> str:
 
 
 def table(titles: Sequence[str], rows: Any) -> str:
+    """A table in markdown; each row is the texts of its cells."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moemerge import recipe
+from moemerge.arithmetic import BLOCK_VALUES
 from moemerge.dense import model_bytes
 from moemerge.disk import CHUNK_BYTES
 from moemerge.errors import InputError, Problem
@@ -35,7 +36,7 @@ WITH_TORCH = 310_000_000
 WITH_TRANSFORMERS = 440_000_000
 """A process that runs a model."""
 
-_SCRATCH = 8 * recipe.BLOCK_VALUES * 4
+_SCRATCH = 8 * BLOCK_VALUES * 4
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moemerge import recipe
+from moemerge import arithmetic, recipe
 from moemerge.checkpoint import Location
 from moemerge.checkpoint.model_config import DEFAULTS
 from moemerge.options import Options
@@ -81,7 +81,7 @@ def load_tensors(
     for name in names:
         made = recipe_of(prefix + name)
         shape = recipe.shape_of(made, sources)
-        memory[name] = recipe.load(prefix + name, shape, made, sources, into=memory.get(name))
+        memory[name] = arithmetic.load(prefix + name, shape, made, sources, into=memory.get(name))
     return {name: memory[name].to(dtype) for name in names}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moemerge import recipe
+from moemerge.arithmetic import generator
 from moemerge.checkpoint import Donor
 from moemerge.dense import whole_model
 from moemerge.options import Options
@@ -92,7 +93,7 @@ def write_texts(
                 )
                 cache, logits = done.past_key_values, done.logits[:, -1].float().cpu()
                 logits[:, banned] = -torch.inf
-                draws = recipe.generator(options.seed, f"{name}, batch {number}", step)
+                draws = generator(options.seed, f"{name}, batch {number}", step)
                 chosen = draw(logits.numpy(), draws.random(len(batch)), sampling)
                 ids = torch.from_numpy(chosen)[:, None]
                 written.append(ids)

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moemerge import gate_setup, output
+from moemerge import gate_setup, output, vocabulary_choice
 from moemerge import split as splits
-from moemerge import vocabulary as vocabularies
 from moemerge.body import Body
 from moemerge.checkpoint import Checkpoint, Donor, Opener
 from moemerge.compare import compare, same_vocabulary
@@ -112,7 +111,9 @@ class _Preparation:
         asked = [*donors, *gating]
         cache = options.cache_dir
         every = [*donors, *shared]
-        vocabulary = vocabularies.choose(config, base, every, findings, cache) if base else None
+        vocabulary = (
+            vocabulary_choice.choose(config, base, every, findings, cache) if base else None
+        )
         if vocabulary and vocabulary.written and not options.copy_tokenizer:
             findings.note("--no-copy-tokenizer: the tokens that are added stand in no file")
         encoder, prompts = gate_setup.read_prompts(

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moemerge import recipe
+from moemerge.arithmetic import load_rows
 from moemerge.body import Body
 from moemerge.checkpoint import Donor
 from moemerge.dense import (
@@ -130,7 +131,7 @@ def layer_inputs(
 
 def embed(body: Body, sources: Sources, ids: list[int]) -> dict[int, Any]:
     """The embedding (D) of each token id; only these rows are read."""
-    rows = recipe.load_rows(body.recipe(EMBEDDING), ids, sources)
+    rows = load_rows(body.recipe(EMBEDDING), ids, sources)
     return dict(zip(ids, rows, strict=True))
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from moemerge import recipe
+from moemerge import arithmetic
 from moemerge.disk import CHUNK_BYTES, buffer
 from moemerge.plan import PlannedTensor, Shard
 from moemerge.recipe import Sources
@@ -58,8 +58,8 @@ class ShardFile:
 
 
 def fill_tensor(view: memoryview, start: int, tensor: PlannedTensor, sources: Sources) -> None:
-    """Fill `view` with a tensor's bytes from its byte `start`; see `recipe.fill`."""
-    recipe.fill(view, start, tensor.name, tensor.shape, tensor.dtype, tensor.recipe, sources)
+    """Fill `view` with a tensor's bytes from its byte `start`; see `arithmetic.fill`."""
+    arithmetic.fill(view, start, tensor.name, tensor.shape, tensor.dtype, tensor.recipe, sources)
 
 
 def chunks(nbytes: int) -> Iterator[tuple[int, int]]:

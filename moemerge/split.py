@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moemerge import neurons, recipe
+from moemerge.arithmetic import generator, load
 from moemerge.body import Body
 from moemerge.calibration import documents_of
 from moemerge.config import Expert, MergeConfig, held
@@ -268,7 +269,7 @@ class Cutter:
     def _order(self, layer: int, strengths: Matrix | None) -> Order:
         split, name = self.cutting.split, ORDER.format(layer=layer)
         count = self.body.base.model.config["intermediate_size"]
-        random = recipe.generator(self.options.seed, name, 0)
+        random = generator(self.options.seed, name, 0)
         if split.assignment == "order":
             made = neurons.in_order(count)
         elif split.assignment == "random":
@@ -289,7 +290,7 @@ class Cutter:
         name = dense(layer, which)
         made = self.body.recipe(name)
         shape = recipe.shape_of(made, self.sources)
-        found: Matrix = recipe.load(name, shape, made, self.sources).float().numpy()
+        found: Matrix = load(name, shape, made, self.sources).float().numpy()
         return found
 
 

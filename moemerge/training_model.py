@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from moemerge import recipe
+from moemerge import arithmetic
 from moemerge.checkpoint import fetch
 from moemerge.dense import Streamed, available_memory, pick_device
 from moemerge.errors import Findings, RunError
@@ -102,7 +102,7 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
 
     def fill(layer: str, *_: object) -> None:
         for name, part in places[layer]:
-            value = recipe.load(part.name, part.shape, part.recipe, sources)
+            value = arithmetic.load(part.name, part.shape, part.recipe, sources)
             _place(model, name, value, dtype, device, options.load_in_4bit)
 
     with reporter.progress("loading the mixture", len(moe.parts), "tensor") as advance:

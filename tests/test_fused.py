@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moemerge import merge, recipe, verify_checkpoint
+from moemerge.arithmetic import load
 from moemerge.checkpoint import Donor, Opener, read_bytes
 from moemerge.checkpoint.model import Checkpoint, SourceProblem, open_checkpoint
 from moemerge.checkpoint.reference import parse_source
@@ -102,7 +103,7 @@ def test_an_adapter_of_fused_projections_does_what_peft_does(
         for part in parts:
             name = f"{layer}{part}.weight"
             shape = made.model.tensors[name].shape
-            pieces.append(recipe.load(name, shape, recipe.of_donor(made, name), sources).clone())
+            pieces.append(load(name, shape, recipe.of_donor(made, name), sources).clone())
         assert torch.allclose(torch.cat(pieces), merged[f"{layer}{fused}.weight"], atol=1e-5)
 
 

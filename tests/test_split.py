@@ -24,8 +24,8 @@ from moemerge import (
     verify_checkpoint,
 )
 from moemerge.architectures import find
+from moemerge.arithmetic import generator
 from moemerge.config import parse_config
-from moemerge.recipe import generator
 
 TEXT = "code python function class return story scene write dragon castle to please explain " * 20
 BASES = {(name, BODIES[body].get("family", "llama")): body for name, body in reversed(HOSTED)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from moemerge.arithmetic import generator
 from moemerge.fitting import Routers, Task
-from moemerge.recipe import generator
 
 USES = frozenset({"seed"})
 
