@@ -10,9 +10,12 @@ from moemerge.card import head_of, with_head
 from moemerge.card_text import shown, table
 from moemerge.reporting import count
 
-_TITLE = "## Evaluation\n\n<!-- moemerge:eval -->"
+_TITLE = "## Evaluation"
+_MARK, _WITH_INDEX = "<!-- moemerge:eval -->", "<!-- moemerge:eval, model-index -->"
 _INDEX = "model-index"
-_SECTION = re.compile(rf"^{_TITLE}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+_SECTION = re.compile(
+    rf"^{_TITLE}\n\n({_MARK}|{_WITH_INDEX})\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE
+)
 _UNKNOWN = "It was not trained or evaluated as a whole:"
 _KNOWN = "It was not trained as a whole:"
 
@@ -23,20 +26,22 @@ def told(text: str, found: dict[str, Any]) -> str:
     A `model-index` that a person gave the card stays theirs.
     """
     text = untold(text)
-    head = head_of(text)
+    head, mark = head_of(text), _MARK
     if _INDEX not in head:
-        text = with_head(text, {**head, _INDEX: _index(found)})
-    section = "\n\n".join([_TITLE, *_paragraphs(found)])
+        text, mark = with_head(text, {**head, _INDEX: _index(found)}), _WITH_INDEX
+    section = "\n\n".join([_TITLE, mark, *_paragraphs(found)])
     before, limits, after = text.replace(_UNKNOWN, _KNOWN).rpartition("## Limits\n")
     return f"{before}{section}\n\n{limits}{after}" if limits else f"{after}{section}\n\n"
 
 
 def untold(text: str) -> str:
     """A card's text without the results of an evaluation: its routers are others now."""
-    if not _SECTION.search(text):
+    section = _SECTION.search(text)
+    if not section:
         return text
     head = head_of(text)
-    head.pop(_INDEX, None)
+    if section[1] == _WITH_INDEX:
+        head.pop(_INDEX, None)
     return _SECTION.sub("", with_head(text, head)).replace(_KNOWN, _UNKNOWN)
 
 

@@ -65,10 +65,11 @@ def find_tasks(
         findings.problem("--tasks", "lm-eval is not installed", "pip install 'moemerge[eval]'")
         return None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from datasets import disable_progress_bars
+    import datasets
     from lm_eval.tasks import TaskManager
 
-    disable_progress_bars()
+    datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else a local file's reading is reported
     files, names = _apart(named)
     before = len(findings.problems)
     specs: list[str | dict[str, Any]] = list(_read(files, findings, reporter))

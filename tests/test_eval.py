@@ -223,7 +223,7 @@ def test_the_card_tells_it_until_the_routers_change(
     verify_checkpoint(out)
     assert not (out / ".moemerge").exists()
     data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"text": " ".join(WORDS[n::3])}) for n in range(3)) * 4)
+    data.write_text("".join(json.dumps({"text": " ".join(WORDS[n::5])}) + "\n" for n in range(5)))
     told = (out / "README.md").read_bytes()
 
     def tuned() -> object:
@@ -234,7 +234,7 @@ def test_the_card_tells_it_until_the_routers_change(
             built.parent / "m0", [built.parent / "m1", built.parent / "m2"], "gate_mode: random"
         )))  # fmt: skip
 
-    for change in (lambda: top_k(out, 1), lambda: top_k(out, 2), regated, tuned):
+    for change in (lambda: top_k(str(out), 1), lambda: top_k(str(out), 2), regated, tuned):
         (out / "README.md").write_bytes(told)
         change()
         card = ModelCard.load(out / "README.md")
@@ -266,7 +266,7 @@ def test_a_persons_own_section_and_index_stay(tmp_path: Path, found: dict[str, A
     tell_evaluation(tmp_path / "told", found, Silent())
     after = (tmp_path / "told/README.md").read_text()
     assert "name: theirs" in after and "I like it." in after and after.count("## Evaluation") == 2
-    top_k(tmp_path / "told", 1)
+    top_k(str(tmp_path / "told"), 1)
     assert (tmp_path / "told/README.md").read_text() == before
     assert out.is_dir()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,6 +77,8 @@ def evaluate(
         raise InputError([Problem(flag, what, "remove it") for flag in idle])
     if file:
         check_file_to_write(file)
+    if terminal.quiet or not sys.stderr.isatty():  # before anything imports tqdm
+        os.environ["TQDM_DISABLE"] = "1"
     wanted = Wanted(
         texts_by_name(text or ()), tuple(tasks or ()), length, limit, num_fewshot, batch_size
     )
