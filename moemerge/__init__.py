@@ -17,6 +17,9 @@ from moemerge.errors import (
     VerifyError,
     WriteError,
 )
+from moemerge.evaluate import Wanted, evaluate
+from moemerge.finetune import Lora, finetune
+from moemerge.merge_adapter import merge_adapter
 from moemerge.new_routers import regate
 from moemerge.options import Options
 from moemerge.page import render as routing_page
@@ -28,6 +31,9 @@ from moemerge.rebuild import Built
 from moemerge.reporting import Reporter, Silent
 from moemerge.routing import report as routing_report
 from moemerge.take_apart import add, drop, extract, repair, top_k
+from moemerge.tune import tune
+from moemerge.tune import undo as undo_tune
+from moemerge.tuning import Tuning
 from moemerge.verify import Verified, verify_checkpoint
 from moemerge.version import __version__
 
@@ -35,6 +41,7 @@ __all__ = [
     "Built",
     "Expert",
     "InputError",
+    "Lora",
     "MergeConfig",
     "Merged",
     "MoemergeError",
@@ -49,16 +56,21 @@ __all__ = [
     "Shard",
     "Silent",
     "Source",
+    "Tuning",
     "Verified",
     "VerifyError",
+    "Wanted",
     "WriteError",
     "__version__",
     "add",
     "drop",
+    "evaluate",
     "extract",
+    "finetune",
     "load_config",
     "make_plan",
     "merge",
+    "merge_adapter",
     "parse_config",
     "push",
     "regate",
@@ -66,5 +78,7 @@ __all__ = [
     "routing_page",
     "routing_report",
     "top_k",
+    "tune",
+    "undo_tune",
     "verify_checkpoint",
 ]

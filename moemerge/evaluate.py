@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -191,5 +190,7 @@ def _task_rows(measured: Sequence[_Measured]) -> Iterator[dict[str, Any]]:
 
 
 def _versions(harness: bool) -> dict[str, str]:
+    from importlib.metadata import version
+
     used = ["torch", "transformers", *(["lm_eval"] if harness else [])]
-    return {"moemerge": __version__, **{name: importlib.metadata.version(name) for name in used}}
+    return {"moemerge": __version__, **{name: version(name) for name in used}}

@@ -91,11 +91,13 @@ def test_the_docs_are_what_the_code_says() -> None:
 
 def test_the_public_names() -> None:
     assert set(moemerge.__all__) == {
-        "Built", "Expert", "InputError", "MergeConfig", "Merged", "MoemergeError", "Options",
-        "Plan", "PlannedTensor", "Prepared", "Problem", "ReadError", "Reporter", "RunError",
-        "Shard", "Silent", "Source", "Verified", "VerifyError", "WriteError", "__version__", "add",
-        "drop", "extract", "load_config", "make_plan", "merge", "parse_config", "push", "regate",
-        "repair", "routing_page", "routing_report", "top_k", "verify_checkpoint",
+        "Built", "Expert", "InputError", "Lora", "MergeConfig", "Merged", "MoemergeError",
+        "Options", "Plan", "PlannedTensor", "Prepared", "Problem", "ReadError", "Reporter",
+        "RunError", "Shard", "Silent", "Source", "Tuning", "Verified", "VerifyError", "Wanted",
+        "WriteError", "__version__", "add", "drop", "evaluate", "extract", "finetune",
+        "load_config", "make_plan", "merge", "merge_adapter", "parse_config", "push", "regate",
+        "repair", "routing_page", "routing_report", "top_k", "tune", "undo_tune",
+        "verify_checkpoint",
     }  # fmt: skip
     assert all(hasattr(moemerge, name) for name in moemerge.__all__)
 
