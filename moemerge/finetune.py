@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moemerge import checkpoints
 from moemerge.adapters import attach, save
@@ -27,6 +27,9 @@ from moemerge.training_text import Passage, Template, divide, packed, passages_o
 from moemerge.tune import check_passages
 from moemerge.tuning import Tuning
 
+if TYPE_CHECKING:
+    import torch
+
 CHECKPOINTS = "checkpoints"
 
 
@@ -34,7 +37,9 @@ CHECKPOINTS = "checkpoints"
 class Lora:
     """The adapter: W + alpha / rank * B A (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
-    With `embeddings` it has the embeddings and the head too, trained whole, in float32.
+    With `embeddings` it has the embeddings and the head too, trained whole, in float32; of them
+    only the rows from `first_row` on change, at the learning rate `embedding_rate` (None: the
+    LoRA's).
     """
 
     rank: int = 16
@@ -44,6 +49,8 @@ class Lora:
     save_every: int = 50
     resume: bool = False
     embeddings: bool = False
+    first_row: int = 0
+    embedding_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,18 @@ def finetune(
             findings.problem(flag, f"is {value}", "write 1 or more")
     if not 0 < lora.alpha < 1e6:
         findings.problem("--alpha", f"is {lora.alpha:g}", "write a number above 0")
+    rate, vocabulary = lora.embedding_rate, moe.config.get("vocab_size", 0) if moe else 0
+    for flag, said in (
+        ("--first-row", lora.first_row != 0),
+        ("--embedding-rate", rate is not None),
+    ):
+        if said and not lora.embeddings:
+            findings.problem(flag, "has no effect without --embeddings", "add that, or remove it")
+    if moe and not 0 <= lora.first_row < vocabulary:
+        fix = f"write a number from 0 to {vocabulary - 1}"
+        findings.problem("--first-row", f"is {lora.first_row}", fix)
+    if rate is not None and not 0 < rate <= 10:
+        findings.problem("--embedding-rate", f"is {rate:g}", "write a number above 0, at most 10")
     if moe:
         check_memory(moe, options, findings)
     passages = _passages(moe, documents, tuning, findings) if moe and documents else []
@@ -105,8 +124,9 @@ def finetune(
         "--steps": tuning.steps, "--batch": tuning.batch, "--length": tuning.length,
         "--learning-rate": tuning.learning_rate, "--held-out": tuning.held_out,
         "--rank": lora.rank, "--alpha": lora.alpha, "--packing": lora.packing,
-        "--embeddings": lora.embeddings, "--qlora": options.load_in_4bit, "--seed": options.seed,
-        "--num_processes": _processes(),
+        "--embeddings": lora.embeddings, "--first-row": lora.first_row,
+        "--embedding-rate": lora.embedding_rate, "--qlora": options.load_in_4bit,
+        "--seed": options.seed, "--num_processes": _processes(),
         "--data": checkpoints.digest_of_text([*texts, *held]),
         "OUT": checkpoints.digest_of_weights(moe),
     }  # fmt: skip
@@ -210,7 +230,10 @@ def _run(
     wrapped = attach(model, lora.rank, lora.alpha, lora.embeddings, dtype)
     if lora.checkpointing:
         wrapped.enable_input_require_grads()
-    trainer = transformers.Trainer(
+    rows = [one for name, one in wrapped.named_parameters() if ".modules_to_save." in name]
+    for parameter in rows if lora.first_row else ():
+        parameter.register_hook(_only_from(lora.first_row))
+    trainer = _trainer_class(rows, lora.embedding_rate)(
         model=wrapped, args=settings, train_dataset=texts, eval_dataset=held, data_collator=collate
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -236,6 +259,36 @@ def _run(
         save(wrapped, moe, adapter, dtype)
     count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     return Adapted(adapter, count, tuning.steps, before, after)
+
+
+def _only_from(row: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A gradient without the rows before that one, so that they stay what they are."""
+
+    def cut(grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.clone()
+        grad[:row] = 0
+        return grad
+
+    return cut
+
+
+def _trainer_class(rows: list[Any], rate: float | None) -> Any:
+    """transformers' Trainer, with another learning rate for some parameters if there is one."""
+    import transformers
+
+    class Trainer(transformers.Trainer):  # type: ignore[misc]
+        def create_optimizer(self, *args: Any, **named: Any) -> Any:
+            made = self.optimizer is None
+            optimizer = super().create_optimizer(*args, **named)
+            apart = {id(one) for one in rows} if made and rate is not None else set()
+            for group in [*optimizer.param_groups] if apart else ():
+                own = [one for one in group["params"] if id(one) in apart]
+                group["params"] = [one for one in group["params"] if id(one) not in apart]
+                if own:
+                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+            return optimizer
+
+    return Trainer
 
 
 def _listener(advance: Callable[[int], object], reporter: Reporter) -> Any:

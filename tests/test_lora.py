@@ -161,6 +161,45 @@ def test_only_what_is_meant_changes(
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_embeddings_and_head_only_the_new_rows_change(
+    tmp_path: Path, data: str, tied: bool
+) -> None:
+    out = made(tmp_path, tie_word_embeddings=tied)
+    wanted = Lora(rank=4, embeddings=True, first_row=10)
+    finetune(str(out), tmp_path / "a", tuning(data), wanted)
+    finetune(
+        str(out), tmp_path / "b", tuning(data), dataclasses.replace(wanted, embedding_rate=1e-7)
+    )
+    first = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        changes = []
+        for adapter in ("a", "b"):
+            saved = load_file(tmp_path / adapter / "adapter_model.safetensors")
+            (key,) = (key for key in saved if key.endswith(name))
+            changes.append((saved[key] - first[name]).abs())
+        assert changes[0][:10].max() == changes[1][:10].max() == 0
+        assert changes[0][10:].max() > 1e-3 > 1e-5 > changes[1][10:].max()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [
+        (Lora(first_row=3), "--first-row"),
+        (Lora(embedding_rate=1e-3), "--embedding-rate"),
+        (Lora(embeddings=True, first_row=10**6), "--first-row"),
+        (Lora(embeddings=True, embedding_rate=0.0), "--embedding-rate"),
+    ],
+)
+def test_rows_that_are_not_there_are_refused(
+    tmp_path: Path, data: str, wrong: Lora, where: str
+) -> None:
+    out = made(tmp_path)
+    with pytest.raises(InputError, match=where):
+        finetune(str(out), tmp_path / "a", tuning(data), wrong)
+    assert not (tmp_path / "a").exists()
+
+
 def test_four_bits_learn_too(tmp_path: Path, data: str) -> None:
     out = made(tmp_path)
     options = Options(load_in_4bit=True)

@@ -87,6 +87,18 @@ def tune(
         bool,
         typer.Option("--embeddings", help="Train embeddings and head too, whole, in the adapter."),
     ] = False,
+    first_row: Annotated[
+        int,
+        typer.Option("--first-row", help="Of these, train the rows from here on: new tokens'."),
+    ] = 0,
+    embedding_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--embedding-rate",
+            show_default=False,
+            help="Their learning rate, if not --learning-rate.",
+        ),
+    ] = None,
     undo: Annotated[
         bool, typer.Option("--undo", help="Give it back the routers from before the last tuning.")
     ] = False,
@@ -139,7 +151,8 @@ def tune(
         "ADAPTER": adapter is not None, "--rank": rank != 16, "--alpha": alpha != 32,
         "--no-packing": not packing, "--no-gradient-checkpointing": not checkpointing,
         "--save-every": save_every != 50, "--resume": resume,
-        "--embeddings": embeddings,
+        "--embeddings": embeddings, "--first-row": first_row != 0,
+        "--embedding-rate": embedding_rate is not None,
     }  # fmt: skip
     of_routers = {"--balance": balance is not None, "--distil": distil != 0}
     idle, where = (of_lora, "--only routers") if only else (of_routers, f"--{chosen[0]}")
@@ -157,6 +170,7 @@ def tune(
         if qlora:
             options = dataclasses.replace(options, load_in_4bit=True)
         wanted = Lora(rank, alpha, packing, checkpointing, save_every, resume, embeddings)
+        wanted = dataclasses.replace(wanted, first_row=first_row, embedding_rate=embedding_rate)
         made = finetune(str(out), adapter, tuning, wanted, options, terminal)
         if is_first_process():
             terminal.result(
