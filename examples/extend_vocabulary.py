@@ -6,9 +6,10 @@
 1. Chinese manual pages (Debian's manpages-zh), some of them held out, and English ones (manpages),
    so that English is not forgotten. They are fetched, their licences are their own (GFDL-1.2+ and
    GPL, BSD and others), and nothing of them is in this repository.
-2. A BPE of the Chinese text: its most frequent characters and words are the new tokens.
+2. A BPE of the Chinese text: the characters and words that save the most are the new tokens.
 3. SmolLM2 twice, as an English and a Chinese expert, with these tokens and one expert a token.
-4. Embeddings, head and a LoRA trained on both languages, and merged into the mixture.
+4. The new rows of embeddings and head, and a LoRA, trained on both languages, and merged into the
+   mixture. The old rows stay: trained too, they all drift, by which English loses.
 5. A table: the base, the mixture before training, and after.
 
 Config, texts, tokens, adapter and both mixtures stay in OUT.
@@ -23,6 +24,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,7 @@ HAN = r"[\u3400-\u9fff]"
 HELD_OUT = 0.1  # of the pages
 PASSAGES, PASSAGE_CHARACTERS = 20, 300
 SHARED_CHARACTERS = 8  # a held-out paragraph may have a tenth of such sequences in common
-REPLAY = 0.25  # of the training text is English
-CHARACTERS_A_TOKEN = {"chinese": 1.6, "english": 4.0}
+REPLAY = 5 / 6  # English characters to a Chinese one: a fifth of the tokens
 
 CONFIG = """\
 base_model: {base}
@@ -60,11 +61,9 @@ def main() -> None:
     out = options.out
     train, held = chinese(options.cache)
     replay = english(options.cache)
-    size = round(sum(map(len, train)) / CHARACTERS_A_TOKEN["chinese"])
-    size = round(size * REPLAY / (1 - REPLAY) * CHARACTERS_A_TOKEN["english"])
     out.mkdir(parents=True)
     _write(out / "chinese.jsonl", train)
-    _write(out / "english.jsonl", _excerpts(replay, size))
+    _write(out / "english.jsonl", _excerpts(replay, round(REPLAY * sum(map(len, train)))))
     _write(out / "heldout-chinese.jsonl", held)
     _write(out / "heldout-english.jsonl", _english_heldout())
     tokens = new_tokens(train, options.base / "tokenizer.json", options.tokens)
@@ -77,10 +76,11 @@ def main() -> None:
     _moemerge(out / "config.yaml", mixture)
     _moemerge(
         "tune", mixture, adapter, "--lora", "--embeddings",
+        "--first-row", _vocabulary_size(options.base), "--embedding-rate", options.embedding_rate,
         "--data", out / "chinese.jsonl", "--data", out / "english.jsonl",
         "--steps", options.steps, "--batch", options.batch, "--length", options.length,
         "--learning-rate", options.learning_rate, "--rank", options.rank,
-        "--alpha", 2 * options.rank, "--held-out", 0.01, "--no-gradient-checkpointing",
+        "--alpha", 2 * options.rank, "--held-out", 0.005, "--no-gradient-checkpointing",
     )  # fmt: skip
     _moemerge("merge-adapter", mixture, adapter, extended)
 
@@ -125,10 +125,10 @@ def english(cache: Path) -> list[str]:
     return ["\n".join(page) + "\n" for page in pages if page]
 
 
-def new_tokens(texts: Iterable[str], tokenizer: Path, count: int) -> list[str]:
-    """The `count` most frequent Chinese characters and words that the tokenizer has no token for.
+def new_tokens(texts: list[str], tokenizer: Path, count: int) -> list[str]:
+    """The `count` Chinese pieces that save the most tokens, of those that a BPE of the texts finds.
 
-    Half are characters, half are what a BPE joins of them, in its order.
+    Few and frequent ones: each must be learnt from scratch, and is met often.
     """
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import BPE
@@ -137,13 +137,11 @@ def new_tokens(texts: Iterable[str], tokenizer: Path, count: int) -> list[str]:
 
     old, new = Tokenizer.from_file(str(tokenizer)), Tokenizer(BPE())
     new.pre_tokenizer = Split(Regex(f"{HAN}+"), "removed", invert=True)
-    trainer = BpeTrainer(
-        vocab_size=2 * count, limit_alphabet=count // 2, max_token_length=4, show_progress=False
-    )
+    trainer = BpeTrainer(vocab_size=5 * count, max_token_length=4, show_progress=False)
     new.train_from_iterator(texts, trainer)
-    ids = new.get_vocab()
-    unknown = [text for text in sorted(ids, key=ids.__getitem__) if len(old.encode(text).ids) > 1]
-    return unknown[:count]
+    found = Counter(token for read in new.encode_batch(texts) for token in read.tokens)
+    saved = {text: times * (len(old.encode(text).ids) - 1) for text, times in found.items()}
+    return [text for text, _ in Counter(saved).most_common(count)]
 
 
 def table(models: dict[str, Path], new: Path, old: Path) -> str:
@@ -175,11 +173,12 @@ def _options() -> argparse.Namespace:
         epilog="Needs moemerge[train], and Debian or a relative (apt-get download, groff).",
     )
     parser.add_argument("out", type=Path, help="a new directory for all that is made")
-    parser.add_argument("--tokens", type=int, default=1500, help="new tokens")
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps")
+    parser.add_argument("--tokens", type=int, default=400, help="new tokens")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=8, help="rows in a step")
     parser.add_argument("--length", type=int, default=128, help="tokens in a row")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="the peak")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the LoRA")
+    parser.add_argument("--embedding-rate", type=float, default=5e-3, help="of the new rows")
     parser.add_argument("--rank", type=int, default=32, help="of the LoRA")
     options = parser.parse_args()
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
@@ -200,6 +199,10 @@ def _moemerge(*arguments: object) -> None:
     done = subprocess.run([sys.executable, "-m", "moemerge", *command])
     if done.returncode:
         sys.exit(done.returncode)
+
+
+def _vocabulary_size(model: Path) -> int:
+    return int(json.loads((model / "config.json").read_text("utf-8"))["vocab_size"])
 
 
 def _is_chinese(line: str) -> bool:

@@ -92,3 +92,18 @@ def test_the_quickstart_script(tmp_path: Path) -> None:
         [clone / "scripts/quickstart", tmp_path / "out"], check=True, capture_output=True, text=True
     )
     assert done.stdout.count("--- ") == 4
+
+
+@pytest.mark.full
+def test_the_vocabulary_script(tmp_path: Path) -> None:
+    """All its steps, and one of training; what it prints last is the table."""
+    script = ROOT / "examples/extend_vocabulary.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "out", "--tokens=300", "--steps=1", "--batch=2"],
+        check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[-3:]]
+    base, before, after = ([float(number) for number in row[1:]] for row in rows)
+    assert before[0] == after[0] < base[0]
+    assert before[1:] != after[1:]
