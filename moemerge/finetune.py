@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,8 @@ def finetune(
 
     With `options.load_in_4bit` the frozen weights are in NF4 (QLoRA). Of conversations only the
     assistant's turns are learnt. With `lora.resume` it goes on from the last checkpoint, as if it
-    had not been interrupted. Under `accelerate launch` each process reads its share of every step,
-    and one of them writes.
+    had not been interrupted. Under `accelerate launch` each process reads `tuning.batch` passages a
+    step, and one of them writes.
 
     Raises:
         InputError: the mixture, the data or `adapter` cannot be used; nothing was written.
@@ -134,7 +135,9 @@ def finetune(
         checkpoints.check_same(folder, run, findings)
         findings.refuse()
     reporter = reporter if is_first_process() else Silent()
-    return _run(moe, texts, held, adapter, tuning, lora, options, reporter, run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that its first releases know
+        return _run(moe, texts, held, adapter, tuning, lora, options, reporter, run)
 
 
 def is_first_process() -> bool:
@@ -218,6 +221,7 @@ def _run(
         save_total_limit=2,
         logging_steps=max(1, tuning.steps // 20),
         report_to="none",
+        log_level="error",
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],

@@ -62,7 +62,7 @@ def make_model(directory: Path, layers: int, hidden: int, inner: int, seed: int)
 
 def peak_megabytes(*args: object) -> float:
     """Run `moemerge ARGS` and return its peak resident memory in MB."""
-    process = subprocess.Popen([sys.executable, "-m", "moemerge", "--quiet", *map(str, args)])
+    process = subprocess.Popen([sys.executable, "-m", "moemerge", *map(str, args), "--quiet"])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"moemerge failed on {args}")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from moemerge.tuning import Tuning
 __all__ = ["data"]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOM = import_module("moemerge.finetune")  # whose name in the package is its function's
 
 
 def tuning(data: str, **changes: Any) -> Tuning:
@@ -129,7 +132,7 @@ def test_only_what_is_meant_changes(
         before.update({name: p.detach().clone() for name, p in models[0].named_parameters()})
         return models[0]
 
-    monkeypatch.setattr("moemerge.finetune.load", kept)
+    monkeypatch.setattr(ROOM, "load", kept)
     out = made(tmp_path, tie_word_embeddings=tied)
     wanted = Lora(rank=4, embeddings=embeddings, save_every=5)
     done = finetune(str(out), tmp_path / "a", tuning(data), wanted)
@@ -210,7 +213,8 @@ def test_four_bits_learn_too(tmp_path: Path, data: str) -> None:
 CHILD = """
 import json, os, signal, sys, warnings
 warnings.simplefilter("ignore")
-import moemerge.finetune as room
+import importlib
+room = importlib.import_module('moemerge.finetune')
 from moemerge.tuning import Tuning
 
 out, adapter, last, lora, tuning = json.loads(sys.argv[1])
@@ -241,7 +245,7 @@ def test_killed_training_goes_on_as_if_it_had_not_been(
         read.append(passages)
         return collate(passages)
 
-    monkeypatch.setattr("moemerge.finetune.collate", noted)
+    monkeypatch.setattr(ROOM, "collate", noted)
     out = str(made(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=True))
     lora = Lora(rank=4, save_every=5, embeddings=True)
     finetune(out, tmp_path / "a", tuning(data), lora)
@@ -339,7 +343,7 @@ def test_the_command_line_from_chat_to_checkpoint(
         learnt.update(tuple(p.ids[n] for n, own in enumerate(p.counted) if own) for p in passages)
         return collate(passages)
 
-    monkeypatch.setattr("moemerge.finetune.collate", noted)
+    monkeypatch.setattr(ROOM, "collate", noted)
     out = made(tmp_path)
     (out / "chat_template.jinja").write_text(CHATML)
     told = ["--data", chat(tmp_path / "chat.jsonl"), "--steps", 3, "--batch", 2, "--rank", 2]
@@ -368,6 +372,25 @@ def test_a_real_chat_template_is_learnt_from_the_answer_to_its_end(smollm2: Path
     assert encoder.tokenizer.decode(counted, skip_special_tokens=False) == (
         "Nobody.<|im_end|>\nNobody.<|im_end|>\n"
     )
+
+
+@pytest.mark.full
+def test_two_processes_train_one_adapter(tmp_path: Path, data: str) -> None:
+    out = made(tmp_path)
+    told = ["tune", out, tmp_path / "a", "--lora", "--data", data, "--steps", 4, "--batch", 2]
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "moemerge"]
+    command = [sys.executable, "-m", *map(str, (*launch, *told))]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.count("trained for 4 steps, held-out loss") == 1
+    states = (tmp_path / "a/checkpoints/checkpoint-4").glob("rng_state_*.pth")
+    assert len(list(states)) == 2
+    with pytest.raises(InputError, match="num_processes"):
+        wanted = tuning(data, steps=4, batch=2, length=256, learning_rate=2e-4)
+        finetune(str(out), tmp_path / "a", wanted, Lora(resume=True))
+    again = subprocess.run([*command, "--resume"], check=False, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    merge_adapter(str(out), str(tmp_path / "a"), tmp_path / "new")
+    verify_checkpoint(tmp_path / "new")
 
 
 def test_bad_input_is_told_once(tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
