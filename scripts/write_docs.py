@@ -15,8 +15,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["", "merge", "split", "plan", "architectures", "verify", "push", "routing", "eval",
-            "regate", "tune", "merge-adapter", "repair", "extract", "add", "drop", "top-k"]  # fmt: skip
+COMMANDS = [
+    "", "merge", "split", "plan", "architectures", "verify", "push", "routing", "eval", "regate",
+    "tune", "merge-adapter", "repair", "extract", "add", "drop", "top-k",
+]  # fmt: skip
 BESIDE = {
     "examples/configs/": "every file is a test",
     "examples/experts/": "four small LoRA experts, and how they were trained",
