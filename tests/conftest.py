@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from babies import make_model
 
 torch.set_num_threads(1)  # on shared cores, two threads wait for each other
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "scripts"))
