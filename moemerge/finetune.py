@@ -96,23 +96,7 @@ def finetune(
     elif adapter.exists() and not lora.resume and is_first_process():
         fix = "name a new directory, or pass --resume to go on with what it holds"
         findings.problem(str(adapter), "is there already", fix)
-    for flag, value in (("--rank", lora.rank), ("--save-every", lora.save_every)):
-        if value < 1:
-            findings.problem(flag, f"is {value}", "write 1 or more")
-    if not 0 < lora.alpha < 1e6:
-        findings.problem("--alpha", f"is {lora.alpha:g}", "write a number above 0")
-    rate, vocabulary = lora.embedding_rate, moe.config.get("vocab_size", 0) if moe else 0
-    for flag, said in (
-        ("--first-row", lora.first_row != 0),
-        ("--embedding-rate", rate is not None),
-    ):
-        if said and not lora.embeddings:
-            findings.problem(flag, "has no effect without --embeddings", "add that, or remove it")
-    if moe and not 0 <= lora.first_row < vocabulary:
-        fix = f"write a number from 0 to {vocabulary - 1}"
-        findings.problem("--first-row", f"is {lora.first_row}", fix)
-    if rate is not None and not 0 < rate <= 10:
-        findings.problem("--embedding-rate", f"is {rate:g}", "write a number above 0, at most 10")
+    _check_lora(lora, moe, findings)
     if moe:
         check_memory(moe, options, findings)
     passages = _passages(moe, documents, tuning, findings) if moe and documents else []
@@ -138,6 +122,26 @@ def finetune(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of names that its first releases know
         return _run(moe, texts, held, adapter, tuning, lora, options, reporter, run)
+
+
+def _check_lora(lora: Lora, moe: Moe | None, findings: Findings) -> None:
+    for flag, value in (("--rank", lora.rank), ("--save-every", lora.save_every)):
+        if value < 1:
+            findings.problem(flag, f"is {value}", "write 1 or more")
+    if not 0 < lora.alpha < 1e6:
+        findings.problem("--alpha", f"is {lora.alpha:g}", "write a number above 0")
+    rate, vocabulary = lora.embedding_rate, moe.config.get("vocab_size", 0) if moe else 0
+    for flag, said in (
+        ("--first-row", lora.first_row != 0),
+        ("--embedding-rate", rate is not None),
+    ):
+        if said and not lora.embeddings:
+            findings.problem(flag, "has no effect without --embeddings", "add that, or remove it")
+    if moe and not 0 <= lora.first_row < vocabulary:
+        fix = f"write a number from 0 to {vocabulary - 1}"
+        findings.problem("--first-row", f"is {lora.first_row}", fix)
+    if rate is not None and not 0 < rate <= 10:
+        findings.problem("--embedding-rate", f"is {rate:g}", "write a number above 0, at most 10")
 
 
 def is_first_process() -> bool:
