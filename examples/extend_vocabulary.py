@@ -174,7 +174,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("out", type=Path, help="a new directory for all that is made")
     parser.add_argument("--tokens", type=int, default=400, help="new tokens")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=8, help="rows in a step")
     parser.add_argument("--length", type=int, default=128, help="tokens in a row")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the LoRA")
