@@ -18,8 +18,6 @@ from moemerge.errors import (
     WriteError,
 )
 from moemerge.evaluate import Wanted, evaluate
-from moemerge.finetune import Lora, finetune
-from moemerge.merge_adapter import merge_adapter
 from moemerge.new_routers import regate
 from moemerge.options import Options
 from moemerge.page import render as routing_page
@@ -31,9 +29,11 @@ from moemerge.rebuild import Built
 from moemerge.reporting import Reporter, Silent
 from moemerge.routing import report as routing_report
 from moemerge.take_apart import add, drop, extract, repair, top_k
-from moemerge.tune import tune
-from moemerge.tune import undo as undo_tune
-from moemerge.tuning import Tuning
+from moemerge.training.finetune import Lora, finetune
+from moemerge.training.merge_adapter import merge_adapter
+from moemerge.training.tune import tune
+from moemerge.training.tune import undo as undo_tune
+from moemerge.training.tuning import Tuning
 from moemerge.verify import Verified, verify_checkpoint
 from moemerge.version import __version__
 

@@ -10,12 +10,12 @@ from typing import Any
 from moemerge.checkpoint.moe_names import COUNTS
 from moemerge.dense import available_memory, pick_device
 from moemerge.errors import Findings, InputError, Problem, first_line
+from moemerge.experts_apart import dtype_of, load
 from moemerge.moe import open_moe
 from moemerge.options import Options
 from moemerge.output import CONFIG_FILE
 from moemerge.prompts import Encoder
 from moemerge.reporting import Reporter, size
-from moemerge.training_model import dtype_of, load
 
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token")
 """The keys by which configs say how many experts a token chooses."""

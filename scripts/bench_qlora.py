@@ -3,7 +3,7 @@
 Makes a Mixtral of random weights, trains an adapter of it twice as processes of their own, and
 prints the peak resident memory of each (ru_maxrss) beside the weights' own size.
 
-python scripts/bench_qlora.py [--layers 12] [--hidden 1536] [--inner 4096] [--experts 4]
+PYTHONPATH=. python scripts/bench_qlora.py [--layers 12] [--hidden 1536] [--inner 4096] [--experts 4]
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def weights_megabytes(moe: str, four_bits: bool) -> float:
     """What its weights take in memory, in MB, by their headers."""
     from moemerge.errors import Findings
+    from moemerge.experts_apart import memory_of
     from moemerge.moe import open_moe
-    from moemerge.training_model import memory_of
 
     opened = open_moe(moe, None, Findings())
     assert opened

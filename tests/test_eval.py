@@ -28,8 +28,8 @@ from moemerge.loading import load_mixture
 from moemerge.prompts import Encoder
 from moemerge.reading import mean_losses, passages_of
 from moemerge.reporting import Silent
-from moemerge.tune import tune
-from moemerge.tuning import Tuning
+from moemerge.training.tune import tune
+from moemerge.training.tuning import Tuning
 
 FAMILIES = ["llama", "qwen2", "qwen3", "granite", "olmo2"]
 TEXTS = {"first": "code python function class return story and code", "other": "maths solve number"}

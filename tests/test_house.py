@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moemerge"
 FLOORS = [
     ["version", "errors"],
-    ["reporting", "yaml_reader", "options", "disk", "slots", "tokens", "neurons", "tuning"],
+    ["reporting", "yaml_reader", "options", "disk", "slots", "tokens", "neurons"],
     ["harness"],
     ["config", "tokenizer_files"],
     ["checkpoint"],
@@ -19,11 +19,11 @@ FLOORS = [
     ["vocabulary", "arithmetic"],
     ["plan", "body", "dense", "vocabulary_choice"],
     ["prompts", "compare", "state", "shard_file"],
-    ["router_inputs", "own_text", "output", "reading", "training_text"],
+    ["router_inputs", "own_text", "output", "reading"],
     ["split"],
     ["fitting", "moe"],
-    ["architectures", "checkpoints", "gates", "routing_stats", "selection", "training_model"],
-    ["adapters", "gate_setup", "hosts", "hub_repository", "loading", "router_training"],
+    ["architectures", "gates", "routing_stats", "selection", "experts_apart"],
+    ["gate_setup", "hosts", "hub_repository", "loading"],
     ["members"],
     ["layout"],
     ["prepare", "shareable"],
@@ -32,8 +32,8 @@ FLOORS = [
     ["evaluation_text", "on_ray", "publish", "sources"],
     ["card_files"],
     ["pipeline", "routing"],
-    ["new_routers", "rebuild", "tune"],
-    ["take_apart", "finetune", "merge_adapter", "evaluate"],
+    ["new_routers", "rebuild"],
+    ["take_apart", "training", "evaluate"],
     ["cli"],
 ]
 """Rooms from the ground up; each imports only from floors below its own."""

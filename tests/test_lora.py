@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,17 @@ from typer.testing import CliRunner
 
 from moemerge import InputError, Options, verify_checkpoint
 from moemerge.cli import app
-from moemerge.finetune import Lora, chat_template, collate, finetune
-from moemerge.merge_adapter import merge_adapter
+from moemerge.experts_apart import load
 from moemerge.prompts import Encoder
-from moemerge.training_model import load
-from moemerge.training_text import Passage, packed, passages_of
-from moemerge.tuning import Tuning
+from moemerge.training import finetune as room
+from moemerge.training.finetune import Lora, chat_template, collate, finetune
+from moemerge.training.merge_adapter import merge_adapter
+from moemerge.training.text import Passage, packed, passages_of
+from moemerge.training.tuning import Tuning
 
 __all__ = ["data"]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-ROOM = import_module("moemerge.finetune")  # whose name in the package is its function's
 
 
 def tuning(data: str, **changes: Any) -> Tuning:
@@ -132,7 +130,7 @@ def test_only_what_is_meant_changes(
         before.update({name: p.detach().clone() for name, p in models[0].named_parameters()})
         return models[0]
 
-    monkeypatch.setattr(ROOM, "load", kept)
+    monkeypatch.setattr(room, "load", kept)
     out = made(tmp_path, tie_word_embeddings=tied)
     wanted = Lora(rank=4, embeddings=embeddings, save_every=5)
     done = finetune(str(out), tmp_path / "a", tuning(data), wanted)
@@ -213,9 +211,8 @@ def test_four_bits_learn_too(tmp_path: Path, data: str) -> None:
 CHILD = """
 import json, os, signal, sys, warnings
 warnings.simplefilter("ignore")
-import importlib
-room = importlib.import_module('moemerge.finetune')
-from moemerge.tuning import Tuning
+from moemerge.training import finetune as room
+from moemerge.training.tuning import Tuning
 
 out, adapter, last, lora, tuning = json.loads(sys.argv[1])
 whole, read = room.collate, []
@@ -245,7 +242,7 @@ def test_killed_training_goes_on_as_if_it_had_not_been(
         read.append(passages)
         return collate(passages)
 
-    monkeypatch.setattr(ROOM, "collate", noted)
+    monkeypatch.setattr(room, "collate", noted)
     out = str(made(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=True))
     lora = Lora(rank=4, save_every=5, embeddings=True)
     finetune(out, tmp_path / "a", tuning(data), lora)
@@ -343,7 +340,7 @@ def test_the_command_line_from_chat_to_checkpoint(
         learnt.update(tuple(p.ids[n] for n, own in enumerate(p.counted) if own) for p in passages)
         return collate(passages)
 
-    monkeypatch.setattr(ROOM, "collate", noted)
+    monkeypatch.setattr(room, "collate", noted)
     out = made(tmp_path)
     (out / "chat_template.jinja").write_text(CHATML)
     told = ["--data", chat(tmp_path / "chat.jsonl"), "--steps", 3, "--batch", 2, "--rank", 2]

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 from moemerge import InputError, Options, merge, output, top_k, verify_checkpoint
 from moemerge.cli import app
 from moemerge.errors import Findings
+from moemerge.experts_apart import load, memory_of, name_in_files
 from moemerge.moe import open_moe
 from moemerge.reporting import Silent
-from moemerge.router_training import mean_loss
-from moemerge.training_model import load, memory_of, name_in_files
-from moemerge.training_text import divide, passages_of
-from moemerge.tune import BEFORE, tune, undo
-from moemerge.tuning import Tuning
+from moemerge.training.routers import mean_loss
+from moemerge.training.text import divide, passages_of
+from moemerge.training.tune import BEFORE, tune, undo
+from moemerge.training.tuning import Tuning
 
 FAMILIES = ["llama", "qwen2", "qwen3", "granite", "olmo2"]
 

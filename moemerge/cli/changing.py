@@ -134,10 +134,10 @@ def tune(
     ] = 0.0,
 ) -> None:
     """Train the mixture in OUT: its routers, in place (--only routers), or a LoRA adapter of it."""
-    from moemerge.router_training import shape
-    from moemerge.tune import tune
-    from moemerge.tune import undo as undo_tuning
-    from moemerge.tuning import Tuning
+    from moemerge.training.routers import shape
+    from moemerge.training.tune import tune
+    from moemerge.training.tune import undo as undo_tuning
+    from moemerge.training.tuning import Tuning
 
     if undo:
         undo_tuning(out, terminal)
@@ -162,7 +162,7 @@ def tune(
     rate = learning_rate or (Tuning.learning_rate if only else 2e-4)
     tuning = Tuning(tuple(data or ()), steps, batch, length, rate, held_out, balance, distil)
     if not only:
-        from moemerge.finetune import Lora, finetune, is_first_process
+        from moemerge.training.finetune import Lora, finetune, is_first_process
 
         if adapter is None:
             fix = "name a new directory for the adapter"
@@ -196,7 +196,7 @@ def merge_adapter(
     terminal: Terminal,
 ) -> None:
     """Write a mixture with a LoRA adapter merged into it: a full checkpoint."""
-    from moemerge.merge_adapter import merge_adapter
+    from moemerge.training.merge_adapter import merge_adapter
 
     _tell_of(merge_adapter(moe, adapter, out, options, terminal), terminal)
 

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moemerge.experts_apart import is_plain, name_in_files
 from moemerge.moe import Moe
 from moemerge.output import writing
-from moemerge.training_model import is_plain, name_in_files
 
 if TYPE_CHECKING:
     import torch

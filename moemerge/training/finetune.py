@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moemerge import checkpoints
-from moemerge.adapters import attach, save
 from moemerge.dense import pick_device
 from moemerge.errors import Findings, InputError, Problem, RunError
+from moemerge.experts_apart import check_memory, dtype_of, load
 from moemerge.gate_setup import check_device_is_here
 from moemerge.moe import Moe, open_moe
 from moemerge.options import Options
 from moemerge.output import writing
 from moemerge.prompts import Encoder
 from moemerge.reporting import Reporter, Silent
-from moemerge.training_model import check_memory, dtype_of, load
-from moemerge.training_text import Passage, Template, divide, packed, passages_of, read
-from moemerge.tune import check_passages
-from moemerge.tuning import Tuning
+from moemerge.training import checkpoints
+from moemerge.training.adapters import attach, save
+from moemerge.training.text import Passage, Template, divide, packed, passages_of, read
+from moemerge.training.tune import check_passages
+from moemerge.training.tuning import Tuning
 
 if TYPE_CHECKING:
     import torch

@@ -19,6 +19,7 @@ from moemerge.checkpoint import numpy_dtype, read_bytes
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.errors import Findings, InputError, Problem, RunError
 from moemerge.evaluation_text import untold
+from moemerge.experts_apart import check_memory, dtype_of, load, routers_of
 from moemerge.gate_setup import check_device_is_here
 from moemerge.moe import Moe, open_moe
 from moemerge.options import Options
@@ -27,13 +28,12 @@ from moemerge.plan import ROUTERS, Plan, PlannedTensor, Shard, digest_of
 from moemerge.prompts import Encoder
 from moemerge.recipe import Read
 from moemerge.reporting import Reporter, Silent
-from moemerge.router_training import Trained, train
 from moemerge.routers import save
 from moemerge.shard_file import file_checksum
 from moemerge.state import State, write_json
-from moemerge.training_model import check_memory, dtype_of, load, routers_of
-from moemerge.training_text import Passage, divide, passages_of, read
-from moemerge.tuning import Tuning
+from moemerge.training.routers import Trained, train
+from moemerge.training.text import Passage, divide, passages_of, read
+from moemerge.training.tuning import Tuning
 from moemerge.verify import check_shards, open_manifest
 from moemerge.write import How, write_shard
 

@@ -12,10 +12,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from moemerge.errors import RunError
+from moemerge.experts_apart import experts_of
 from moemerge.reporting import Reporter
-from moemerge.training_model import experts_of
-from moemerge.training_text import Passage, endless
-from moemerge.tuning import Tuning
+from moemerge.training.text import Passage, endless
+from moemerge.training.tuning import Tuning
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from moemerge.errors import Findings
 from moemerge.moe import Moe
 from moemerge.plan import digest_of
 from moemerge.state import read_json, write_json
-from moemerge.training_text import Passage
+from moemerge.training.text import Passage
 
 _BEGUN = "begun.json"
 _WRITTEN_LAST = "trainer_state.json"
