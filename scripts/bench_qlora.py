@@ -3,7 +3,7 @@
 Makes a Mixtral of random weights, trains an adapter of it twice as processes of their own, and
 prints the peak resident memory of each (ru_maxrss) beside the weights' own size.
 
-PYTHONPATH=. python scripts/bench_qlora.py [--layers 12] [--hidden 1536] [--inner 4096] [--experts 4]
+PYTHONPATH=. python scripts/bench_qlora.py [--layers 16] [--hidden 2048] [--inner 5632]
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def weights_megabytes(moe: str, four_bits: bool) -> float:
 def main() -> None:
     """Print one row for each way, and one for the difference."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=1536)
-    parser.add_argument("--inner", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--inner", type=int, default=5632)
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2)
     options = parser.parse_args()
