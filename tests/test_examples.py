@@ -96,10 +96,10 @@ def test_the_quickstart_script(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_the_vocabulary_script(tmp_path: Path) -> None:
-    """All its steps, and one of training; what it prints last is the table."""
+    """All its steps, and a few of training; what it prints last is the table."""
     script = ROOT / "examples/extend_vocabulary.py"
     done = subprocess.run(
-        [sys.executable, script, tmp_path / "out", "--tokens=300", "--steps=1", "--batch=2"],
+        [sys.executable, script, tmp_path / "out", "--tokens=300", "--steps=3", "--batch=2"],
         check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,
     )  # fmt: skip
