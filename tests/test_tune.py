@@ -69,6 +69,18 @@ def test_experts_apart_are_the_same_model(tmp_path: Path, family: str) -> None:
     } <= names
 
 
+def test_the_configs_balancing_loss_is_part_of_the_loss(tmp_path: Path) -> None:
+    training = "training: {router_aux_loss_coef: 0.5, output_router_logits: true}"
+    moe = open_moe(str(made(tmp_path, head=f"gate_mode: random\n{training}")), None, Findings())
+    assert moe
+    model, ids = load(moe, Options(), Silent(), torch.float32), torch.arange(4, 20)[None]
+    both = model(ids, labels=ids)
+    model.config.output_router_logits = False
+    alone = model(ids, labels=ids).loss
+    assert both.loss == pytest.approx(float(alone + 0.5 * both.aux_loss))
+    assert both.aux_loss > 1
+
+
 def test_four_bits_take_the_memory_that_they_should(tmp_path: Path) -> None:
     moe = open_moe(str(made(tmp_path)), None, Findings())
     assert moe
@@ -174,10 +186,14 @@ def test_bad_input_is_told_and_nothing_written(tmp_path: Path, data: str) -> Non
         (["adapter", "--only", "routers"], "ADAPTER: has no effect with --only routers"),
         (["adapter", "--lora", "--distil", "0.5"], "--distil: has no effect with --lora"),
         (["adapter", "--qlora", "--balance", "0"], "--balance: has no effect with --qlora"),
-        (["--lora", "--only", "routers"], "needs one thing to train"),
+        (["--lora", "--only", "routers"], "needs one thing to do"),
+        (["--undo", "--lora"], "needs one thing to do"),
+        (["--undo", "--steps", "100"], "--steps: has no effect with --undo"),
+        (["--only", "routers", "--learning-rate", "0"], "--learning-rate: is 0"),
     ],
 )
 def test_flags_without_an_effect_are_refused(tmp_path: Path, said: list[str], idle: str) -> None:
-    done = CliRunner().invoke(app, ["tune", str(tmp_path), *said, "--data", "a.txt"])
+    data = [] if "--undo" in said else ["--data", "a.txt"]
+    done = CliRunner().invoke(app, ["tune", str(tmp_path), *said, *data])
     assert done.exit_code == 2
     assert idle in done.stderr

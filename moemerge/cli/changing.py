@@ -33,6 +33,21 @@ def regate(out: Out, config: Config, options: Options, terminal: Terminal) -> No
         terminal.result(line)
 
 
+_OF_LORA = {
+    "adapter": "ADAPTER", "rank": "--rank", "alpha": "--alpha", "packing": "--[no-]packing",
+    "checkpointing": "--[no-]gradient-checkpointing", "save_every": "--save-every",
+    "resume": "--resume", "embeddings": "--embeddings", "first_row": "--first-row",
+    "embedding_rate": "--embedding-rate",
+}  # fmt: skip
+_OF_ROUTERS = {"balance": "--balance", "distil": "--distil"}
+_OF_TRAINING = {
+    "data": "--data", "steps": "--steps", "batch": "--batch", "length": "--length",
+    "learning_rate": "--learning-rate", "held_out": "--held-out", "seed": "--seed",
+    "device": "--device", "load_in_4bit": "--load-in-4bit",
+}  # fmt: skip
+"""Which flags of `tune` are only of some of what it does."""
+
+
 @app.command()
 @with_options(*TUNING)
 def tune(
@@ -139,27 +154,22 @@ def tune(
     from moemerge.training.tune import undo as undo_tuning
     from moemerge.training.tuning import Tuning
 
+    ways = {"--only routers": bool(only), "--lora": lora, "--qlora": qlora, "--undo": undo}
+    chosen = [way for way, one in ways.items() if one]
+    if len(chosen) != 1 or only not in ("", "routers"):
+        fix = f"write one of {', '.join(ways)}"
+        raise InputError([Problem("tune", "needs one thing to do", fix)])
+    idle = {**({} if lora or qlora else _OF_LORA), **({} if only else _OF_ROUTERS)}
+    idle |= _OF_TRAINING if undo else {}
+    if wrong := [flag for name, flag in idle.items() if name in options.given]:
+        what = f"has no effect with {chosen[0]}"
+        raise InputError([Problem(flag, what, "remove it") for flag in wrong])
     if undo:
         undo_tuning(out, terminal)
         terminal.result(f"{out}: has the routers from before its last tuning")
         return
-    chosen = [name for name, one in (("lora", lora), ("qlora", qlora), ("only", bool(only))) if one]
-    if len(chosen) != 1 or only not in ("", "routers"):
-        fix = "write one of --only routers, --lora, --qlora, --undo"
-        raise InputError([Problem("tune", "needs one thing to train", fix)])
-    of_lora = {
-        "ADAPTER": adapter is not None, "--rank": rank != 16, "--alpha": alpha != 32,
-        "--no-packing": not packing, "--no-gradient-checkpointing": not checkpointing,
-        "--save-every": save_every != 50, "--resume": resume,
-        "--embeddings": embeddings, "--first-row": first_row != 0,
-        "--embedding-rate": embedding_rate is not None,
-    }  # fmt: skip
-    of_routers = {"--balance": balance is not None, "--distil": distil != 0}
-    idle, where = (of_lora, "--only routers") if only else (of_routers, f"--{chosen[0]}")
-    if wrong := [flag for flag, said in idle.items() if said]:
-        fix = "remove it"
-        raise InputError([Problem(one, f"has no effect with {where}", fix) for one in wrong])
-    rate = learning_rate or (Tuning.learning_rate if only else 2e-4)
+    usual = Tuning.learning_rate if only else 2e-4
+    rate = usual if learning_rate is None else learning_rate
     tuning = Tuning(tuple(data or ()), steps, batch, length, rate, held_out, balance, distil)
     if not only:
         from moemerge.training.finetune import Lora, finetune, is_first_process

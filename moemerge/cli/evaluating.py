@@ -65,16 +65,13 @@ def evaluate(
     from moemerge.evaluate import Wanted, evaluate
     from moemerge.output import writing
 
-    of_tasks = {
-        "--limit": limit is not None, "--num-fewshot": num_fewshot is not None,
-        "--batch-size": batch_size != 1,
-    }  # fmt: skip
-    of_texts = {"--length": length != 1024}
-    idle = [flag for flag, said in of_tasks.items() if said and not tasks]
-    idle += [flag for flag, said in of_texts.items() if said and not text]
-    if idle:
-        what = "has no effect without " + ("--text" if "--length" in idle else "--tasks")
-        raise InputError([Problem(flag, what, "remove it") for flag in idle])
+    of = {"limit": "--tasks", "num_fewshot": "--tasks", "batch_size": "--tasks", "length": "--text"}
+    given = {"--tasks": tasks, "--text": text}
+    if idle := [name for name in of if name in options.given and not given[of[name]]]:
+        flags = {name: "--" + name.replace("_", "-") for name in idle}
+        raise InputError(
+            [Problem(flags[n], f"has no effect without {of[n]}", "remove it") for n in idle]
+        )
     if file:
         check_file_to_write(file)
     if terminal.quiet or not sys.stderr.isatty():  # before anything imports tqdm

@@ -187,7 +187,9 @@ def _with_options(names: tuple[str, ...], command: Callable[..., None]) -> Calla
     def wrapped(ctx: typer.Context, **values: Any) -> None:
         chosen = {name: values.pop(name) for name in names}
         given = {
-            name for name in chosen if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")
+            name
+            for name in (*chosen, *values)
+            if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")
         }
         quiet, verbose = chosen.pop("quiet"), chosen.pop("verbose", False)
         terminal = Terminal(quiet, verbose)

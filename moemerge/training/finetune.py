@@ -15,17 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from moemerge.dense import pick_device
 from moemerge.errors import Findings, InputError, Problem, RunError
-from moemerge.experts_apart import check_memory, dtype_of, load
-from moemerge.gate_setup import check_device_is_here
-from moemerge.moe import Moe, open_moe
+from moemerge.experts_apart import dtype_of, load
+from moemerge.moe import Moe
 from moemerge.options import Options
 from moemerge.output import writing
-from moemerge.prompts import Encoder
 from moemerge.reporting import Reporter, Silent
 from moemerge.training import checkpoints
 from moemerge.training.adapters import attach, save
-from moemerge.training.text import Passage, Template, divide, packed, passages_of, read
-from moemerge.training.tune import check_passages
+from moemerge.training.beginning import begin
+from moemerge.training.text import Passage, Template, divide, packed
 from moemerge.training.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -87,9 +85,7 @@ def finetune(
     lora, options, reporter = lora or Lora(), options or Options(), reporter or Silent()
     findings, adapter = Findings(), Path(adapter)
     _check_installed(options)
-    moe = open_moe(out, options.cache_dir, findings)
-    documents = read(tuning.data, findings)
-    check_device_is_here(options, findings)
+    moe, passages = begin(out, tuning, options, findings, chat_template)
     folder = adapter / CHECKPOINTS
     if lora.resume and not folder.is_dir():
         findings.problem("--resume", f"{adapter} holds no checkpoints", "leave it out")
@@ -97,9 +93,6 @@ def finetune(
         fix = "name a new directory, or pass --resume to go on with what it holds"
         findings.problem(str(adapter), "is there already", fix)
     _check_lora(lora, moe, findings)
-    if moe:
-        check_memory(moe, options, findings)
-    passages = _passages(moe, documents, tuning, findings) if moe and documents else []
     findings.refuse()
     assert moe is not None
     texts, held = divide(passages, tuning.held_out, options.seed)
@@ -162,21 +155,6 @@ def _check_installed(options: Options) -> None:
         raise InputError([Problem("tune", what, fix)])
 
 
-def _passages(
-    moe: Moe, documents: list[Any], tuning: Tuning, findings: Findings
-) -> list[list[Passage]]:
-    try:
-        spoken = any(not isinstance(one, str) for one in documents)
-        template = chat_template(moe.checkpoint.directory) if spoken else None
-        encoder = Encoder(moe.checkpoint.directory)
-        made = [passages_of(one, encoder, tuning.length, template) for one in documents]
-    except Exception as error:  # a template may raise anything
-        findings.problem("--data", str(error), "repair the data, or the tokenizer's template")
-        return []
-    check_passages(made, moe, findings)
-    return made
-
-
 def chat_template(directory: Path) -> Template | None:
     """The chat template of the tokenizer in a directory, if it has one."""
     from transformers import AutoTokenizer
@@ -215,7 +193,7 @@ def _run(
         per_device_eval_batch_size=tuning.batch,
         learning_rate=tuning.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, tuning.steps // 20),
+        warmup_steps=tuning.steps // 20,
         weight_decay=0.0,
         bf16=dtype == torch.bfloat16,
         gradient_checkpointing=lora.checkpointing,

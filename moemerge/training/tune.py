@@ -19,20 +19,19 @@ from moemerge.checkpoint import numpy_dtype, read_bytes
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.errors import Findings, InputError, Problem, RunError
 from moemerge.evaluation_text import untold
-from moemerge.experts_apart import check_memory, dtype_of, load, routers_of
-from moemerge.gate_setup import check_device_is_here
-from moemerge.moe import Moe, open_moe
+from moemerge.experts_apart import dtype_of, load, routers_of
+from moemerge.moe import Moe
 from moemerge.options import Options
 from moemerge.output import CARD_FILE, CONFIG_FILE, MANIFEST_FILE, Manifest
 from moemerge.plan import ROUTERS, Plan, PlannedTensor, Shard, digest_of
-from moemerge.prompts import Encoder
 from moemerge.recipe import Read
 from moemerge.reporting import Reporter, Silent
 from moemerge.routers import save
 from moemerge.shard_file import file_checksum
 from moemerge.state import State, write_json
+from moemerge.training.beginning import begin
 from moemerge.training.routers import Trained, train
-from moemerge.training.text import Passage, divide, passages_of, read
+from moemerge.training.text import divide
 from moemerge.training.tuning import Tuning
 from moemerge.verify import check_shards, open_manifest
 from moemerge.write import How, write_shard
@@ -76,12 +75,7 @@ def tune(
     begun, out, options = time.monotonic(), Path(out), options or Options()
     reporter, findings = reporter or Silent(), Findings()
     manifest = _tunable(out, findings)
-    moe = open_moe(str(out), options.cache_dir, findings)
-    documents = read(tuning.data, findings)
-    check_device_is_here(options, findings)
-    if moe:
-        check_memory(moe, options, findings)
-    passages = _passages(moe, documents, tuning, findings) if moe and documents else []
+    moe, passages = begin(str(out), tuning, options, findings, None)
     findings.refuse()
     assert moe is not None
     texts, held = divide(passages, tuning.held_out, options.seed)
@@ -156,36 +150,6 @@ def _tunable(out: Path, findings: Findings) -> Manifest:
     if elsewhere or not first:
         findings.problem(str(out), "its routers are not in its first shard", "merge it anew")
     return manifest
-
-
-def _passages(
-    moe: Moe, documents: list[Any], tuning: Tuning, findings: Findings
-) -> list[list[Passage]]:
-    try:
-        encoder = Encoder(moe.checkpoint.directory)
-        texts = [one if isinstance(one, str) else _plain(one) for one in documents]
-        made = [passages_of(text, encoder, tuning.length, None) for text in texts]
-    except ValueError as error:
-        findings.problem(moe.text, str(error), "copy the base's tokenizer")
-        return []
-    check_passages(made, moe, findings)
-    return made
-
-
-def check_passages(made: list[list[Passage]], moe: Moe, findings: Findings) -> None:
-    """Record text that is too short to divide, or that has tokens the model does not know."""
-    flat = [passage for document in made for passage in document]
-    if len(flat) < 2:
-        findings.problem("--data", "is one passage: none could be held out", "name more text")
-        return
-    last, known = max(max(one.ids) for one in flat), int(moe.config["vocab_size"])
-    if last >= known:
-        what = f"has token {last}, the model embeds {known}"
-        findings.problem("--data", what, "use the tokenizer that the model came with")
-
-
-def _plain(turns: Any) -> str:
-    return "\n".join(turn["content"] for turn in turns)
 
 
 @contextmanager
