@@ -1,11 +1,15 @@
 """The engine beside mergekit and `cp`: wall time, CPU time and peak memory, measured in one run.
 
     python scripts/bench_engine.py [--runs 3] [--cases random hidden] [--work DIR] [--no-peer]
+                                   [--against PYTHON]
 
 Makes Mistral-shaped models of random weights, then runs in turn, as processes of their own: a merge
 by moemerge, `cp` of its output, and the same merge by mergekit. Before each run the old output is
 deleted and the disk synced, for truncating a file costs seconds. The default size needs 43 GB of
 disk, and mergekit's environment (`scripts/environment mergekit`) 1.6 GB in the cache.
+
+With --against the same merge by another moemerge has its turn before each of this one's, and the
+ratios of their medians are printed.
 """
 
 from __future__ import annotations
@@ -38,7 +42,6 @@ from smollm2 import model_dir
 ROOT = Path(__file__).resolve().parent.parent
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 MOEMERGE = (sys.executable, "-m", "moemerge", "--quiet")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,17 @@ peak: at least what this script holds, some 33 MB.
 torch: the same bytes to bf16 in memory, into a buffer; torch .to(): into new memory each time.
 mergekit, in hidden-lazy: with --lazy-unpickle --out-shard-size=1B, the nearest it offers.
 """
+EXAMPLE = """
+Exits with 1 if a target is missed; the targets are for the default size.
+
+The PYTHON of --against may be that of an environment which has another moemerge installed, or
+a script that runs this environment's Python with another checkout on its path. For a commit:
+
+    git worktree add /tmp/older COMMIT
+    printf '#!/bin/sh\\nPYTHONPATH=/tmp/older exec {python} "$@"\\n' > /tmp/older/python
+    chmod +x /tmp/older/python
+    python scripts/bench_engine.py --cases random hidden-lazy --no-peer --against /tmp/older/python
+"""
 TOPICS = ("programs", "law", "cooking", "music", "history", "medicine", "travel", "mathematics")
 PROMPTS = ("Explain {}.", "A book about {}", "What is new in {}?", "My notes on {}:", "I like {}")
 
@@ -104,7 +118,8 @@ def main() -> None:
     """Measure and print; exit with 1 if a target is missed."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog="Exits with 1 if a target is missed; the targets are for the default size.",
+        epilog=EXAMPLE.replace("{python}", sys.executable),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--work", type=Path, metavar="DIR", help="work in a new directory in DIR (default: "
@@ -117,6 +132,12 @@ def main() -> None:
         "in shards of 500 MB and of 50 GB")  # fmt: skip
     add("--cold", action="store_true", help="also with the page cache dropped (Linux, as root)")
     add("--no-peer", action="store_true", help="leave mergekit out")
+    add(
+        "--against",
+        type=program,
+        metavar="PYTHON",
+        help="also run the moemerge that this Python imports",
+    )
     add("--options", type=shlex.split, default=[], metavar="TEXT",
         help="more options for moemerge, as in --options='--no-verify'")  # fmt: skip
     add("--layers", type=int, default=8, help="of each model (default: %(default)s)")
@@ -132,13 +153,15 @@ def main() -> None:
         parser.error(f"--hidden is a multiple of 512, not {options.hidden}")
     if options.cold and not os.access(DROP_CACHES, os.W_OK):
         parser.error(f"--cold: no right to write {DROP_CACHES}")
+    if options.against and package_of(options.against) == package_of(sys.executable):
+        parser.error(f"--against: {options.against} imports the very moemerge that is measured")
     check_room(options)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up then, too
-    work = Path(tempfile.mkdtemp(prefix="moemerge-engine-", dir=options.work))
+    work = Path(tempfile.mkdtemp(prefix="moemerge-engine-", dir=options.work)).absolute()
     try:
         peer = None if options.no_peer else peer_programs()
         in_child(model_dir)  # the tokenizer, fetched on the first call
-        print("\n".join(surroundings(work, peer)))
+        print("\n".join(surroundings(work, peer, options.against)))
         medians = measure_cases(options, work, peer)
         peaks = measure_flat(options, work) if options.flat else []
         met = [report(*target) for target in targets(medians, peaks)]
@@ -148,6 +171,18 @@ def main() -> None:
         else:
             shutil.rmtree(work)
     sys.exit(not all(met))
+
+
+def program(name: str) -> str:
+    """The path of a program; an argument's type."""
+    if found := shutil.which(name):
+        return str(Path(found).absolute())
+    raise argparse.ArgumentTypeError(f"{name} is no program")
+
+
+def package_of(python: str) -> str:
+    """Where the moemerge that `python` imports stands."""
+    return output_of([python, "-c", "import moemerge; print(moemerge.__file__)"])
 
 
 def check_room(options: argparse.Namespace) -> None:
@@ -177,10 +212,12 @@ def measure_cases(options: argparse.Namespace, work: Path, peer: Path | None) ->
         layers = options.layers if case.dtype == "bfloat16" else max(1, options.layers // 2)
         models = models_of(options, work, case.dtype, layers)
         config = write_config(work, models, case)
-        programs: dict[str, tuple[list[Any], Path]] = {  # the command, and what it reads
-            "moemerge": ([*MOEMERGE, config, mine, *case.options, *options.options], models),
-            "cp": (["cp", "-r", mine, copy], mine),
-        }
+        merge = [*MOEMERGE[1:], config, mine, *case.options, *options.options]
+        programs: dict[str, tuple[list[Any], Path]] = {}  # the command, and what it reads
+        if options.against:
+            programs["against"] = ([options.against, *merge], models)
+        programs["moemerge"] = ([sys.executable, *merge], models)
+        programs["cp"] = (["cp", "-r", mine, copy], mine)  # right after what it copies
         if peer and case.has_peer:
             command = [peer / "mergekit-moe", config, theirs, "--quiet", *case.peer_options]
             programs["mergekit"] = (command, models)
@@ -190,7 +227,8 @@ def measure_cases(options: argparse.Namespace, work: Path, peer: Path | None) ->
                 for program, (command, source) in programs.items():
                     shutil.rmtree(copy if program == "cp" else outputs, ignore_errors=True)
                     outputs.mkdir(exist_ok=True)
-                    sample = measure(command, source, cache, outputs / program)
+                    output = mine if program == "against" else outputs / program
+                    sample = measure(command, source, cache, output)
                     samples.setdefault((cache, program), []).append(sample)
                     if (program, cache, case.dtype) == ("cp", "warm", "float32"):
                         converted = 2 * sum(file.stat().st_size for file in weights(mine))
@@ -229,6 +267,13 @@ def measure_flat(options: argparse.Namespace, work: Path) -> list[float]:
 def targets(found: Medians, flat: list[float]) -> Iterator[tuple[str, float, str, float]]:
     """What is promised of what was measured: text, value, relation, limit."""
     warm = {(key[0], key[2]): run for key, run in found.items() if key[1] == "warm"}
+    for (case, other), run in warm.items():
+        if other == "against":
+            mine = astuple(warm[case, "moemerge"])
+            wall, flushed, cpu, peak, _ = (a / b for a, b in zip(mine, astuple(run), strict=True))
+            print(f"{case}: {flushed:.3f} of the other's time until flushed, {cpu:.3f} of its CPU "
+                  f"time, {peak:.3f} of its peak memory")  # fmt: skip
+            yield f"{case}: wall time / that of --against", wall, "at most", 1.03
     for case, other, most in (
         ("random", "cp", 0.9), ("random", "mergekit", 1 / 4), ("cheap_embed", "mergekit", 1 / 4),
         ("hidden-lazy", "mergekit", 1 / 2),
@@ -282,7 +327,7 @@ def measure(command: list[Any], source: Path, cache: str, output: Path) -> Sampl
     with log.open("wb") as file:
         begun = time.perf_counter()
         process = subprocess.Popen(
-            list(map(str, command)), env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT
+            list(map(str, command)), **surrounded(command), stdout=file, stderr=subprocess.STDOUT
         )
     try:
         _, status, usage = os.wait4(process.pid, 0)
@@ -476,7 +521,7 @@ def peer_programs() -> Path:
     return Path(output_of([str(ROOT / "scripts" / "environment"), "mergekit"])) / "bin"
 
 
-def surroundings(work: Path, peer: Path | None) -> Iterator[str]:
+def surroundings(work: Path, peer: Path | None, against: str | None = None) -> Iterator[str]:
     """Date, hardware and versions, a line each."""
     processor = platform.processor() or platform.machine()
     if (cpuinfo := Path("/proc/cpuinfo")).exists():
@@ -488,16 +533,29 @@ def surroundings(work: Path, peer: Path | None) -> Iterator[str]:
     file_system = found[1].split()[1] if len(found) > 1 else "unknown file system"
     yield f"{date.today()}: {processor}, {os.cpu_count()} cores, {memory:.0f} GB memory"
     yield f"{platform.system()} {platform.release()}, {file_system}"
-    moemerge = [sys.executable, "-m", "moemerge", "--version"]
-    yield f"{output_of(moemerge)}, {output_of([sys.executable, '-c', VERSIONS])}"
+    for python in filter(None, (sys.executable, against)):
+        moemerge = output_of([python, "-m", "moemerge", "--version"])
+        where = f" of {Path(package_of(python)).parent.parent}" if against else ""
+        yield f"{moemerge}{where}, {output_of([python, '-c', VERSIONS])}"
     if peer:
         yield output_of([str(peer / "python"), "-c", VERSIONS])
 
 
 def output_of(command: list[str]) -> str:
     """What `command` prints."""
-    done = subprocess.run(command, env=ENVIRONMENT, check=True, stdout=subprocess.PIPE, text=True)
+    where = surrounded(command)
+    done: subprocess.CompletedProcess[str]
+    done = subprocess.run(command, **where, check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout.strip()
+
+
+def surrounded(command: list[Any]) -> dict[str, Any]:
+    """How a process is begun, so that this Python alone imports the moemerge that stands here."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    if command[0] == sys.executable:
+        environment["PYTHONPATH"] = str(ROOT)
+    return {"env": environment, "cwd": os.sep}
 
 
 if __name__ == "__main__":
