@@ -59,7 +59,7 @@ def tuning(data: str, **changes: object) -> Tuning:
 def test_experts_apart_are_the_same_model(tmp_path: Path, family: str) -> None:
     moe = open_moe(str(made(tmp_path, family)), None, Findings())
     assert moe
-    ours = load(moe, Options(), Silent(), torch.float32)
+    ours = load(moe, Options(device="cpu"), Silent(), torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(moe.text, dtype=torch.float32)
     ids = torch.randint(4, 20, (2, 12))
     assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-5
@@ -73,7 +73,8 @@ def test_the_configs_balancing_loss_is_part_of_the_loss(tmp_path: Path) -> None:
     training = "training: {router_aux_loss_coef: 0.5, output_router_logits: true}"
     moe = open_moe(str(made(tmp_path, head=f"gate_mode: random\n{training}")), None, Findings())
     assert moe
-    model, ids = load(moe, Options(), Silent(), torch.float32), torch.arange(4, 20)[None]
+    model = load(moe, Options(device="cpu"), Silent(), torch.float32)
+    ids = torch.arange(4, 20)[None]
     both = model(ids, labels=ids)
     model.config.output_router_logits = False
     alone = model(ids, labels=ids).loss
