@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint import FLOATS, Checkpoint, normalise
-from moemerge.checkpoint.model import SourceProblem, open_checkpoint
+from moemerge.checkpoint.model import open_checkpoint
 from moemerge.checkpoint.model_config import DEFAULTS
 from moemerge.checkpoint.moe_names import COUNTS, LAYER, MLP, Names, count_of, names_of
+from moemerge.checkpoint.not_a_model import SourceProblem
 from moemerge.checkpoint.reference import parse_source
 from moemerge.errors import Findings, nearest
 from moemerge.output import MANIFEST_FILE, Manifest, read_manifest

@@ -13,7 +13,8 @@ from typing import Any
 
 from moemerge import recipe
 from moemerge.checkpoint import numpy_dtype, read_bytes
-from moemerge.checkpoint.model import Checkpoint, SourceProblem, open_checkpoint, with_rows
+from moemerge.checkpoint.model import Checkpoint, open_checkpoint, with_rows
+from moemerge.checkpoint.not_a_model import SourceProblem
 from moemerge.checkpoint.reference import Reference
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.disk import CHUNK_BYTES, buffer

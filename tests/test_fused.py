@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moemerge import merge, recipe, verify_checkpoint
 from moemerge.arithmetic import load
 from moemerge.checkpoint import Donor, Opener, read_bytes
-from moemerge.checkpoint.model import Checkpoint, SourceProblem, open_checkpoint
+from moemerge.checkpoint.model import Checkpoint, open_checkpoint
+from moemerge.checkpoint.not_a_model import SourceProblem
 from moemerge.checkpoint.reference import parse_source
 from moemerge.errors import Findings
 

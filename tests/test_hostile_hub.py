@@ -16,7 +16,8 @@ from test_hostile_files import HEADERS, safetensors
 ROOT = Path(__file__).parents[1]
 OPEN = """
 import json, sys
-from moemerge.checkpoint.model import SourceProblem, open_checkpoint
+from moemerge.checkpoint.not_a_model import SourceProblem
+from moemerge.checkpoint.model import open_checkpoint
 from moemerge.checkpoint.reference import Reference
 for repo in sys.argv[1:]:
     try:

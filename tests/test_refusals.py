@@ -435,6 +435,14 @@ def text_in(name: str, text: str | bytes) -> Callable[[Path], None]:
     ))  # fmt: skip
 
 
+def index_of_text(text: str) -> Callable[[Path], None]:
+    def damage(model: Path) -> None:
+        index_with()(model)
+        (model / "model.safetensors.index.json").write_text(text)
+
+    return damage
+
+
 def void(_: object) -> None:
     """Do no damage; drop a value."""
 
@@ -474,8 +482,8 @@ MODELS: dict[str, Any] = {
                           "which is not there", "again"),
     "index extra tensor": (index_with(extra="model-00001-of-00002.safetensors"), "'extra'",
                            "which is not there", "again"),
-    "index empty": (text_in("model.safetensors.index.json", "{}"), "no weight_map", "again"),
-    "index not JSON": (text_in("model.safetensors.index.json", "{"), "not JSON", "again"),
+    "index empty": (index_of_text("{}"), "no weight_map", "again"),
+    "index not JSON": (index_of_text("{"), "not JSON", "again"),
     "truncated": (truncate, "truncated", "again"),
     "weights not safetensors": (text_in("model.safetensors", "hello"), "header", "again"),
     "GPTQ": (config_with(quantization_config={"quant_method": "gptq"}), "quantised (gptq)",

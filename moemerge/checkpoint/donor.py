@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moemerge.checkpoint.lora import Adapter, open_adapter
-from moemerge.checkpoint.model import Checkpoint, SourceProblem, open_checkpoint
+from moemerge.checkpoint.model import Checkpoint, open_checkpoint
+from moemerge.checkpoint.not_a_model import SourceProblem
 from moemerge.checkpoint.reference import Reference, parse_source
 from moemerge.errors import Findings
 
@@ -64,6 +65,6 @@ class Opener:
     def _open(self, reference: Reference) -> Checkpoint:
         if reference not in self.opened:
             opened = self.opened[reference] = open_checkpoint(reference, self.cache_dir)
-            if opened.note:
-                self.findings.note(f"{reference.text}: {opened.note}")
+            for note in opened.notes:
+                self.findings.note(f"{reference.text}: {note}")
         return self.opened[reference]

@@ -26,7 +26,7 @@ from moemerge.checkpoint.remote import (
 )
 from moemerge.errors import ReadError, nearest
 
-_SMALL_FILES = [
+SMALL_FILES = [
     "config.json", "generation_config.json", "*.index.json", "tokenizer*", "chat_template*",
     "additional_chat_templates/*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "adapter_config.json", "README.md",
@@ -151,7 +151,7 @@ def _download_small_files(reference: Reference, cache_dir: str | None) -> Snapsh
                 reference.repo,
                 revision=reference.revision,
                 cache_dir=cache_dir,
-                allow_patterns=_SMALL_FILES,
+                allow_patterns=SMALL_FILES,
                 ignore_patterns=[
                     one.file for one in _listed(reference, info) if one.etag in _vocabularies
                 ],

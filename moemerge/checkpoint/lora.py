@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moemerge.checkpoint.fused import row_name, rows_of
-from moemerge.checkpoint.model import Checkpoint, SourceProblem, with_rows
+from moemerge.checkpoint.model import Checkpoint, with_rows
 from moemerge.checkpoint.moe_names import LAYER, count_of, names_of
+from moemerge.checkpoint.not_a_model import SourceProblem
 
 _PREFIX = "base_model.model."
 _MERGE_FIRST = "merge it into its base with PEFT's merge_and_unload and name the result"

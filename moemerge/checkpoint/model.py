@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint import hub, safetensors_file, torch_file
+from moemerge.checkpoint.folder import IN_REPOSITORY, POINTER, Folder, is_pointer, read_json
 from moemerge.checkpoint.fused import View, rows_named, views_of, with_views
 from moemerge.checkpoint.model_config import normalise
+from moemerge.checkpoint.not_a_model import GATHER, ORIGINALS, SourceProblem
 from moemerge.checkpoint.reference import Reference
 from moemerge.checkpoint.remote import HubError, Remote, open_remote
 from moemerge.checkpoint.tensors import Location
 from moemerge.errors import ReadError
-
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_QUANTISED = "merge from the original weights: a merge cannot read quantised ones"
-
-
-class SourceProblem(Exception):
-    """A source that cannot be opened: `what` is wrong with it and how to `fix` it."""
-
-    def __init__(self, what: str, fix: str):
-        super().__init__(what)
-        self.what, self.fix = what, fix
 
 
 @dataclass(frozen=True)
@@ -39,7 +29,7 @@ class Checkpoint:
     `views` are those of `tensors` that are parts of tensors of its files.
 
     `fingerprint` tells this source's content from another's: the Hub's commit, or a digest of
-    sizes, times and headers. `note` is a line that a person should read.
+    sizes, times and headers. `notes` are lines that a person should read.
     """
 
     reference: Reference
@@ -50,7 +40,7 @@ class Checkpoint:
     commit: str | None = None
     modified: int | None = None
     absent: dict[str, Remote] = field(default_factory=dict)
-    note: str = ""
+    notes: tuple[str, ...] = ()
     views: dict[str, View] = field(default_factory=dict)
     unread: dict[str, Remote] = field(default_factory=dict)
 
@@ -135,18 +125,16 @@ def with_rows(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
 
 
 def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) -> Checkpoint:
-    listed = set(snapshot.files) if snapshot else set()
-    partial = snapshot is not None and not listed
-    names = listed | {path.name for path in directory.iterdir()}
-    whole = "config.json" in names and any(
-        name in names for weight in _WEIGHTS for name in (weight, f"{weight}.index.json")
-    )  # many a training run leaves its base's config.json beside an adapter
-    adapter = "adapter_config.json" in names and not whole
+    listed = frozenset(snapshot.files) if snapshot else frozenset()
+    local = {path.name for path in directory.iterdir() if not path.is_dir()}
+    folder = Folder(directory, listed | local, listed, snapshot is not None and not listed)
+    adapter = folder.is_adapter
     config_name = "adapter_config.json" if adapter else "config.json"
-    weights = _ADAPTER_WEIGHTS if adapter else _WEIGHTS
-    if config_name not in names:
-        raise _no_model(directory, names)
-    config = _read_json(directory / config_name)
+    if config_name not in folder.names:
+        what = f"holds no config.json ({directory})"
+        raise folder.problem(what, "name a model directory in transformers' format")
+    folder.check([config_name, *filter(_is_read, folder.names)])
+    config = said = read_json(directory / config_name)
     family = config.get("model_type")
     if not adapter:
         try:
@@ -156,28 +144,24 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         if config.get("quantization_config") or config.get("compression_config"):
             how = config.get("quantization_config") or {}
             method = how.get("quant_method", "some") if isinstance(how, dict) else how
-            raise SourceProblem(f"is quantised ({method})", _QUANTISED)
-    files, index = _weight_files(directory, names, weights, partial)
-    tensors: dict[str, Location] = {}
+            raise SourceProblem(f"is quantised ({method})", ORIGINALS)
+    weights = folder.weights(adapter, said.get("transformers_weights"))
+    headers = {file: _read_header(directory / file, snapshot) for file in weights.files}
+    tensors = {name: at for found in headers.values() for name, at in found.items()}
     newest = 0
     digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        found = _read_header(directory / file, snapshot)
-        for name, location in found.items():
-            if index is None or index.get(name) == file:
-                tensors[name] = location
+    for file, found in headers.items():
         for name, at in found.items():
             size, modified = at.stamp or (0, 0)
             digest.update(repr((file, size, name, at.dtype, at.shape, at.offset)).encode())
             newest = max(newest, modified)
-    expected = {name for name, file in (index or {}).items() if file in files}
-    if index is not None and (missing := sorted(expected - tensors.keys())):
-        raise SourceProblem(
-            f"its index names {missing[0]!r} in {index[missing[0]]}, which is not there"
-            + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""),
-            "download or save the model again",
+    notes = [snapshot.note if snapshot else "", weights.note, weights.compare(headers)]
+    if not adapter and sum(0 in at.shape for at in tensors.values()) * 2 > len(tensors):
+        what = (
+            f"{weights.files[0]} has empty tensors, as DeepSpeed ZeRO-3 leaves what it holds apart"
         )
-    layers, count = config.get("num_hidden_layers"), max(len(tensors), len(index or ()))
+        raise SourceProblem(what, GATHER)
+    layers, count = config.get("num_hidden_layers"), max(len(tensors), len(weights.index or ()))
     if isinstance(layers, int) and layers > count:  # a claim that would cost memory to follow
         raise SourceProblem(
             f"config.json: num_hidden_layers is {layers}, its weights are {count} tensors",
@@ -193,8 +177,7 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     commit = snapshot.commit if snapshot else None
     fingerprint = commit or digest.hexdigest()
     on_hub = snapshot.files if snapshot else {}
-    absent = {file: on_hub[file] for file in files if not (directory / file).exists()}
-    note = snapshot.note if snapshot else ""
+    absent = {file: on_hub[file] for file in weights.files if not (directory / file).exists()}
     unread = {
         name: on_hub[name]
         for name in hub.VOCABULARIES
@@ -209,62 +192,17 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         commit=commit,
         modified=None if snapshot else newest,
         absent=absent,
-        note=note,
+        notes=tuple(filter(None, notes)),
         unread=unread,
         views=views,
     )
 
 
-def _no_model(directory: Path, names: set[str]) -> SourceProblem:
-    if any(name.endswith(".gguf") for name in names):
-        return SourceProblem("holds GGUF files", _QUANTISED)
-    return SourceProblem(
-        f"holds no config.json ({directory})", "name a model directory in transformers' format"
-    )
-
-
-def _weight_files(
-    directory: Path, names: set[str], weights: tuple[str, ...], partial: bool
-) -> tuple[list[str], dict[str, str] | None]:
-    """The weight files, and which holds which tensor where an index says so.
-
-    A `partial` directory is a Hub's cache that holds what some merge needed: the files that it
-    lacks are left out, and the plan refuses if it needs their tensors.
-    """
-    for weight in weights:
-        index_name = f"{weight}.index.json"
-        if index_name in names:
-            index = _read_json(directory / index_name).get("weight_map")
-            if not isinstance(index, dict) or not index:
-                raise SourceProblem(f"{index_name} has no weight_map", "save the model again")
-            for file in index.values():
-                if not _is_plain_name(file):
-                    raise SourceProblem(
-                        f"{index_name} names {file!r}, which leaves its directory",
-                        "do not use this model: its index is hostile or broken",
-                    )
-            files = sorted(set(index.values()))
-            if partial and names & set(files):
-                return [file for file in files if file in names], index
-            for file in files:
-                if file not in names:
-                    raise SourceProblem(
-                        f"{index_name} names {file}, which is not there", "download it again"
-                    )
-            return files, index
-        if weight in names:
-            return [weight], None
-    if any(name.endswith(".gguf") for name in names):
-        raise SourceProblem("holds its weights as GGUF only", _QUANTISED)
-    raise SourceProblem(f"holds none of {', '.join(weights)}", "download the model's weights")
-
-
-def _is_plain_name(file: object) -> bool:
-    return (
-        isinstance(file, str)
-        and file not in ("", ".", "..")
-        and "\0" not in file
-        and PurePosixPath(file).name == file == PureWindowsPath(file).name
+def _is_read(name: str) -> bool:
+    """Whether a merge reads this small file of a source, beside its weights and their index."""
+    unread = name in ("README.md", "config.json", "adapter_config.json")
+    return not (unread or name.endswith(".index.json")) and any(
+        fnmatch(name, pattern) for pattern in hub.SMALL_FILES
     )
 
 
@@ -277,6 +215,10 @@ def _read_header(path: Path, snapshot: hub.Snapshot | None) -> dict[str, Locatio
                 return safetensors_file.read_header(path, remote)
             return torch_file.read_header(path, remote)
     except ValueError as error:
+        if snapshot and path.name in snapshot.files:
+            with open_remote(snapshot.files[path.name]) as remote:
+                if is_pointer(remote):
+                    raise SourceProblem(f"{path.name} is {POINTER}", IN_REPOSITORY) from error
         raise SourceProblem(f"{path.name}: {error}", "download or save the model again") from error
 
 
@@ -288,13 +230,3 @@ def _read_local_header(path: Path) -> dict[str, Location]:
         name: dataclasses.replace(location, stamp=stamp)
         for name, location in read.read_header(path).items()
     }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SourceProblem(f"{path.name} is not JSON ({error})", "download it again") from error
-    if not isinstance(value, dict):
-        raise SourceProblem(f"{path.name} is not a JSON object", "download it again")
-    return value

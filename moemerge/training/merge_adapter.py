@@ -7,7 +7,8 @@ from pathlib import Path
 
 from moemerge.checkpoint import Donor
 from moemerge.checkpoint.lora import open_adapter
-from moemerge.checkpoint.model import SourceProblem, open_checkpoint
+from moemerge.checkpoint.model import open_checkpoint
+from moemerge.checkpoint.not_a_model import SourceProblem
 from moemerge.checkpoint.reference import parse_source
 from moemerge.errors import Findings
 from moemerge.moe import open_moe

@@ -1,0 +1,220 @@
+"""A source's folder: which of its files are the model, as transformers and PEFT choose them.
+
+transformers' order is `_get_resolved_checkpoint_files` in its modeling_utils.py (the same in
+versions 4.57 and 5), PEFT's is `load_peft_weights` in its utils/save_and_load.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, BinaryIO
+
+from moemerge.checkpoint.not_a_model import SourceProblem, other_than_a_model, some
+
+_INDEX = ".index.json"
+_MODEL = ("model.safetensors", "model.safetensors" + _INDEX, "pytorch_model.bin",
+          "pytorch_model.bin" + _INDEX)  # fmt: skip
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.safetensors" + _INDEX,
+            "adapter_model.bin" + _INDEX)  # fmt: skip
+"""PEFT reads the first two; the others are what transformers wrote of a large one."""
+_PASSED_OVER = re.compile(
+    r"(adapter_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+)
+_RANK_FILES = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+"""transformers 5 reads these before any other; each holds a part of every tensor."""
+POINTER = "a pointer of Git LFS, not the file itself"
+IN_REPOSITORY = "the repository itself holds the pointer: ask its owner to upload the file"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A directory and the names of its files; `listed` are those that the Hub has.
+
+    A `partial` one is a Hub's cache, opened without a network: it holds what some merge needed.
+    """
+
+    directory: Path
+    names: frozenset[str]
+    listed: frozenset[str]
+    partial: bool
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a PEFT adapter; many a training run leaves its base's config.json there.
+
+        Raises:
+            SourceProblem: it is a whole model too.
+        """
+        if "adapter_config.json" not in self.names:
+            return False
+        whole = [name for name in _MODEL if name in self.names and "config.json" in self.names]
+        adapter = [name for name in _ADAPTER if name in self.names]
+        if whole and adapter:
+            raise SourceProblem(
+                f"holds a whole model ({whole[0]}) and an adapter ({adapter[0]}), and transformers "
+                "applies the one to the other where PEFT is installed",
+                "keep each in a folder of its own, and name the model, or write `model+adapter`",
+            )
+        return not whole
+
+    @property
+    def again(self) -> str:
+        """What to do where a file lacks."""
+        if self.partial:
+            return "download it again where there is a network: the Hub's cache holds only a part"
+        return "download it again"
+
+    def check(self, files: Iterable[str]) -> None:
+        """Refuse those of the `files` that are here in name alone.
+
+        Raises:
+            SourceProblem: a link leads nowhere, or Git LFS left a pointer in a file's place.
+        """
+        lost, pointers = [], []
+        for file in sorted(files):
+            path = self.directory / file
+            if path.exists():
+                with path.open("rb") as opened:
+                    pointers += [file] if is_pointer(opened) else []
+            elif file not in self.listed:
+                lost.append(file)
+        if lost:
+            path = self.directory / lost[0]
+            why = f"is a link to {path.readlink()}, which" if path.is_symlink() else "which"
+            raise SourceProblem(f"{some(lost)} {why} is not there", self.again)
+        if pointers:
+            fix = f"run `git lfs pull` in {self.directory}"
+            if self.listed or self.partial:
+                fix = IN_REPOSITORY
+            raise SourceProblem(f"{some(pointers)} is {POINTER}", fix)
+
+    def weights(self, adapter: bool, explicit: object = None) -> Weights:
+        """Which files hold the weights; `explicit` is what a config.json says of that.
+
+        Raises:
+            SourceProblem: none do, or not all are there.
+        """
+        order: tuple[str, ...] = _ADAPTER if adapter else _MODEL
+        if rank_files := sorted(filter(_RANK_FILES.fullmatch, self.names - self.listed)):
+            raise SourceProblem(
+                f"holds {some(rank_files)}, each with a part of every tensor",
+                "join them with transformers.distributed.checkpoint."
+                "consolidate_distributed_checkpoint, and take them out of the folder",
+            )
+        if explicit is not None and not adapter:
+            if not _is_plain_name(explicit) or not re.search(
+                r"\.safetensors(\.index\.json)?$", str(explicit)
+            ):
+                what = f"config.json: transformers_weights is {explicit!r}"
+                raise SourceProblem(what, "name a .safetensors file or its index in its folder")
+            order = (str(explicit), *order)
+            if explicit not in self.names:
+                raise SourceProblem(f"config.json names {explicit}, which is not there", self.again)
+        chosen = next((name for name in order if name in self.names), None)
+        if chosen is None:
+            none = f"holds none of {', '.join(n for n in order if not n.endswith(_INDEX))}"
+            raise self.problem(none, "download the model's weights")
+        self.check([chosen])
+        files, index = [chosen], None
+        if chosen.endswith(_INDEX):
+            files, index = self._shards(chosen, order)
+        self.check(files)
+        used = {chosen, *files, *(index or {}).values()}
+        others = sorted(n for n in self.names - used if _PASSED_OVER.fullmatch(n))
+        others = [name for name in others if name.startswith("adapter_") == adapter]
+        note = f"its weights are {chosen}, which {'PEFT' if adapter else 'transformers'} takes; "
+        return Weights(files, index, f"{note}{some(others)} is passed over" if others else "")
+
+    def _shards(self, name: str, order: Collection[str]) -> tuple[list[str], dict[str, str]]:
+        index = read_json(self.directory / name).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise SourceProblem(f"{name} has no weight_map", "save the model again")
+        for file in index.values():
+            if not _is_plain_name(file):
+                raise SourceProblem(
+                    f"{name} names {file!r}, which leaves its directory",
+                    "do not use this model: its index is hostile or broken",
+                )
+        files = sorted(set(index.values()))
+        there = [file for file in files if file in self.names]
+        if there != files and not (self.partial and there):
+            gone = [file for file in files if file not in self.names]
+            other = [one for one in order if one in self.names and one != name]
+            stale = f", or remove {name} if the model is {other[0]}" if other else ""
+            raise SourceProblem(
+                f"{name} names {some(gone)}, which is not there", self.again + stale
+            )
+        return there, index
+
+    def problem(self, what: str, fix: str) -> SourceProblem:
+        """Why there is no model, and what would make one of what there is."""
+        instead = other_than_a_model(self.directory, self.listed)
+        if instead is None:
+            return SourceProblem(what, self.again if self.partial else fix)
+        return SourceProblem(f"{what}, but {instead[0]}", instead[1])
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The files that hold a model's weights, in the order in which they are read.
+
+    `index` says which holds which tensor, if there is one; `note` what is passed over.
+    """
+
+    files: list[str]
+    index: dict[str, str] | None
+    note: str
+
+    def compare(self, found: Mapping[str, Collection[str]]) -> str:
+        """What is to be said where the index is not what was `found`, names by file.
+
+        As transformers does, every tensor of the shards is taken, of two with one name the later.
+
+        Raises:
+            SourceProblem: a shard lacks a tensor that the index says is there.
+        """
+        if self.index is None:
+            return ""
+        of = {name: file for name, file in self.index.items() if file in found}
+        if missing := sorted(name for name, file in of.items() if name not in found[file]):
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            what = f"its index names {missing[0]!r} in {of[missing[0]]}, which is not there{more}"
+            raise SourceProblem(what, "download or save the model again")
+        read = {name: file for file in self.files for name in found[file]}
+        if other := sorted(name for name, file in read.items() if self.index.get(name) != file):
+            where = f"read from {read[other[0]]}, as transformers 5 reads it"
+            return f"{some(other)} is {where}, and not where its index says"
+        return ""
+
+
+def is_pointer(file: BinaryIO) -> bool:
+    """Whether Git LFS left a pointer in the file's place; reads its beginning."""
+    return file.read(19) == b"version https://git"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object.
+
+    Raises:
+        SourceProblem: it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SourceProblem(f"{path.name} is not JSON ({error})", "download it again") from error
+    if not isinstance(value, dict):
+        raise SourceProblem(f"{path.name} is not a JSON object", "download it again")
+    return value
+
+
+def _is_plain_name(file: object) -> bool:
+    return (
+        isinstance(file, str)
+        and file not in ("", ".", "..")
+        and "\0" not in file
+        and PurePosixPath(file).name == file == PureWindowsPath(file).name
+    )
