@@ -122,6 +122,8 @@ def open_moe(text: str, cache_dir: str | None, findings: Findings) -> Moe | None
     except SourceProblem as error:
         findings.problem(text, error.what, error.fix)
         return None
+    for note in opened.notes:
+        findings.note(f"{text}: {note}")
     config = read_json(opened.directory / "config.json")
     family, names = (
         str(config.get("model_type")),

@@ -41,11 +41,15 @@ def merge_adapter(
     try:
         opened = open_checkpoint(parse_source(adapter)[0], options.cache_dir)
         lora = open_adapter(opened, moe.checkpoint)
+        for note in opened.notes:
+            findings.note(f"{adapter}: {note}")
     except ValueError as error:
         findings.problem(adapter, str(error), "name an adapter's directory, or user/name")
     except SourceProblem as error:
         findings.problem(adapter, error.what, error.fix)
     findings.refuse()
+    for note in findings.notes:
+        reporter.say(note)
     names = {part.name for part in moe.parts}
     for lost in sorted({*lora.deltas, *lora.replacements} - names)[:1]:
         what = f"changes {lost}, which is no tensor of its own in {moe.text}"
