@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint import Donor
 from moemerge.errors import Findings
 from moemerge.tokenizer_files import chat_template
-from moemerge.tokens import Comparison, compare_contents, read_content, shown
+from moemerge.tokens import TOKENIZER_FILE, Comparison, compare_contents, read_content, shown
 from moemerge.vocabulary import Vocabulary
 
 _MUST_AGREE = ("num_hidden_layers", "hidden_size", "intermediate_size", "hidden_act")
@@ -58,8 +57,8 @@ def compare(
                 "every expert must match the base",
             )
     for key, why in _MAY_DIFFER.items():
-        if theirs.get(key) == ours.get(key):
-            continue
+        if theirs.get(key) == ours.get(key) or (attention and key == "vocab_size"):
+            continue  # rows that both have may be averaged: `same_tokens` tells of the others
         if attention and why == _ATTENTION_STAYS:
             findings.problem(
                 where,
@@ -75,23 +74,6 @@ def compare(
     _compare_vocabularies(base, expert, vocabulary, where, findings, runs)
 
 
-def same_vocabulary(base: Donor, expert: Donor) -> bool:
-    """Whether each token has one id, and its rows in embedding and head one place, in both."""
-    configs = [donor.model.config for donor in (base, expert)]
-    shapes = {(c.get("vocab_size"), c.get("tie_word_embeddings")) for c in configs}
-    found = _compared(base.model.directory, expert.model.directory)
-    return len(shapes) == 1 and not found.moved
-
-
-def other_ids(vocabulary: Vocabulary, donor: Donor) -> tuple[str, ...]:
-    """The donor's tokens that have another id in the mixture's vocabulary."""
-    try:
-        theirs = read_content(donor.model.directory)
-        return compare_contents(vocabulary.tokenizer(), theirs).moved
-    except ValueError:
-        return ()
-
-
 def _compare_vocabularies(
     base: Donor,
     expert: Donor,
@@ -103,7 +85,13 @@ def _compare_vocabularies(
     ours, theirs = (donor.model.directory for donor in (base, expert))
     if ours == theirs:
         return
-    found = _compared(ours, theirs)
+    try:
+        found = compare_contents(read_content(ours), read_content(theirs))
+    except ValueError as error:
+        found = Comparison()
+        if TOKENIZER_FILE not in expert.model.unread:
+            line = f"{expert.name}: its tokens cannot be compared with the base's: {error}"
+            findings.note(line)
     if found:
         stays = vocabulary.directory == ours and not vocabulary.written
         kept = "; prompts and text are the base's" if stays else ""
@@ -113,18 +101,19 @@ def _compare_vocabularies(
     template = chat_template(theirs)
     if template and template != vocabulary.template:
         findings.note(f"{expert.name}: its chat template is another than the mixture's")
-    if moved := other_ids(vocabulary, expert) if runs else ():
+    if moved := _moved(vocabulary, expert) if runs else ():
         what = f"{len(moved)} tokens have other ids than in the mixture ({shown(moved)})"
         fix = "its text would be read as another: use gate_mode: ridge with prompts"
         findings.problem(where, what, fix)
 
 
-def _compared(base: Path, expert: Path) -> Comparison:
-    """One directory's tokenizer beside another's; as if alike where one cannot be read."""
+def _moved(vocabulary: Vocabulary, donor: Donor) -> tuple[str, ...]:
+    """The donor's tokens that have another id in the mixture's vocabulary."""
     try:
-        return compare_contents(read_content(base), read_content(expert))
+        theirs = read_content(donor.model.directory)
+        return compare_contents(vocabulary.tokenizer(), theirs).moved
     except ValueError:
-        return Comparison()
+        return ()
 
 
 def _same_value(value: Any) -> Any:

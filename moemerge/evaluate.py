@@ -126,8 +126,8 @@ class _Taken:
 
     def through_source(self, source: Source) -> _Measured:
         """A dense model; its texts are left out, and said so, where it has other tokens."""
-        last = max((max(p.ids) for text in self.texts.values() for p in text), default=0)
-        if why := source.why_not(last):
+        ids = {one for text in self.texts.values() for p in text for one in p.ids}
+        if why := source.why_not(ids):
             self.reporter.say(f"{source.name} does not read the texts: {why}")
         if why and not self.tasks:
             return _Measured(None, {})

@@ -24,7 +24,9 @@ from moemerge.prompts import (
     open_encoder,
 )
 from moemerge.reporting import size
+from moemerge.same_tokens import other_ids
 from moemerge.split import Cutting
+from moemerge.tokens import shown
 from moemerge.vocabulary import Vocabulary
 
 
@@ -133,6 +135,7 @@ def read_prompts(
     prompts = encode_prompts(config, encoder, base, documents, findings, apart)
     if "experts" in gate.USES:
         _check_own_text(config, encoder, prompts, [base, *donors], settings, findings)
+        _check_beginnings(vocabulary, encoder, prompts, donors, findings)
     return encoder, prompts
 
 
@@ -144,10 +147,7 @@ def _check_own_text(
     settings: Any,
     findings: Findings,
 ) -> None:
-    """Record what is too long to be written and read, and beginnings that an expert lacks.
-
-    The first of `models` is the base, the others are the experts.
-    """
+    """Record what is too long to be written and read by one of the `models`."""
     begun = [expert.positive or (encoder.start(),) for expert in prompts]
     longest = max((len(prompt.ids) for of_one in begun for prompt in of_one), default=0)
     positions = [d.model.config.get("max_position_embeddings") for d in models if d]
@@ -156,12 +156,35 @@ def _check_own_text(
         what = f"is {settings.tokens}, after prompts of up to {longest}; the models take {most}"
         fix = f"write at most {most - longest}, or shorten the prompts"
         findings.problem(config.where("gate.tokens"), what, fix)
-    for of_one, donor in zip(begun, models[1:], strict=True):
-        last = max((token for prompt in of_one for token in prompt.ids), default=0)
-        known = donor.model.config.get("vocab_size") if donor else None
-        if donor and isinstance(known, int) and last >= known:
+
+
+def _check_beginnings(
+    vocabulary: Vocabulary,
+    encoder: Encoder,
+    prompts: tuple[ExpertPrompts, ...],
+    donors: list[Donor | None],
+    findings: Findings,
+) -> None:
+    """Record beginnings of which an expert does not know a token, or as another."""
+    fix = "use other prompts, or gate_mode: ridge"
+    for expert, donor in zip(prompts, donors, strict=True):
+        if donor is None:
+            continue
+        begun = expert.positive or (encoder.start(),)
+        ids = {token for prompt in begun for token in prompt.ids}
+        last, known = max(ids, default=0), donor.model.config.get("vocab_size")
+        if isinstance(known, int) and last >= known:
             what = f"its text would begin with token {last}, and it embeds {known}"
-            fix = "use other prompts, or gate_mode: ridge"
+            findings.problem(donor.where, what, fix)
+            continue
+        try:
+            others = sorted(ids & other_ids(vocabulary, donor))
+        except ValueError as error:
+            findings.note(f"{donor.name}: its tokens are taken for the mixture's: {error}")
+            continue
+        if others:
+            names = shown(encoder.spelled(others[:4]))
+            what = f"its text would begin with tokens that are others in its tokenizer ({names})"
             findings.problem(donor.where, what, fix)
 
 

@@ -173,6 +173,7 @@ def _needs(made: Layout, slots: Sequence[Slot]) -> list[_Need]:
     found += [_Need(donor, mlps) for donor in (*made.donors, *made.shared)]
     attention = {name: shape for name, shape in rest.items() if name not in VOCABULARY}
     found += [_Need(donor, attention) for donor in body.experts]
+    found += [_Need(donor, shapes) for donor, shapes in body.shared()]
     if body.vocabulary:
         found += [_Need(donor, shapes) for donor, shapes in body.vocabulary.needs()]
     if "model" in made.uses:

@@ -11,7 +11,7 @@ from moemerge import gate_setup, output, vocabulary_choice
 from moemerge import split as splits
 from moemerge.body import Body
 from moemerge.checkpoint import Checkpoint, Donor, Opener
-from moemerge.compare import compare, same_vocabulary
+from moemerge.compare import compare
 from moemerge.config import Expert, MergeConfig, check_values
 from moemerge.errors import Findings
 from moemerge.gates import GateMode
@@ -21,6 +21,7 @@ from moemerge.members import factor_of, host_of, parts_of
 from moemerge.options import Options
 from moemerge.plan import Plan
 from moemerge.prompts import Encoder, ExpertPrompts, Prompt
+from moemerge.same_tokens import shared_rows
 from moemerge.source_cards import read_own
 from moemerge.split import Cutting, Split
 from moemerge.vocabulary import Vocabulary
@@ -205,13 +206,13 @@ class _Preparation:
         if self.config.body == "base":
             return Body(base)
         weights = [expert.body_weight for expert in self.config.experts]
-        agree = [same_vocabulary(base, donor) for donor in donors]
-        if not all(agree):
-            name = donors[agree.index(False)].name
-            what = f"{name} has another vocabulary, or another head on it"
-            self.findings.note(f"body: embeddings and head are the base's: {what}")
+        shared = [shared_rows(base, donor, self.options.cache_dir) for donor in donors]
+        for donor, found, weight in zip(donors, shared, weights, strict=True):
+            if found.left and weight:
+                self.findings.note(f"body: {donor.name}: {found.left}")
         total = sum(weights)
-        return Body(base, tuple(donors), tuple(w / total for w in weights), all(agree))
+        rows = tuple(found.rows for found in shared)
+        return Body(base, tuple(donors), tuple(w / total for w in weights), rows)
 
     def _donors(self, experts: tuple[Expert, ...], key: str) -> list[Donor | None]:
         donors: list[Donor | None] = []

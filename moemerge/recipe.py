@@ -133,6 +133,21 @@ def of_donor(donor: Donor, tensor: str) -> Recipe:
     return read
 
 
+def rows(of: Recipe, start: int, stop: int) -> Recipe:
+    """Rows `start` to `stop` of a matrix; of one that is joined of cuts, what they lie in alone."""
+    if not (isinstance(of, Join) and of.axis == 0 and all(isinstance(p, Cut) for p in of.of)):
+        return Cut(of, 0, start, stop)
+    found, first = list[Recipe](), 0
+    for part in of.of:
+        assert isinstance(part, Cut)
+        low, high = max(start - first, 0), min(stop - first, part.stop - part.start)
+        if low < high:
+            kept = dataclasses.replace(part, start=part.start + low, stop=part.start + high)
+            found.append(kept)
+        first += part.stop - part.start
+    return found[0] if len(found) == 1 else Join(tuple(found))
+
+
 def reads(recipe: Recipe) -> Iterator[Read]:
     """Every source tensor that the recipe reads."""
     if isinstance(recipe, Read):

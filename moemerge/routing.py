@@ -114,9 +114,9 @@ class _Reading:
                 by_count[str(k)] = self._losses(model, f"{k} experts a token")
         del model
         measured: dict[str, Any] = {"by_experts_per_token": by_count, "sources": {}, "experts": {}}
-        last = max(max(p.ids) for of_one in self.passages.values() for p in of_one)
+        ids = {one for of_one in self.passages.values() for p in of_one for one in p.ids}
         for source in sources_of(manifest, self.options, self.reporter):
-            if why := source.why_not(last):
+            if why := source.why_not(ids):
                 self.reporter.say(f"{source.name} is not compared: {why}")
                 continue
             kind = "experts" if source.kind == "expert" else "sources"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 from moemerge import recipe
 from moemerge.body import Body
-from moemerge.compare import other_ids, same_vocabulary
 from moemerge.config import parse_config
 from moemerge.dense import EMBEDDING, available_memory, compute_dtype, pick_device, whole_model
 from moemerge.errors import InputError
@@ -22,6 +21,7 @@ from moemerge.prepare import Prepared, prepare
 from moemerge.recipe import Recipe
 from moemerge.reporting import Reporter, size
 from moemerge.routers import Tensors, fetch
+from moemerge.same_tokens import other_ids, shared_rows
 from moemerge.slots import dense_shapes
 
 
@@ -29,8 +29,8 @@ from moemerge.slots import dense_shapes
 class Source:
     """A dense model that the mixture was made of; `kind` is `base`, `expert` or `average`.
 
-    `moved` is how many of its tokens have other ids in the mixture, by whose tokens it then cannot
-    be read. `directory` holds the files of its own, tokenizer and generation config. Equal experts
+    `others` are ids that are another token in it than in the mixture: such text it cannot read.
+    `directory` holds the files of its own, tokenizer and generation config. Equal experts
     have the same `identity`.
     """
 
@@ -40,13 +40,14 @@ class Source:
     recipe_of: Callable[[str], Recipe]
     tensors: Tensors
     directory: Path | None = None
-    moved: int = 0
+    others: frozenset[int] = frozenset()
     identity: tuple[object, ...] = ()
 
-    def why_not(self, last: int) -> str:
-        """Why it cannot read tokens of the mixture of which `last` is the last; empty if it can."""
-        if self.moved:
-            return f"{self.moved} of its tokens have other ids in the mixture"
+    def why_not(self, ids: Collection[int]) -> str:
+        """Why it cannot read a text of these tokens of the mixture; empty if it can."""
+        if others := self.others.intersection(ids):
+            return f"{len(others)} of the tokens have other ids in it, or none"
+        last = max(ids, default=0)
         return f"it does not know token {last}" if last >= self.config["vocab_size"] else ""
 
     def model(self, options: Options, reporter: Reporter) -> Any:
@@ -84,16 +85,20 @@ def sources_of(manifest: Manifest | None, options: Options, reporter: Reporter) 
     if ready.cutting:
         return found
     for donor in donors:
-        of, moved = donor.model, len(other_ids(vocabulary, donor))
+        of, others = donor.model, frozenset[int]()
         made = partial(recipe.of_donor, donor)
+        try:
+            others = other_ids(vocabulary, donor)
+        except ValueError as error:
+            reporter.say(f"{donor.name}: its tokens are taken for the mixture's: {error}")
         found.append(
             Source(
-                "expert", donor.name, of.config, made, tensors, of.directory, moved,
+                "expert", donor.name, of.config, made, tensors, of.directory, others,
                 donor.identity,
             )
         )  # fmt: skip
-    agree = all(same_vocabulary(ready.base, donor) for donor in donors)
-    average = Body(ready.base, donors, (1 / len(donors),) * len(donors), agree, vocabulary)
+    rows = tuple(shared_rows(ready.base, one, options.cache_dir).rows for one in donors)
+    average = Body(ready.base, donors, (1 / len(donors),) * len(donors), rows, vocabulary)
     return [*found, Source("average", "average", average.config, average.recipe, tensors)]
 
 

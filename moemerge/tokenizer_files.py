@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moemerge.tokens import CONFIG_FILE, TOKENIZER_FILE, Token, Tokens
+from moemerge.tokens import ADDED_FILE, CONFIG_FILE, TOKENIZER_FILE, Token, Tokens
 
 GENERATION_FILE = "generation_config.json"
 _MAP_FILE = "special_tokens_map.json"
-_ADDED_FILE = "added_tokens.json"
 _CHECKED = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ "
     "(multiple emojis concatenated) ✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 "
@@ -48,8 +47,8 @@ def with_added_tokens(directory: Path, tokens: Tokens, more: Sequence[Token]) ->
         files[CONFIG_FILE] = _with_special(config, special)
     if known := read_object(directory / _MAP_FILE):
         files[_MAP_FILE] = _with_special(known, special)
-    if listed := read_object(directory / _ADDED_FILE):
-        files[_ADDED_FILE] = {**listed, **{t.text: tokens.ids[t.text] for t in more}}
+    if listed := read_object(directory / ADDED_FILE):
+        files[ADDED_FILE] = {**listed, **{t.text: tokens.ids[t.text] for t in more}}
     return {name: as_bytes(data) for name, data in files.items()}
 
 

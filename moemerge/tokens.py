@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+ADDED_FILE = "added_tokens.json"
 _FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 _SHOWN = 3
 

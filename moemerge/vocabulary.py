@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint import Donor
-from moemerge.recipe import Cut, Join, Mean, Recipe, of_donor
+from moemerge.recipe import Join, Mean, Recipe, of_donor, rows
 from moemerge.tokenizer_files import chat_template
 from moemerge.tokens import TOKENIZER_FILE, read_content
 
@@ -103,8 +103,8 @@ class Vocabulary:
         own = part.donor is self.base
         matrix = whole if own else of_donor(part.donor, _name_in(part.donor, tensor))
         if isinstance(part, Rows):
-            return Cut(matrix, 0, part.start, part.stop)
-        cuts = tuple(Cut(matrix, 0, row, row + 1) for row in part.rows)
+            return rows(matrix, part.start, part.stop)
+        cuts = tuple(rows(matrix, row, row + 1) for row in part.rows)
         return Mean(cuts, (1 / len(cuts),) * len(cuts))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,28 +161,192 @@ def test_an_adapters_changes_of_attention_are_in_the_average(
     assert verify(tmp_path / "out").compared == len(tensors(tmp_path / "out")) - 2
 
 
-@pytest.mark.parametrize("how", ["size", "ids", "tied"])
-def test_embeddings_are_the_bases_where_vocabularies_differ(
-    tmp_path: Path, babies: dict[str, Path], how: str
+def spelled(data: dict[str, Any], old: str, new: str) -> None:
+    """Give the id of a token to another one."""
+    vocabulary = data["model"]["vocab"]
+    vocabulary[new] = vocabulary.pop(old)
+
+
+def swapped(data: dict[str, Any]) -> None:
+    vocabulary = data["model"]["vocab"]
+    vocabulary["code"], vocabulary["python"] = vocabulary["python"], vocabulary["code"]
+
+
+def with_added(data: dict[str, Any], number: int) -> None:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    entry = {"id": number, "content": "<|im_start|>", "special": True, **flags}
+    vocabulary = data["model"]["vocab"]
+    data["model"]["vocab"] = {text: n for text, n in vocabulary.items() if n != number}
+    data["added_tokens"] = [one for one in data["added_tokens"] if one["id"] != number] + [entry]
+
+
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+CODE, PYTHON, USER, LAST = 4, 5, 3, 32
+"""Ids of a baby's tokens; 33 to 63 have none."""
+
+Tokens = Callable[[Path], object]
+APART: dict[str, tuple[Tokens, set[int], str]] = {
+    # what the expert's tokenizer is: (how it came to be, the rows that are others', what is said)
+    "one token renamed": (
+        lambda m: edit(m / "tokenizer.json", lambda d: spelled(d, "code", "<|im_start|>")),
+        {CODE}, "1 row of embeddings and head not in the mean: other tokens "
+        "(id 4 is 'code' in the base, '<|im_start|>' in it)",
+    ),
+    "two tokens exchanged": (
+        lambda m: edit(m / "tokenizer.json", swapped), {CODE, PYTHON}, "2 rows of embeddings"
+    ),
+    "a special token renamed": (
+        lambda m: edit(m / "tokenizer.json", lambda d: with_added(d, USER)),
+        {USER}, "(id 3 is '<|user|>' in the base, '<|im_start|>' in it)",
+    ),
+    "a token in a padding row": (
+        lambda m: edit(m / "tokenizer.json", lambda d: with_added(d, 40)),
+        {40}, "(id 40 is no token in the base, '<|im_start|>' in it)",
+    ),
+    "a token that it lacks": (
+        lambda m: edit(m / "tokenizer.json", lambda d: d["model"]["vocab"].pop("please")),
+        {LAST}, "(id 32 is 'please' in the base, no token in it)",
+    ),
+    "a token that its tokenizer_config.json adds": (
+        lambda m: (m / "tokenizer_config.json").write_text(
+            '{"added_tokens_decoder": {"41": {"content": "<|im_start|>"}}}'
+        ),
+        {41}, "(id 41 is no token in the base, '<|im_start|>' in it)",
+    ),
+    "a token that its added_tokens.json adds": (
+        lambda m: (m / "added_tokens.json").write_text('{"<|im_start|>": 42}'),
+        {42}, "(id 42 is no token in the base, '<|im_start|>' in it)",
+    ),
+    "no tokenizer.json": (
+        lambda m: (m / "tokenizer.json").rename(m / "tokenizer.model"),
+        {*range(64)}, "embeddings and head not in the mean: its tokens cannot be compared with "
+        "the base's (there is no tokenizer.json)",
+    ),
+    "a tokenizer.json that cannot be read": (
+        lambda m: (m / "tokenizer.json").write_text("{"), {*range(64)}, "(its tokenizer.json cannot"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("what", APART)
+def test_rows_of_other_tokens_are_no_part_of_the_mean(
+    tmp_path: Path, models: dict[str, Path], what: str, tied: bool
 ) -> None:
-    base, first, _ = babies.values()
-    size = 70 if how == "size" else 64
-    other = make_model(
-        tmp_path / "other", seed=5, vocab_size=size, tie_word_embeddings=how == "tied"
-    )
-    if how == "ids":
-        path = other / "tokenizer.json"
-        data = json.loads(path.read_text())
-        vocabulary = data["model"]["vocab"]
-        vocabulary["code"], vocabulary["python"] = vocabulary["python"], vocabulary["code"]
-        path.write_text(json.dumps(data))
-    text = simple_config(base, [first, other], HEAD)
-    notes = merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out").notes
-    assert any("embeddings and head are the base's: other has another voc" in n for n in notes)
-    made = body_of(tmp_path / "out")
+    """Each row is the mean of the experts that have the base's token there; else it is the
+    base's. Everything else of the body is the mean of all."""
+    change, apart, words = APART[what]
+    names = ("base", "first", "second")
+    base, first, second = (models[f"{name}{' tied' * tied}"] for name in names)
+    other = shutil.copytree(second, tmp_path / "other")
+    change(other)
+    for experts, weights in (([first, other], [1, 2]), ([other, other], [1, 1])):
+        out = tmp_path / str(weights[-1])
+        config = write_config(tmp_path / "c.yaml", weighted(base, experts, weights))
+        done = merge(config, out)
+        assert any(n.startswith("body: other: ") and words in n for n in done.notes), done.notes
+        assert verify(out).compared == len(tensors(out)) - 2
+        made, whose = body_of(out), [body_of(one) for one in (base, *experts)]
+        for name in VOCABULARY & made.keys():
+            rows = made.pop(name)
+            for row in range(64):
+                if row not in apart:
+                    wanted = sum(w * t[name][row] for w, t in zip(weights, whose[1:], strict=True))
+                    torch.testing.assert_close(rows[row], wanted / sum(weights))
+                else:
+                    stays = whose[0] if other in experts[:1] else whose[1]
+                    assert torch.equal(rows[row], stays[name][row]), (name, row)
+        check_mean(made, whose[1:], weights)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        f"{name}{' tied' * tied}": make_model(
+            root / f"{name}{tied}", seed=seed, tie_word_embeddings=tied
+        )
+        for tied in (False, True)
+        for seed, name in enumerate(("base", "first", "second"))
+    }
+
+
+@pytest.mark.parametrize("size", [50, 70])
+def test_vocabularies_of_other_sizes_share_the_rows_that_both_have(
+    tmp_path: Path, models: dict[str, Path], size: int
+) -> None:
+    base, first = models["base"], models["first"]
+    other = make_model(tmp_path / "other", seed=5, vocab_size=size)
+    text = weighted(base, [first, other], [1, 1])
+    done = merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
+    assert any("14 rows of embeddings" in note for note in done.notes) == (size == 50), done.notes
+    made, parts, both = body_of(tmp_path / "out"), [body_of(first), body_of(other)], min(size, 64)
+    first_rows = [{n: t[n][:both] for n in VOCABULARY} for t in (made, *parts)]
+    check_mean(first_rows[0], first_rows[1:], [1, 1])
+    assert all(torch.equal(made.pop(n)[both:], parts[0][n][both:64]) for n in VOCABULARY)
+    check_mean(made, parts, [1, 1])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_of_another_kind_is_no_part_of_the_mean(
+    tmp_path: Path, models: dict[str, Path], tied: bool
+) -> None:
+    base, other = models[f"base{' tied' * tied}"], models[f"second{' tied' * (not tied)}"]
+    done = merge(write_config(tmp_path / "c.yaml", weighted(base, [other], [1])), tmp_path / "out")
+    assert any("head of its own, and the base has" in note for note in done.notes), done.notes
+    for name in VOCABULARY & tensors(base).keys():
+        assert torch.equal(tensors(tmp_path / "out")[name], tensors(base)[name])
+
+
+def test_an_adapters_own_tokenizer_tells_of_its_rows(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    base, first = models["base"], models["first"]
+    changes = {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["q_proj"]}
+    adapter = make_adapter(tmp_path / "adapter", first, **changes)
+    shutil.copy(first / "tokenizer.json", adapter)
+    edit(adapter / "tokenizer.json", lambda d: spelled(d, "code", "<|im_start|>"))
+    text = weighted(base, [f"{first}+{adapter}"], [1])
+    merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
+    made, saved = tensors(tmp_path / "out"), load_file(adapter / "adapter_model.safetensors")
     for name in VOCABULARY:
-        assert torch.equal(made.pop(name), tensors(base)[name])
-    check_mean(made, [body_of(first), body_of(other)], [1, 1])
+        wanted = saved[f"base_model.model.{name}"].clone()
+        wanted[CODE] = tensors(base)[name][CODE]
+        assert torch.equal(made[name], wanted)
+
+
+def test_a_vocabulary_of_the_mixtures_own_has_the_rows_that_were_averaged(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    """What the base has is as without a union; what an expert renamed has a row of its own."""
+    base, first = models["base"], models["first"]
+    other = shutil.copytree(models["second"], tmp_path / "other")
+    edit(other / "tokenizer.json", lambda d: spelled(d, "code", "<|im_start|>"))
+    text = weighted(base, [first, other], [1, 1])
+    merge(write_config(tmp_path / "c.yaml", text), tmp_path / "plain")
+    union = text.replace("body: average", "body: average\ntokenizer: union\npad_vocabulary: 8")
+    merge(write_config(tmp_path / "u.yaml", union), tmp_path / "union", Options(shard_size="4KB"))
+    verify(tmp_path / "union")
+    for name in VOCABULARY:
+        plain, made = tensors(tmp_path / "plain")[name], tensors(tmp_path / "union")[name]
+        assert torch.equal(made[:33], plain[:33])
+        assert torch.equal(made[33], tensors(other)[name][CODE])
+
+
+def test_what_agrees_here_and_there_alone_is_another_tokenizer(tmp_path: Path) -> None:
+    """However many tokens differ, the plan stays small."""
+    base, other = (make_model(tmp_path / name, vocab_size=5000) for name in ("base", "other"))
+    for number, model in enumerate((base, other)):
+        words = {f"{n}{'x' * (number * n % 2)}": n for n in range(33, 5000)}
+        edit(model / "tokenizer.json", lambda d, words=words: d["model"]["vocab"].update(words))
+    ready = make_plan(parse_config(weighted(base, [other], [1])))
+    assert any("it has another tokenizer (id 33 is '33'" in note for note in ready.notes)
+    assert len(json.dumps(ready.plan.to_json())) < 1 << 16
 
 
 OTHER_ATTENTION: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from babies import make_adapter, make_model, simple_config, write_config
+from babies import WORDS, make_adapter, make_model, simple_config, write_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -389,6 +389,44 @@ def test_an_expert_whose_tokens_have_other_ids_writes_nothing(
     assert ["experts[1].source_model" in problem.where for problem in no.value.problems] == [True]
     notes = make_plan(parse_config(simple_config(base, [first, other]))).notes
     assert any("2 tokens have other ids" in note for note in notes)
+
+
+def renamed(model: Path, old: str, new: str) -> None:
+    """Give a token's id to another token."""
+    path = model / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocabulary = data["model"]["vocab"]
+    vocabulary[new] = vocabulary.pop(old)
+    path.write_text(json.dumps(data))
+
+
+def test_an_expert_writes_no_token_that_is_another_in_the_mixture(
+    tmp_path: Path, babies: dict[str, Path]
+) -> None:
+    base, first, _ = babies.values()
+    other = shutil.copytree(first, tmp_path / "other")
+    for word in WORDS[:8]:
+        renamed(other, word, f"<{word}>")
+    gate = "mode: self, samples: 30, tokens: 20"
+    text = without_prompts(base, [first, other], gate)
+    seen: list[set[int]] = [set(), set()]
+    for one in made_by(text).texts:
+        seen[one.expert] |= {*one.prompt.ids}
+    assert seen[0] >= {*range(4, 12)} and not seen[1] & {*range(4, 12)}
+    with pytest.raises(InputError, match=r"tokens that are others in its .*'code'") as no:
+        make_plan(parse_config(with_gate(base, [other, first], gate)))
+    assert ["experts[0].source_model" in problem.where for problem in no.value.problems] == [True]
+
+
+def test_tokens_that_cannot_be_compared_are_taken_for_the_mixtures_and_said(
+    tmp_path: Path, babies: dict[str, Path]
+) -> None:
+    base, first, _ = babies.values()
+    other = shutil.copytree(first, tmp_path / "other")
+    (other / "tokenizer.json").unlink()
+    ready = make_plan(parse_config(with_gate(base, [first, other], "mode: self")))
+    line = "other: its tokens are taken for the mixture's: there is no tokenizer.json"
+    assert line in ready.notes
 
 
 @pytest.mark.parametrize("size", [80, 40])

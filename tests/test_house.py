@@ -17,7 +17,7 @@ FLOORS = [
     ["checkpoint"],
     ["recipe", "calibration", "source_cards"],
     ["vocabulary", "arithmetic"],
-    ["plan", "body", "dense", "vocabulary_choice"],
+    ["plan", "body", "dense", "vocabulary_choice", "same_tokens"],
     ["prompts", "compare", "state", "shard_file"],
     ["router_inputs", "own_text", "output", "reading"],
     ["split"],

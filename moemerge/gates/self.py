@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from moemerge.checkpoint import Donor
 from moemerge.fitting import KAPPA, Example, Routers, Task, examples_of, not_positive, ridge
 from moemerge.own_text import write_texts
 from moemerge.prompts import Prompt
+from moemerge.same_tokens import other_ids
 
 USES = frozenset({"any prompts", "model", "experts", "seed"})
 
@@ -53,13 +55,14 @@ def routers(task: Task) -> Routers:
     read = task.body.base.model.config["vocab_size"]  # the body has no row for what lies beyond
     for index, donor in enumerate(task.donors):
         beyond = range(read, donor.model.config["vocab_size"])
+        others = _others(task, donor)
         begun = beginnings(task.experts[index].positive, start, own.samples)
         texts = write_texts(
             donor,
             f"expert {index}",
             begun,
             own,
-            [*task.encoder.special(), *beyond],
+            [*task.encoder.special(), *beyond, *others],
             task.sources,
             task.options,
             task.reporter,
@@ -70,6 +73,15 @@ def routers(task: Task) -> Routers:
             used.add((index, beginning))
     given = [x for x in examples_of(task.experts) if (x.expert, x.prompt) not in used]
     return ridge(task, [*written, *given], own.lambda_, own.kappa, on_policy=True)
+
+
+def _others(task: Task, donor: Donor) -> frozenset[int]:
+    """What the donor may not write: the body would read another token."""
+    vocabulary = task.body.vocabulary
+    try:
+        return other_ids(vocabulary, donor) if vocabulary else frozenset()
+    except ValueError:  # which was said: they are taken for the same
+        return frozenset()
 
 
 def beginnings(prompts: Sequence[Prompt], start: Prompt, samples: int) -> list[Prompt]:
