@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moemerge import arithmetic, recipe
 from moemerge.checkpoint import Location
+from moemerge.checkpoint.claims import EMBEDDING, HEAD
 from moemerge.checkpoint.model_config import DEFAULTS
 from moemerge.options import Options
 from moemerge.recipe import Recipe, Sources
@@ -18,8 +19,6 @@ from moemerge.recipe import Recipe, Sources
 if TYPE_CHECKING:
     import torch
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 NORM = "model.norm.weight"
 LAYER = "model.layers.{layer}."
 

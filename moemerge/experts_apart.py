@@ -114,6 +114,7 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
             else:
                 fill(layer)
             advance(len(there))
+    config.tie_word_embeddings = moe.dense["tie_word_embeddings"]
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
         names.discard("lm_head.weight")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from moemerge import recipe
 from moemerge.body import VOCABULARY, Body
 from moemerge.checkpoint import FLOATS, ITEMSIZE, Checkpoint, Donor
+from moemerge.checkpoint.claims import HEAD, TIED
 from moemerge.config import MergeConfig
 from moemerge.errors import Findings, nearest
 from moemerge.hosts import Host
@@ -29,6 +30,7 @@ from moemerge.slots import (
 _DTYPES = {**FLOATS, "bf16": "BF16", "fp16": "F16", "fp32": "F32", "half": "F16", "float": "F32"}
 _LONG_NAMES = {short: long for long, short in FLOATS.items()}
 _MLP = ".mlp."
+_NO_HEAD = "write that if the head is the embeddings; else save the model again"
 _LEAST_F16 = 2.0**-24
 """The least that is above zero in float16; what a constant says is not to become zero."""
 
@@ -195,7 +197,9 @@ def _check_sources(
             read = next(recipe.reads(recipe.of_donor(need.donor, name)))
             found = sources[read.source].get(read.tensor)
             bias = f"{name.removesuffix('.weight')}.bias"
-            if found is None:
+            if found is None and name == HEAD:
+                kind = (f"is missing, and config.json does not say {TIED}: true", _NO_HEAD)
+            elif found is None:
                 kind = ("is missing", "download or save the model again")
             elif found.shape != shape:
                 kind = (
@@ -261,8 +265,8 @@ def _check_left_over(tensors: list[PlannedTensor], made: Layout, findings: Findi
         for name in base.model.tensors.keys() - body
         if not name.endswith(("inv_freq", ".bias")) and _MLP not in name
     )
-    if base.model.config.get("tie_word_embeddings"):
-        stray = [name for name in stray if name != "lm_head.weight"]
+    if base.model.config.get(TIED):
+        stray = [name for name in stray if name != HEAD]
     if stray and not made.parts.body.experts:
         more = f" (and {len(stray) - 1} more)" if len(stray) > 1 else ""
         findings.note(f"base: {stray[0]} is not used{more}")

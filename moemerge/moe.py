@@ -22,7 +22,6 @@ from moemerge.errors import Findings, nearest
 from moemerge.output import MANIFEST_FILE, Manifest, read_manifest
 from moemerge.plan import PlannedTensor
 from moemerge.recipe import Join, Read, Recipe, reads
-from moemerge.state import read_json
 
 PER_TOKEN = "num_experts_per_tok"
 _BIAS = "e_score_correction_bias"
@@ -124,7 +123,7 @@ def open_moe(text: str, cache_dir: str | None, findings: Findings) -> Moe | None
         return None
     for note in opened.notes:
         findings.note(f"{text}: {note}")
-    config = read_json(opened.directory / "config.json")
+    config = opened.config
     family, names = (
         str(config.get("model_type")),
         names_of(config.get("model_type"), opened.tensors),

@@ -201,7 +201,7 @@ def _sources(
     for opened in _checkpoints(edit):
         text = opened.reference.text
         if options.stream and not any(name.endswith(".bin") for name in opened.absent):
-            opened = streamed(opened)
+            opened = streamed(opened, needed.get(text, ()))
         else:
             if opened.absent:
                 reporter.say(f"{text}: downloading what is needed into the Hub's cache")

@@ -17,8 +17,8 @@ from moemerge import recipe
 from moemerge.arithmetic import load_rows
 from moemerge.body import Body
 from moemerge.checkpoint import Donor
+from moemerge.checkpoint.claims import EMBEDDING
 from moemerge.dense import (
-    EMBEDDING,
     LAYER,
     compute_dtype,
     load_tensors,

@@ -50,7 +50,7 @@ def fetch(
     for text, opened in ready.checkpoints.items():
         files = {opened.tensors[name].file.name for name in needed[text]} & set(opened.absent)
         if options.stream and files and not any(name.endswith(".bin") for name in files):
-            opened = checkpoint.streamed(opened)
+            opened = checkpoint.streamed(opened, needed[text])
         else:
             if files:
                 reporter.say(f"{text}: downloading what is needed into the Hub's cache")

@@ -12,8 +12,9 @@ from typing import Any
 
 from moemerge import recipe
 from moemerge.body import Body
+from moemerge.checkpoint.claims import EMBEDDING
 from moemerge.config import parse_config
-from moemerge.dense import EMBEDDING, available_memory, compute_dtype, pick_device, whole_model
+from moemerge.dense import available_memory, compute_dtype, pick_device, whole_model
 from moemerge.errors import InputError
 from moemerge.options import Options
 from moemerge.output import Manifest

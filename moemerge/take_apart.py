@@ -260,8 +260,14 @@ def _is_wrong(moe: Moe) -> bool:
     deaf = "rope_parameters" in config and not (
         "rope_theta" in config and (config.get("rope_scaling") or not scaled)
     )
+    differs = config != read_object(moe.checkpoint.directory / "config.json")
     tokenizer = read_object(moe.checkpoint.directory / "tokenizer_config.json")
-    return moe.is_misnamed or deaf or tokenizer.get("tokenizer_class") == "TokenizersBackend"
+    return (
+        moe.is_misnamed
+        or differs
+        or deaf
+        or tokenizer.get("tokenizer_class") == "TokenizersBackend"
+    )
 
 
 def _config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:

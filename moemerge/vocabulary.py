@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint import Donor
+from moemerge.checkpoint.claims import EMBEDDING, HEAD
 from moemerge.recipe import Join, Mean, Recipe, of_donor, rows
 from moemerge.tokenizer_files import chat_template
 from moemerge.tokens import TOKENIZER_FILE, read_content
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)

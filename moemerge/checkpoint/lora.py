@@ -143,8 +143,8 @@ def _stacked(
 
 
 def _is_tied(config: dict[str, Any], model: Checkpoint) -> bool:
-    """Whether the head that PEFT saves is the embeddings once more, and no tensor of the model."""
-    return bool(config.get("ensure_weight_tying")) and "lm_head.weight" not in model.tensors
+    """Whether the head that PEFT saves is the embeddings once more."""
+    return bool(config.get("ensure_weight_tying") and model.config.get("tie_word_embeddings"))
 
 
 def _shape(model: Checkpoint, target: str) -> tuple[int, ...] | None:

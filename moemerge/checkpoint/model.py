@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from moemerge.checkpoint import hub, safetensors_file, torch_file
+from moemerge.checkpoint import claims, hub, safetensors_file, torch_file
 from moemerge.checkpoint.folder import IN_REPOSITORY, POINTER, Folder, is_pointer, read_json
 from moemerge.checkpoint.fused import View, rows_named, views_of, with_views
 from moemerge.checkpoint.model_config import normalise
@@ -61,6 +61,8 @@ def open_checkpoint(reference: Reference, cache_dir: str | None = None) -> Check
             return _open(reference, reference.directory, None)
         snapshot = hub.open_snapshot(reference, cache_dir)
         return _open(reference, snapshot.directory, snapshot)
+    except ReadError as error:
+        raise SourceProblem(str(error), "check that its files are whole") from error
     except HubError as error:
         raise SourceProblem(error.what, error.fix) from error
     except OSError as error:
@@ -74,6 +76,10 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -
     Raises:
         ReadError: the download failed, or what came is not what the plan was made from.
     """
+    names = set(names)
+    doubted = claims.EMBEDDING in names and _is_doubtful(checkpoint)
+    if doubted:
+        names.add(claims.HEAD)
     files = {checkpoint.tensors[name].file.name for name in names} & set(checkpoint.absent)
     if not files:
         return checkpoint
@@ -93,6 +99,8 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -
                     raise ReadError(f"{path}: {name} is not what the Hub said; run again")
                 tensors[name] = location
     absent = {file: at for file, at in checkpoint.absent.items() if file not in files}
+    if doubted:
+        _confirm(checkpoint, tensors, "run it again")
     return dataclasses.replace(checkpoint, tensors=tensors, absent=absent)
 
 
@@ -106,13 +114,29 @@ def fetch_vocabulary(checkpoint: Checkpoint, cache_dir: str | None) -> None:
         hub.fetch(checkpoint.unread.values(), cache_dir)
 
 
-def streamed(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with every absent file's tensors to be read from the Hub, as they are asked for."""
+def streamed(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    """The same with every absent file's tensors to be read from the Hub, as they are asked for.
+
+    Raises:
+        ReadError: of the tensors `names`, one is not what the plan was made from.
+    """
     tensors = {
         name: dataclasses.replace(at, remote=checkpoint.absent.get(at.file.name))
         for name, at in checkpoint.tensors.items()
     }
+    if claims.EMBEDDING in names and _is_doubtful(checkpoint):
+        _confirm(checkpoint, tensors, "run it again without --stream")
     return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def _is_doubtful(checkpoint: Checkpoint) -> bool:
+    return claims.is_doubtful(checkpoint.config, checkpoint.tensors, checkpoint.absent)
+
+
+def _confirm(checkpoint: Checkpoint, tensors: dict[str, Location], fix: str) -> None:
+    """Refuse a head that is not the embeddings after all; the samples did not show it."""
+    if not claims.is_equal(tensors[claims.EMBEDDING], tensors[claims.HEAD]):
+        raise ReadError(f"{checkpoint.reference.text}: {claims.UNTIED}; {fix}")
 
 
 def with_rows(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
@@ -178,6 +202,8 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     fingerprint = commit or digest.hexdigest()
     on_hub = snapshot.files if snapshot else {}
     absent = {file: on_hub[file] for file in weights.files if not (directory / file).exists()}
+    if not adapter:
+        notes += claims.settle(config, tensors, absent, weights.index or {})
     unread = {
         name: on_hub[name]
         for name in hub.VOCABULARIES
