@@ -26,6 +26,7 @@ from moemerge.recipe import (
     Cut,
     Fill,
     Join,
+    LowRank,
     Mean,
     Noise,
     Read,
@@ -232,13 +233,29 @@ def _evaluate(
         return value + recipe.std * torch.from_numpy(drawn)
     if isinstance(recipe, Renew):
         return _renew(recipe, value, name, block, rows, sources)
+    delta: torch.Tensor = _up(recipe, rows, sources, whole) @ _down(recipe, sources, whole)
+    return value + recipe.scale * delta
+
+
+def _down(recipe: LowRank, sources: Sources, whole: dict[Read, Any]) -> torch.Tensor:
+    """All of the delta's `down`, (r, in), in float32."""
     if recipe.down not in whole:
         down = sources[recipe.down.source][recipe.down.tensor]
-        whole[recipe.down] = _read(down, range(down.shape[0])).float()
+        matrix = _read(down, range(down.shape[0])).float()
+        whole[recipe.down] = matrix.T.contiguous() if recipe.transposed else matrix
+    found: torch.Tensor = whole[recipe.down]
+    return found
+
+
+def _up(recipe: LowRank, rows: range, sources: Sources, whole: dict[Read, Any]) -> torch.Tensor:
+    """Some rows of the delta's `up`, (len(rows), r), in float32."""
     up = sources[recipe.up.source][recipe.up.tensor]
-    own = _read(up, rows)[:, recipe.first :: recipe.every]
-    delta: torch.Tensor = own.float() @ whole[recipe.down]
-    return value + recipe.scale * delta
+    if not recipe.transposed:
+        return _read(up, rows)[:, recipe.first :: recipe.every].float()
+    if recipe.up not in whole:
+        whole[recipe.up] = _read(up, range(up.shape[0])).T
+    found: torch.Tensor = whole[recipe.up]
+    return found[rows.start : rows.stop].float().contiguous()
 
 
 def _join(

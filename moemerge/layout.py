@@ -194,32 +194,37 @@ def _check_sources(
         config = need.donor.model.config
         held = dense_shapes(config) if "qkv_bias" in config else need.shapes
         for name, shape in need.shapes.items():
+            if obstacle := need.donor.obstacle((name,)):
+                wrong.setdefault((need.donor.where, f": {obstacle[1]}", obstacle[2]), []).append(
+                    name
+                )
+                continue
             read = next(recipe.reads(recipe.of_donor(need.donor, name)))
             found = sources[read.source].get(read.tensor)
             bias = f"{name.removesuffix('.weight')}.bias"
             if found is None and name == HEAD:
-                kind = (f"is missing, and config.json does not say {TIED}: true", _NO_HEAD)
+                kind = (f" is missing, and config.json does not say {TIED}: true", _NO_HEAD)
             elif found is None:
-                kind = ("is missing", "download or save the model again")
+                kind = (" is missing", "download or save the model again")
             elif found.shape != shape:
                 kind = (
-                    f"is {list(found.shape)}, config.json says {list(shape)}",
+                    f" is {list(found.shape)}, config.json says {list(shape)}",
                     "use the weights and the config.json of one and the same model",
                 )
             elif found.dtype not in ("F64", *_LONG_NAMES):
                 kind = (
-                    f"holds {found.dtype} values: it is quantised",
+                    f" holds {found.dtype} values: it is quantised",
                     "merge the original weights",
                 )
             elif bias in need.donor.model.tensors and bias not in held:
-                kind = ("has a bias, which the output has no place for", "use one without biases")
+                kind = (" has a bias, which the output has no place for", "use one without biases")
             else:
                 continue
             names = wrong.setdefault((need.donor.where, *kind), [])
             names += [] if read.tensor in names else [read.tensor]
     for (where, what, fix), names in wrong.items():
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        findings.problem(where, f"{names[0]} {what}{more}", fix)
+        findings.problem(where, f"{names[0]}{what}{more}", fix)
 
 
 def _note_what_is_narrowed(
@@ -250,7 +255,7 @@ def _check_left_over(tensors: list[PlannedTensor], made: Layout, findings: Findi
             continue
         text = donor.adapter.checkpoint.reference.text
         names = {delta.down for delta in donor.adapter.deltas.values()}
-        names |= set(donor.adapter.replacements.values())
+        names |= {*donor.adapter.replacements.values(), *donor.adapter.obstacles}
         unused = sum(recipe.Read(text, name) not in used for name in names)
         if unused:
             why = "(MLPs): those parts are the experts'" if donor is base else body_only

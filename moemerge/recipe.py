@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moemerge.checkpoint import Donor, Location
+from moemerge.checkpoint import Adapter, Donor, Location
 
 Sources = Mapping[str, Mapping[str, Location]]
 """The tensors of each source, by the reference's text."""
@@ -30,6 +30,7 @@ class LowRank:
     """of + scale * up @ down, with `down` (r, in) and `up` (out, r): a LoRA delta.
 
     Of an `up` (out, r * every) that several experts share, the columns `first`, `first + every` ...
+    Where they are `transposed`, `down` is (in, r) and `up` (r, out).
     """
 
     of: Recipe
@@ -38,6 +39,7 @@ class LowRank:
     scale: float
     every: int = 1
     first: int = 0
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,16 +123,22 @@ _KINDS = {
 
 def of_donor(donor: Donor, tensor: str) -> Recipe:
     """The donor's tensor: its model's, with the adapter's part on top if it has one."""
-    read = Read(donor.model.reference.text, tensor)
-    if donor.adapter is None:
-        return read
-    on_top = donor.adapter.checkpoint.reference.text
-    if tensor in donor.adapter.replacements:
-        return Read(on_top, donor.adapter.replacements[tensor])
-    if tensor in donor.adapter.deltas:
-        delta = donor.adapter.deltas[tensor]
-        return LowRank(read, Read(on_top, delta.down), Read(on_top, delta.up), delta.scale)
-    return read
+    text, adapter = donor.model.reference.text, donor.adapter
+    if adapter is None:
+        return Read(text, tensor)
+    return adapted(adapter, tensor, Read(text, adapter.name_in_model(tensor)))
+
+
+def adapted(adapter: Adapter, tensor: str, own: Recipe) -> Recipe:
+    """The model's `own` tensor with what the adapter does to it."""
+    on_top = adapter.checkpoint.reference.text
+    if tensor in adapter.replacements:
+        own = Read(on_top, adapter.replacements[tensor])
+    if tensor not in adapter.deltas:
+        return own
+    delta = adapter.deltas[tensor]
+    down, up = Read(on_top, delta.down), Read(on_top, delta.up)
+    return LowRank(own, down, up, delta.scale, delta.every, delta.first, delta.transposed)
 
 
 def rows(of: Recipe, start: int, stop: int) -> Recipe:
@@ -220,7 +228,10 @@ def is_copy(recipe: Recipe, dtype: str, sources: Sources) -> bool:
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data: `{"read": {...}}` and so on."""
+    """The recipe as plain data: `{"read": {...}}` and so on.
+
+    What is False is left out: plans that were written before a flag came have the same digest.
+    """
     kind = next(kind for kind, made in _KINDS.items() if isinstance(recipe, made))
     fields = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
 
@@ -229,7 +240,7 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
             return [plain(item) for item in value]
         return to_json(value) if isinstance(value, Recipe) else value
 
-    return {kind: {key: plain(value) for key, value in fields.items()}}
+    return {kind: {key: plain(value) for key, value in fields.items() if value is not False}}
 
 
 def from_json(data: dict[str, Any]) -> Recipe:

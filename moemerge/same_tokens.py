@@ -8,6 +8,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 from moemerge.checkpoint import Donor, fetch_vocabulary
+from moemerge.checkpoint.claims import EMBEDDING, HEAD
 from moemerge.tokenizer_files import read_object
 from moemerge.tokens import (
     ADDED_FILE,
@@ -45,6 +46,8 @@ def shared_rows(base: Donor, expert: Donor, cache_dir: str | None = None) -> Sha
     if tied != ties:
         its, the = ("a", "none") if tied else ("no", "one")
         return _none(f"it has {its} head of its own, and the base has {the}")
+    if obstacle := expert.obstacle((EMBEDDING, HEAD)):
+        return _none(f"{obstacle[0]}: {obstacle[1]}")
     size = size_of(base)
     both = range(min(size, size_of(expert)))
     where = [_directory(donor) for donor in (base, expert)]

@@ -86,6 +86,9 @@ def sources_of(manifest: Manifest | None, options: Options, reporter: Reporter) 
     if ready.cutting:
         return found
     for donor in donors:
+        if obstacle := donor.obstacle(dense_shapes(donor.model.config)):
+            reporter.say(f"{donor.name} is not run alone: {obstacle[0]}: {obstacle[1]}")
+            continue
         of, others = donor.model, frozenset[int]()
         made = partial(recipe.of_donor, donor)
         try:
@@ -98,6 +101,8 @@ def sources_of(manifest: Manifest | None, options: Options, reporter: Reporter) 
                 donor.identity,
             )
         )  # fmt: skip
+    if any(donor.obstacle(dense_shapes(donor.model.config)) for donor in donors):
+        return found
     rows = tuple(shared_rows(ready.base, one, options.cache_dir).rows for one in donors)
     average = Body(ready.base, donors, (1 / len(donors),) * len(donors), rows, vocabulary)
     return [*found, Source("average", "average", average.config, average.recipe, tensors)]

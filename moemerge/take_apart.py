@@ -337,7 +337,9 @@ def _check_donor(moe: Moe, donor: Donor, options: Options, findings: Findings) -
             continue
         name = f"{part.layer}mlp.{MLP[part.which]}.weight"
         at = donor.model.tensors.get(name)
-        if at is None or at.shape != part.shape or at.dtype not in ("F64", *FLOATS.values()):
+        if obstacle := donor.obstacle((name,)):
+            wrong.append(f"{name}: {obstacle[1]}")
+        elif at is None or at.shape != part.shape or at.dtype not in ("F64", *FLOATS.values()):
             is_it = f"{list(at.shape)} of {at.dtype}" if at else "missing"
             wrong.append(f"{name} is {is_it}, an expert's is {list(part.shape)}")
         elif f"{name.removesuffix('.weight')}.bias" in donor.model.tensors:

@@ -665,7 +665,6 @@ ADAPTERS = {
     "DoRA": (adapter_with(use_dora=True), "DoRA", "merge_and_unload"),
     "not LoRA": (adapter_with(peft_type="IA3"), "IA3 adapter, not LoRA", "merge_and_unload"),
     "no kind": (adapter_with(peft_type="GONE"), "no adapter", "base+adapter"),
-    "trained biases": (adapter_with(bias="all"), "biases", "merge_and_unload"),
     "PiSSA": (adapter_with(init_lora_weights="pissa"), "pissa", "merge_and_unload"),
     "rank": (adapter_with(r=16), "says rank 16, the weights are of rank 4", "save"),
     "alpha of text": (adapter_with(lora_alpha="x"), "lora_alpha is 'x'", "repair"),

@@ -1,7 +1,7 @@
 """The read side: sources opened by their headers, tensors read when they are asked for."""
 
 from moemerge.checkpoint.donor import Donor, Opener
-from moemerge.checkpoint.lora import Adapter, Delta
+from moemerge.checkpoint.lora import Adapter
 from moemerge.checkpoint.model import Checkpoint, fetch, fetch_vocabulary, streamed
 from moemerge.checkpoint.model_config import normalise
 from moemerge.checkpoint.tensors import (
@@ -20,7 +20,6 @@ __all__ = [
     "ITEMSIZE",
     "Adapter",
     "Checkpoint",
-    "Delta",
     "Donor",
     "Location",
     "Opener",

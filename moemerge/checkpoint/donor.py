@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,12 @@ class Donor:
     name: str
     model: Checkpoint
     adapter: Adapter | None = None
+
+    def obstacle(self, tensors: Iterable[str]) -> tuple[str, str, str] | None:
+        """Of some of its tensors one that the adapter changes in a way which cannot be followed:
+        its name, what the adapter does, and what to do instead."""
+        known = self.adapter.obstacles if self.adapter else {}
+        return next(((name, *known[name]) for name in tensors if name in known), None)
 
     @property
     def identity(self) -> tuple[Path | str, ...]:
@@ -57,6 +64,9 @@ class Opener:
                     raise SourceProblem("is no adapter", "write `base+adapter`")
                 adapter = open_adapter(found, model)
                 self.opened[on_top] = adapter.checkpoint
+                model = adapter.model(model)
+                for note in adapter.notes:
+                    self.findings.note(f"{on_top.text}: {note}")
         except SourceProblem as error:
             self.findings.problem(where, f"{opening.text}: {error.what}", error.fix)
             return None

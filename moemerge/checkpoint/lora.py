@@ -7,21 +7,25 @@ scale = alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv:231
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from moemerge.checkpoint import lora_config
+from moemerge.checkpoint.claims import EMBEDDING, HEAD
 from moemerge.checkpoint.fused import row_name, rows_of
+from moemerge.checkpoint.lora_config import MERGE_FIRST
 from moemerge.checkpoint.model import Checkpoint, with_rows
 from moemerge.checkpoint.moe_names import LAYER, count_of, names_of
 from moemerge.checkpoint.not_a_model import SourceProblem
 
 _PREFIX = "base_model.model."
-_MERGE_FIRST = "merge it into its base with PEFT's merge_and_unload and name the result"
 _CHANGES = "changes {!r}, which the model does not have"
 _TRAINED_ON = "name the model that the adapter was trained on"
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.([^.]+))?(?(2)|\.weight)")
+_PART = re.compile(r"(.+)\.(lora_B(?:\.[^.]+)?\.bias|token_adapter\..+)")
+_STRANGE = re.compile(r"\.lora_(?!velora_)|\.ranknum|token_adapter|magnitude")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Delta:
     """scale * up @ down, with `down` (r, in) and `up` (out, r) named in the adapter.
 
     Of an `up` (out, r * every) that experts share, the columns `first`, `first + every` ...
+    Where it is `transposed`, as an embedding's is, they are (in, r) and (r, out).
     """
 
     down: str
@@ -36,19 +41,45 @@ class Delta:
     scale: float
     every: int = 1
     first: int = 0
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class Adapter:
     """What an adapter does, by the names of its model's tensors.
 
-    Of one trained on fused tensors each part has a delta: all of `down`, and its rows of `up`; of
-    one trained on stacked experts (PEFT's `target_parameters`), its rows of `down` too.
+    A tensor with a replacement and a delta is the replacement with the delta on it. Of one trained
+    on fused tensors each part has a delta: all of `down`, and its rows of `up`; of one trained on
+    stacked experts (PEFT's `target_parameters`), its rows of `down` too.
+
+    `obstacles` are tensors that it changes in a way which cannot be followed: what, and what to do.
+    Whoever needs such a tensor must refuse. With `untied`, a head that was the embeddings once
+    more is a matrix of its own; where nothing here changes it, it is what the embeddings were.
     """
 
     checkpoint: Checkpoint
     deltas: dict[str, Delta]
     replacements: dict[str, str]
+    obstacles: dict[str, tuple[str, str]] = field(default_factory=dict)
+    untied: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def changes(self) -> set[str]:
+        """The tensors that it changes, or would."""
+        return {*self.deltas, *self.replacements, *self.obstacles}
+
+    def model(self, model: Checkpoint) -> Checkpoint:
+        """Its model, with a head of its own if that is `untied`."""
+        if not self.untied:
+            return model
+        config = {**model.config, "tie_word_embeddings": False}
+        tensors = {**model.tensors, HEAD: model.tensors[EMBEDDING]}
+        return dataclasses.replace(model, config=config, tensors=tensors)
+
+    def name_in_model(self, tensor: str) -> str:
+        """Under which name the model's files hold a tensor."""
+        return EMBEDDING if self.untied and tensor == HEAD else tensor
 
 
 def open_adapter(checkpoint: Checkpoint, model: Checkpoint) -> Adapter:
@@ -57,42 +88,228 @@ def open_adapter(checkpoint: Checkpoint, model: Checkpoint) -> Adapter:
     Raises:
         SourceProblem: it is no plain LoRA adapter, or it does not fit the model.
     """
-    config = checkpoint.config
-    _refuse_what_is_not_plain(config)
-    deltas: dict[str, Delta] = {}
-    replacements: dict[str, str] = {}
-    for name in [name for name in checkpoint.tensors if name not in checkpoint.views]:
+    lora_config.check(checkpoint.config)
+    found = _Reader(checkpoint, model)
+    names = [name for name in checkpoint.tensors if name not in checkpoint.views]
+    for name in sorted(names, key=lambda name: ".lora_" not in name):
+        found.take(name)
+    untied = found.tie()
+    if not found.deltas and not found.replacements and not found.obstacles:
+        raise SourceProblem("holds no LoRA weights that it targets", "name another adapter")
+    rows = [one for delta in found.deltas.values() for one in (delta.down, delta.up)]
+    rows += found.replacements.values()
+    return Adapter(
+        with_rows(checkpoint, rows),
+        found.deltas,
+        found.replacements,
+        found.obstacles,
+        untied,
+        tuple(found.notes()),
+    )
+
+
+class _Reader:
+    """What the tensors of an adapter do to those of its model, taken one by one."""
+
+    def __init__(self, checkpoint: Checkpoint, model: Checkpoint):
+        self.checkpoint, self.model, self.config = checkpoint, model, checkpoint.config
+        self.deltas: dict[str, Delta] = {}
+        self.replacements: dict[str, str] = {}
+        self.obstacles: dict[str, tuple[str, str]] = {}
+        self.own: set[str] = set()  # replaced as modules_to_save, apart from what they are tied to
+        self.adapters: set[str] = set()
+        self.left_out: list[str] = []
+        self.names = names_of(model.config.get("model_type"), model.tensors)
+        self.tied = bool(model.config.get("tie_word_embeddings"))
+
+    def take(self, name: str) -> None:
+        """Note what tensor `name` does; those of a LoRA come first.
+
+        Raises:
+            SourceProblem: it is more than plain LoRA, or does not fit.
+        """
         module = name.removeprefix(_PREFIX)
-        found = re.fullmatch(r"(.+)\.lora_(A|B)(?:\.\w+)?\.weight", module)
-        if found:
-            if found[2] == "A":
-                up, wrapped = _partner(name), _wrapped(config, found[1])
-                if wrapped and not wrapped.endswith(".weight"):
-                    deltas |= _stacked(checkpoint, model, wrapped, name, up)
-                    continue
-                target = _add(found[1], name)
-                whole = _delta(checkpoint, model, found[1], target, name, up)
-                for part, its_up in _parts(model, target, up).items():
-                    deltas[part] = dataclasses.replace(whole, up=its_up)
-        elif re.search(r"lora_|\.ranknum|token_adapter|magnitude", module):
-            raise SourceProblem(f"holds {name!r}, which is more than plain LoRA", _MERGE_FIRST)
-        else:
-            target = re.sub(r"\.modules_to_save(\.\w+)?(?=\.\w+$)", "", module)
-            if target == "lm_head.weight" and _is_tied(config, model):
-                continue
-            have = _shape(model, target)
-            if have != checkpoint.tensors[name].shape:
-                raise SourceProblem(
-                    f"replaces {target!r} by {list(checkpoint.tensors[name].shape)}, "
-                    f"the model has {'no such tensor' if have is None else list(have)}",
-                    _TRAINED_ON,
-                )
-            replacements |= _parts(model, target, name)
-    if not deltas and not replacements:
-        raise SourceProblem("holds no LoRA weights", "name another adapter")
-    rows = [one for delta in deltas.values() for one in (delta.down, delta.up)]
-    rows += replacements.values()
-    return Adapter(with_rows(checkpoint, rows), deltas, replacements)
+        if found := _LORA.fullmatch(module):
+            self._lora(name, found[1], embedding=bool(found[2]), half=found[3], adapter=found[4])
+        elif found := _PART.fullmatch(module):
+            what = "single rows (trainable_token_indices)"
+            if found[2].startswith("lora_B"):
+                what = "a bias of its own (lora_bias)"
+            self.obstacles[f"{found[1]}.weight"] = f"the adapter trained {what} there", MERGE_FIRST
+        elif _STRANGE.search(module):
+            raise SourceProblem(f"holds {name!r}, which is more than plain LoRA", MERGE_FIRST)
+        elif "lora_velora_" not in module:
+            self._replace(name, module)
+
+    def tie(self) -> bool:
+        """Bring embeddings and head together in a model that ties them; whether it no longer does.
+
+        PEFT changes each alone, but for `ensure_weight_tying`, or where the model's own matrix
+        was saved along.
+        """
+        if not self.tied:
+            return False
+        for name, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
+            if name in self.obstacles and other not in self.obstacles:
+                what, fix = self.obstacles[name]
+                self.obstacles[other] = f"tied to {name}: {what}", fix
+            if name in self.replacements and name not in self.own and other not in self.own:
+                self._copy(name, other, self.replacements)
+        if self.config.get("ensure_weight_tying"):
+            scales = {self.deltas[n].scale for n in (EMBEDDING, HEAD) if n in self.deltas}
+            if len(scales) > 1:
+                what = "scales tied embeddings and head apart (rank_pattern, alpha_pattern)"
+                raise SourceProblem(what, MERGE_FIRST)
+            self._copy(EMBEDDING, HEAD, self.deltas)
+            self._copy(EMBEDDING, HEAD, self.replacements)
+        kinds: tuple[Mapping[str, object], ...] = (self.deltas, self.replacements)
+        untied = any(kind.get(EMBEDDING) != kind.get(HEAD) for kind in kinds)
+        if not untied and HEAD not in self.model.tensors:
+            for kind in (self.deltas, self.replacements, self.obstacles):
+                kind.pop(HEAD, None)
+        return untied
+
+    def notes(self) -> list[str]:
+        """What a person should know of it."""
+        notes = [
+            f"{key} in adapter_config.json is not known here: it is passed over"
+            for key in lora_config.unknown(self.config)
+        ]
+        if self.left_out:
+            more = f" and {len(self.left_out) - 1} more" if len(self.left_out) > 1 else ""
+            notes.append(
+                f"{self.left_out[0]}{more}: left out, as PEFT does: target_modules and its "
+                "neighbours in adapter_config.json do not choose that module"
+            )
+        return notes
+
+    @staticmethod
+    def _copy(name: str, other: str, kind: dict[str, Any]) -> None:
+        if name in kind:
+            kind[other] = kind[name]
+
+    def _lora(
+        self, name: str, module: str, embedding: bool, half: str, adapter: str | None
+    ) -> None:
+        """Note the delta that a matrix A begins; its B is found with it."""
+        partner = _partner(name)
+        if partner not in self.checkpoint.tensors:
+            raise SourceProblem(f"holds {name!r} but not {partner!r}", "save the adapter again")
+        self.adapters.add(adapter or "")
+        if len(self.adapters) > 1:
+            what = f"holds several adapters ({', '.join(sorted(self.adapters))})"
+            raise SourceProblem(what, "save one alone")
+        if half == "B":
+            return
+        parameter = _wrapped(self.config, module)
+        if parameter and not parameter.endswith(".weight"):
+            self._stacked(parameter, name, partner)
+            return
+        target = parameter or f"{module}.weight"
+        if (whole := self._shape(target)) is None:
+            raise SourceProblem(_CHANGES.format(target), _TRAINED_ON)
+        if not parameter and not self._targets(module):
+            self.left_out.append(name)
+            return
+        a, b = (self.checkpoint.tensors[one].shape for one in (name, partner))
+        high, wide = (whole[1:], whole[0]) if embedding else (whole[:1], whole[-1])
+        rank = (*a, 0)[0]
+        if (a, b) != ((rank, wide), (*high, rank)) or len(whole) != 2:
+            self._misfit(target, f"its matrices are {list(a)} and {list(b)}", whole)
+            return
+        scale = lora_config.scale(self.config, target, parameter or module, rank)
+        down, up = (partner, name) if embedding else (name, partner)
+        for part, rows in self._parts(target, up).items():
+            self.deltas[part] = Delta(down, rows, scale, transposed=embedding)
+
+    def _targets(self, module: str) -> bool:
+        """Whether PEFT puts a LoRA there. It chooses a mixture's modules in ways of its own."""
+        if module == "lm_head" and self.tied and self.config.get("ensure_weight_tying"):
+            module = "model.embed_tokens"
+        return self.names is not None or lora_config.targets(self.config, module)
+
+    def _stacked(self, parameter: str, down: str, up: str) -> None:
+        """Note what an adapter of stacked experts does to each of them.
+
+        PEFT reshapes A (E * r, in) to (E, r, in), but B (out, r * E) to (out, r, E).
+        """
+        found, names = LAYER.fullmatch(parameter), self.names
+        own: dict[tuple[int, int], str] = {}
+        if found and names and found[3] in (*names.uppers, *names.lowers):
+            count = count_of(self.model.config)
+            each = (0, 1) if found[3] in names.uppers else (2,)
+            for expert in range(count if isinstance(count, int) else 0):
+                own |= {(expert, n): found[1] + names.matrix(expert, w) for n, w in enumerate(each)}
+        if not own or not {*own.values()} <= self.model.tensors.keys():
+            raise SourceProblem(_CHANGES.format(parameter), _TRAINED_ON)
+        experts, parts = len({expert for expert, _ in own}), len({part for _, part in own})
+        high, wide = self.model.tensors[own[0, 0]].shape
+        a, b = (self.checkpoint.tensors[one].shape for one in (down, up))
+        rank = (*a, 0)[0] // experts
+        if (a, b) != ((experts * rank, wide), (high * parts, experts * rank)):
+            what = f"its matrices are {list(a)} and {list(b)}"
+            self._misfit(parameter, what, (experts, high * parts, wide))
+        scale = lora_config.scale(self.config, parameter, parameter, rank)
+        for (expert, part), name in own.items():
+            self.deltas[name] = Delta(
+                row_name(down, range(expert * rank, (expert + 1) * rank)),
+                row_name(up, range(part * high, (part + 1) * high)),
+                scale,
+                experts,
+                expert,
+            )
+
+    def _replace(self, name: str, module: str) -> None:
+        """Note a tensor that stands in the place of one of the model's."""
+        target = re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)", "", module)
+        own = target != module or lora_config.is_saved_whole(self.config, target.rpartition(".")[0])
+        target = target.replace(".base_layer.", ".")
+        if target in self.deltas and ".base_layer." not in module:
+            self.left_out.append(name)
+            return
+        have, found = self._shape(target), self.checkpoint.tensors[name].shape
+        if have is None:
+            what = f"replaces {target!r} by {list(found)}, the model has no such tensor"
+            raise SourceProblem(what, _TRAINED_ON)
+        if have != found:
+            self._misfit(target, f"the adapter's is {list(found)}", have)
+            return
+        self.own |= {target} if own else set()
+        self.replacements |= self._parts(target, name)
+
+    def _misfit(self, target: str, what: str, have: tuple[int, ...]) -> None:
+        """Refuse a shape; that of embeddings or a head only to whom needs them."""
+        what += f", the model's {list(have)}"
+        if target not in (EMBEDDING, HEAD):
+            raise SourceProblem(f"{target}: {what}", _TRAINED_ON)
+        fix = f"{_TRAINED_ON}; where tokens were added, {MERGE_FIRST}"
+        self.obstacles[target] = what, fix
+
+    def _shape(self, target: str) -> tuple[int, ...] | None:
+        """The shape of the model's tensor as the adapter was trained on it, fused or not."""
+        if self.tied and target == HEAD:
+            target = EMBEDDING
+        if target in self.model.tensors:
+            return self.model.tensors[target].shape
+        parts = rows_of(self.model.views, target)
+        if not parts:
+            return None
+        first = self.model.tensors[next(iter(parts))]
+        return (sum(map(len, parts.values())), *first.shape[1:])
+
+    def _parts(self, target: str, tensor: str) -> dict[str, str]:
+        """The model's tensors that the adapter's `tensor` is for, and which rows of it each has."""
+        parts = rows_of(self.model.views, target)
+        if target in self.model.tensors or not parts:
+            return {target: tensor}
+        return {name: row_name(tensor, rows) for name, rows in parts.items()}
+
+
+def _partner(name: str) -> str:
+    """The name of the other matrix: of A's, B's, and of B's, A's."""
+    found = re.fullmatch(r"(.+\.lora_(?:embedding_)?)([AB])(.*)", name)
+    assert found
+    return f"{found[1]}{'BA'['AB'.index(found[2])]}{found[3]}"
 
 
 def _wrapped(config: dict[str, Any], module: str) -> str | None:
@@ -105,147 +322,3 @@ def _wrapped(config: dict[str, Any], module: str) -> str | None:
     names = [f"{path}.{leaf}" for leaf in ("gate_up_proj", "down_proj", "weight")]
     own = [name for name in names if any(f".{name}".endswith(f".{one}") for one in targets)]
     return own[-1 - depth] if depth < len(own) else None
-
-
-def _stacked(
-    checkpoint: Checkpoint, model: Checkpoint, parameter: str, down: str, up: str
-) -> dict[str, Delta]:
-    """What an adapter of stacked experts does to each of them.
-
-    PEFT reshapes A (E * r, in) to (E, r, in), but B (out, r * E) to (out, r, E).
-    """
-    found = LAYER.fullmatch(parameter)
-    names = names_of(model.config.get("model_type"), model.tensors)
-    own: dict[tuple[int, int], str] = {}
-    if found and names and found[3] in (*names.uppers, *names.lowers):
-        count = count_of(model.config)
-        each = (0, 1) if found[3] in names.uppers else (2,)
-        for expert in range(count if isinstance(count, int) else 0):
-            own |= {(expert, n): found[1] + names.matrix(expert, w) for n, w in enumerate(each)}
-    if not own or not {*own.values()} <= model.tensors.keys():
-        raise SourceProblem(_CHANGES.format(parameter), _TRAINED_ON)
-    experts, parts = len({expert for expert, _ in own}), len({part for _, part in own})
-    high, wide = model.tensors[own[0, 0]].shape
-    rank = _rank(checkpoint, down) // experts
-    shapes = (experts * rank, wide), (high * parts, experts * rank)
-    _check_shapes(checkpoint, parameter, down, up, shapes, (experts, high * parts, wide))
-    scale = _scale(checkpoint.config, parameter, parameter, rank)
-    return {
-        name: Delta(
-            row_name(down, range(expert * rank, (expert + 1) * rank)),
-            row_name(up, range(part * high, (part + 1) * high)),
-            scale,
-            experts,
-            expert,
-        )
-        for (expert, part), name in own.items()
-    }
-
-
-def _is_tied(config: dict[str, Any], model: Checkpoint) -> bool:
-    """Whether the head that PEFT saves is the embeddings once more."""
-    return bool(config.get("ensure_weight_tying") and model.config.get("tie_word_embeddings"))
-
-
-def _shape(model: Checkpoint, target: str) -> tuple[int, ...] | None:
-    """The shape of the model's tensor as the adapter was trained on it, fused or not."""
-    if target in model.tensors:
-        return model.tensors[target].shape
-    parts = rows_of(model.views, target)
-    if not parts:
-        return None
-    return (sum(map(len, parts.values())), *model.tensors[next(iter(parts))].shape[1:])
-
-
-def _parts(model: Checkpoint, target: str, tensor: str) -> dict[str, str]:
-    """The model's tensors that the adapter's `tensor` is for, and which rows of it each has."""
-    parts = rows_of(model.views, target)
-    if target in model.tensors or not parts:
-        return {target: tensor}
-    return {name: row_name(tensor, rows) for name, rows in parts.items()}
-
-
-def _refuse_what_is_not_plain(config: dict[str, Any]) -> None:
-    if str(config.get("peft_type")).upper() != "LORA":
-        raise SourceProblem(f"is a {config.get('peft_type')} adapter, not LoRA", _MERGE_FIRST)
-    if config.get("use_dora"):
-        raise SourceProblem("is a DoRA adapter", _MERGE_FIRST)
-    for key in ("fan_in_fan_out", "lora_bias", "use_qalora", "alora_invocation_tokens"):
-        if config.get(key):
-            raise SourceProblem(f"uses {key}", _MERGE_FIRST)
-    if config.get("bias", "none") != "none":
-        raise SourceProblem(f"trained biases (bias: {config['bias']})", _MERGE_FIRST)
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_CHANGES_BASE):
-        raise SourceProblem(f"changed its base's own weights ({start})", _MERGE_FIRST)
-
-
-def _add(module: str, name: str) -> str:
-    if module.endswith("embed_tokens"):
-        raise SourceProblem(f"holds {name!r}, which is more than plain LoRA", _MERGE_FIRST)
-    return f"{module}.weight"
-
-
-def _partner(name: str) -> str:
-    head, _, tail = name.rpartition(".lora_A")
-    return f"{head}.lora_B{tail}"
-
-
-def _delta(
-    checkpoint: Checkpoint, model: Checkpoint, module: str, target: str, down: str, up: str
-) -> Delta:
-    w = _shape(model, target)
-    if w is None:
-        raise SourceProblem(_CHANGES.format(target), _TRAINED_ON)
-    rank = _rank(checkpoint, down)
-    _check_shapes(checkpoint, target, down, up, ((rank, *w[1:]), (w[0], rank)), w)
-    return Delta(down, up, _scale(checkpoint.config, target, module, rank))
-
-
-def _rank(checkpoint: Checkpoint, down: str) -> int:
-    return (*checkpoint.tensors[down].shape, 0)[0]
-
-
-def _check_shapes(
-    checkpoint: Checkpoint,
-    target: str,
-    down: str,
-    up: str,
-    wanted: tuple[tuple[int, ...], tuple[int, ...]],
-    whole: tuple[int, ...],
-) -> None:
-    if up not in checkpoint.tensors:
-        raise SourceProblem(f"holds {down!r} but not {up!r}", "save the adapter again")
-    have = checkpoint.tensors[down].shape, checkpoint.tensors[up].shape
-    if have != wanted or any(len(shape) != 2 for shape in have):
-        a, b = map(list, have)
-        what = f"{target}: its matrices are {a} and {b}, the model's {list(whole)}"
-        raise SourceProblem(what, _TRAINED_ON)
-
-
-def _scale(config: dict[str, Any], target: str, module: str, found: int) -> float:
-    """What B A is multiplied by, for matrices of rank `found`."""
-    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", found))
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", found))
-    if rank != found or not rank:
-        raise SourceProblem(
-            f"{target}: adapter_config.json says rank {rank}, the weights are of rank {found}",
-            "save the adapter again",
-        )
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
-        raise SourceProblem(f"lora_alpha is {alpha!r}", "repair adapter_config.json")
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def _by_pattern(patterns: object, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of the module's path, as PEFT does."""
-    if isinstance(patterns, dict):
-        for pattern, value in patterns.items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return value
-            except re.error as error:
-                raise SourceProblem(
-                    f"its pattern {pattern!r} is no regular expression", "repair it"
-                ) from error
-    return default

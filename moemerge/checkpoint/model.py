@@ -160,6 +160,10 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     folder.check([config_name, *filter(_is_read, folder.names)])
     config = said = read_json(directory / config_name)
     family = config.get("model_type")
+    if adapter and "peft_type" not in config and "fine_tune_type" in config:
+        what = f"is an adapter of mlx-lm ({config['fine_tune_type']}), not of PEFT"
+        fix = "fuse it into its model and name the result: mlx_lm.fuse --model M --adapter-path A"
+        raise SourceProblem(what, fix)
     if not adapter:
         try:
             config = normalise(config)

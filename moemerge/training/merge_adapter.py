@@ -14,7 +14,7 @@ from moemerge.errors import Findings
 from moemerge.moe import open_moe
 from moemerge.options import Options
 from moemerge.rebuild import Built, Edit, build
-from moemerge.recipe import LowRank, Read
+from moemerge.recipe import adapted
 from moemerge.reporting import Reporter, Silent
 
 
@@ -51,20 +51,19 @@ def merge_adapter(
     for note in findings.notes:
         reporter.say(note)
     names = {part.name for part in moe.parts}
-    for lost in sorted({*lora.deltas, *lora.replacements} - names)[:1]:
+    for lost in sorted(lora.changes - names)[:1]:
         what = f"changes {lost}, which is no tensor of its own in {moe.text}"
         findings.problem(adapter, what, "merge it with PEFT")
+    if lora.untied:
+        what = f"changes the embeddings or the head alone, which {moe.text} ties"
+        findings.problem(adapter, what, "train it with ensure_weight_tying")
+    for tensor, (what, fix) in lora.obstacles.items():
+        findings.problem(adapter, f"{tensor}: {what}", fix)
     findings.refuse()
-    text, parts = opened.reference.text, []
-    for part in moe.parts:
-        if part.name in lora.deltas:
-            one = lora.deltas[part.name]
-            down, up = Read(text, one.down), Read(text, one.up)
-            delta = LowRank(part.recipe, down, up, one.scale, one.every, one.first)
-            part = replace(part, recipe=delta)
-        elif part.name in lora.replacements:
-            part = replace(part, recipe=Read(text, lora.replacements[part.name]))
-        parts.append(part)
+    for note in lora.notes:
+        reporter.say(f"{adapter}: {note}")
+    text = opened.reference.text
+    parts = [replace(part, recipe=adapted(lora, part.name, part.recipe)) for part in moe.parts]
     name = Path(text).name
     donor = Donor(adapter, name, moe.checkpoint, lora)
     story = f"{Path(moe.text).name} with the adapter {name} merged into it."
