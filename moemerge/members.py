@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from moemerge import recipe
 from moemerge.body import Body
 from moemerge.checkpoint import Donor
+from moemerge.checkpoint.moe_names import SEGMENTS, SPLIT_FACTOR
 from moemerge.config import Expert, MergeConfig
 from moemerge.errors import Findings
 from moemerge.hosts import Host, find_host
@@ -134,6 +135,7 @@ def _mixture(
             per_token=split.per_token(config),
             inner=inner // split.slices if isinstance(inner, int) else 0,
             shared=split.shared,
+            told=((SPLIT_FACTOR, split.per_token(config)),),
         )
     if pieces < 1 or not isinstance(inner, int) or inner % pieces:
         what, fix = f"is {pieces}", f"write a divisor of {inner}, their neurons"
@@ -145,6 +147,7 @@ def _mixture(
         inner=inner // pieces,
         shared=len(config.shared_experts) * pieces,
         gated=any(expert.positive_prompts for expert in config.shared_experts),
+        told=((SEGMENTS, pieces),) if pieces > 1 else (),
     )
 
 

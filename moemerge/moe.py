@@ -15,10 +15,20 @@ from typing import Any
 from moemerge.checkpoint import FLOATS, Checkpoint, normalise
 from moemerge.checkpoint.model import open_checkpoint
 from moemerge.checkpoint.model_config import DEFAULTS
-from moemerge.checkpoint.moe_names import COUNTS, LAYER, MLP, Names, count_of, names_of
+from moemerge.checkpoint.moe_names import (
+    COUNTS,
+    LAYER,
+    MLP,
+    SEGMENTS,
+    SPLIT_FACTOR,
+    Names,
+    count_of,
+    names_of,
+)
 from moemerge.checkpoint.not_a_model import SourceProblem
 from moemerge.checkpoint.reference import parse_source
-from moemerge.errors import Findings, nearest
+from moemerge.config import parse_config
+from moemerge.errors import Findings, InputError, nearest
 from moemerge.output import MANIFEST_FILE, Manifest, read_manifest
 from moemerge.plan import PlannedTensor
 from moemerge.recipe import Join, Read, Recipe, reads
@@ -64,7 +74,9 @@ class Part:
 class Moe:
     """A mixture, opened. `config` is its config.json as it stands, `dense` that of its body.
 
-    `names` are the experts' names where a manifest tells them, else `expert 0` and so on.
+    `names` are the experts' names where a manifest tells them, else `expert 0` and so on. Each has
+    so many `segments`, which stand for themselves in the tensors and in `per_token`. Of a split
+    `factor` is what the chosen slices' sum was multiplied by, else it is 0.
     """
 
     text: str
@@ -77,11 +89,13 @@ class Moe:
     per_token: int
     parts: tuple[Part, ...]
     manifest: Manifest | None = None
+    segments: int = 1
+    factor: int = 0
 
     @property
     def experts(self) -> int:
-        """How many experts it has."""
-        return len(self.names)
+        """How many experts its class has, each segment counted."""
+        return len(self.names) * self.segments
 
     @property
     def inner(self) -> int:
@@ -97,14 +111,15 @@ class Moe:
 
     def number(self, said: str, where: str, findings: Findings) -> int | None:
         """The expert that a person means by its number or name; else a problem is recorded."""
-        if said.isascii() and said.isdigit() and len(said) < 9 and int(said) < self.experts:
+        count = len(self.names)
+        if said.isascii() and said.isdigit() and len(said) < 9 and int(said) < count:
             return int(said)
         if said in self.names:
             return self.names.index(said)
-        fix = f"name one of 0 to {self.experts - 1}"
+        fix = f"name one of 0 to {count - 1}"
         if self.manifest:
-            fix = nearest(said, self.names) + f", or a number from 0 to {self.experts - 1}"
-        findings.problem(where, f"{said!r} is none of its {self.experts} experts", fix)
+            fix = nearest(said, self.names) + f", or a number from 0 to {count - 1}"
+        findings.problem(where, f"{said!r} is none of its {count} experts", fix)
         return None
 
 
@@ -145,11 +160,13 @@ def open_moe(text: str, cache_dir: str | None, findings: Findings) -> Moe | None
     parts = tuple(_parts(opened, names))
     inner = _check(parts, count, config, text, findings)
     dense = _dense(opened, config, family, inner, text, findings)
+    manifest = _manifest(opened.directory, text, findings)
+    segments, factor = _portions(config, manifest, count, per_token, text, findings)
     if len(findings.problems) > before:
         return None
     assert isinstance(count, int) and isinstance(per_token, int)
-    manifest = _manifest(opened.directory, text, findings)
-    called = manifest.plan.experts if manifest and len(manifest.plan.experts) == count else None
+    whole = count // segments
+    called = manifest.plan.experts if manifest and len(manifest.plan.experts) == whole else None
     return Moe(
         text=reference.text,
         checkpoint=opened,
@@ -157,10 +174,12 @@ def open_moe(text: str, cache_dir: str | None, findings: Findings) -> Moe | None
         tensors=names,
         config=config,
         dense=dense,
-        names=called or tuple(f"expert {number}" for number in range(count)),
+        names=called or tuple(f"expert {number}" for number in range(whole)),
         per_token=per_token,
         parts=parts,
         manifest=manifest,
+        segments=segments,
+        factor=factor,
     )
 
 
@@ -323,6 +342,36 @@ def _dense_family(config: dict[str, Any], family: str, opened: Checkpoint) -> st
     if any(name.endswith("self_attn.q_proj.bias") for name in names):
         return "qwen2"
     return "mistral" if _window(config, family) else "llama"
+
+
+def _portions(
+    config: dict[str, Any],
+    manifest: Manifest | None,
+    count: Any,
+    per_token: Any,
+    text: str,
+    findings: Findings,
+) -> tuple[int, int]:
+    """`Moe.segments` and `Moe.factor`: by config.json, else by the config that it was merged by."""
+    told = {key: config[key] for key in (SEGMENTS, SPLIT_FACTOR) if key in config}
+    if manifest and manifest.config and not told:
+        try:
+            merge = parse_config(manifest.config)
+            told = {SEGMENTS: merge.segments, SPLIT_FACTOR: per_token if merge.split else 0}
+        except InputError:
+            pass
+    segments, factor = told.get(SEGMENTS, 1), told.get(SPLIT_FACTOR, 0)
+    for key, value, least in ((SEGMENTS, segments, 1), (SPLIT_FACTOR, factor, 0)):
+        if type(value) is not int or not least <= value <= count:
+            findings.problem(text, f"config.json: {key} is {value!r}", "write what it was")
+            return 1, 0
+    if count % segments or per_token % segments:
+        what = (
+            f"config.json: {per_token} of {count} experts are no multiples of {segments} segments"
+        )
+        findings.problem(text, what, "write the numbers that it was merged with")
+        return 1, 0
+    return segments, factor
 
 
 def _manifest(directory: Path, text: str, findings: Findings) -> Manifest | None:

@@ -95,7 +95,7 @@ def _plan(edit: Edit, options: Options) -> tuple[Plan, tuple[Shard, ...]]:
         seed=before.plan.seed if before else 0,
         dtype=groups[-1][-1].dtype,
         experts=edit.experts,
-        experts_per_token=edit.per_token,
+        experts_per_token=edit.per_token // moe.segments,
         config=edit.config,
         sources=sources,
         shards=shards,
@@ -292,7 +292,7 @@ def build_in_place(edit: Edit, reporter: Reporter) -> Built:
             raise RunError(f"{out}: another moemerge is at work there; wait for it")
         state = State(out)
         if before:
-            chosen = edit.per_token * len(before.plan.experts) // moe.experts
+            chosen = edit.per_token // moe.segments
             plan = replace(before.plan, config=edit.config, experts_per_token=chosen)
             made = replace(before, plan=plan, config=edit.text or before.config)
             write_json(out / output.MANIFEST_FILE, made.to_json(), scratch=state.directory)

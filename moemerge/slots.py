@@ -88,7 +88,7 @@ class Mixture:
 
     `shared` experts of `inner` neurons each are always on; with `gated`, a gate that prompts
     decide scales them. `settings` are the architecture's own options, `training` what its config
-    says of training.
+    says of training, and `told` what it says for later edits (`SEGMENTS`, `SPLIT_FACTOR`).
     """
 
     experts: int
@@ -98,6 +98,7 @@ class Mixture:
     gated: bool = False
     settings: Any = None
     training: tuple[tuple[str, Any], ...] = ()
+    told: tuple[tuple[str, Any], ...] = ()
 
 
 def whole(

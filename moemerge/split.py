@@ -159,7 +159,7 @@ def check(
     for key, what, fix in split.problems(inner):
         findings.problem(config.where(f"split.{key}"), what, fix)
     per_token = config.experts_per_token
-    if per_token is not None and 0 < split.routed < per_token:
+    if per_token is not None and split.routed > 0 and not 1 <= per_token <= split.routed:
         what = f"is {per_token}, and routers choose from {split.routed} slices"
         fix = f"write a number from 1 to {split.routed}"
         findings.problem(config.where("experts_per_token"), what, fix)

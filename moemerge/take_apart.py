@@ -9,14 +9,14 @@ from typing import Any
 
 from moemerge import architectures, recipe
 from moemerge.checkpoint import FLOATS, Donor, Opener
-from moemerge.checkpoint.moe_names import COUNTS, MLP
+from moemerge.checkpoint.moe_names import COUNTS, MLP, SPLIT_FACTOR
 from moemerge.compare import compare
 from moemerge.config import Expert, MergeConfig, parse_config
 from moemerge.errors import Findings, InputError
 from moemerge.moe import PER_TOKEN, Moe, Part, open_moe
 from moemerge.options import Options
 from moemerge.rebuild import Built, Edit, build, build_in_place
-from moemerge.recipe import Cut, Join, Mean, Recipe
+from moemerge.recipe import Cut, Join, Mean, Recipe, Scale
 from moemerge.reporting import Reporter, Silent
 from moemerge.slots import dense_shapes
 from moemerge.tokenizer_files import read_object
@@ -25,6 +25,7 @@ _CLASSES = {
     "granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
     "olmo2": "Olmo2ForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
 }  # fmt: skip
+_FACTOR = "routed_scaling_factor"
 _OURS = ("o_bias", "post_norm", "qk_norm", "qkv_bias", "saved_as")
 """What `normalise` adds to a config for this program alone."""
 
@@ -44,6 +45,8 @@ def repair(
     moe = _opened(old, options, findings, reporter)
     if not _is_wrong(moe):
         return None
+    _check_groups(moe, moe.experts, findings)
+    findings.refuse()
     edit = Edit(
         moe,
         moe.parts,
@@ -66,24 +69,38 @@ def top_k(
 ) -> Built:
     """Let each token choose `per_token` experts; without `out`, in `old` itself.
 
-    In place only config.json and the manifest change.
+    In place only config.json and the manifest change. Of a split, what the chosen slices add is
+    multiplied by their number: most classes have that in the down projections, which are written
+    anew, in `out` alone.
 
     Raises:
-        InputError: `old` is no mixture that is known, or has not so many experts.
+        InputError: `old` is no mixture that is known, or cannot choose so many experts.
         RunError: a failure on the way; the same call again goes on.
     """
     options, reporter, findings = options or Options(), reporter or Silent(), Findings()
     moe = _opened(old, options, findings, reporter)
-    if not 1 <= per_token <= moe.experts:
-        fix = f"write a number from 1 to {moe.experts}"
+    _check_groups(moe, moe.experts, findings)
+    most = _most(moe)
+    if not 1 <= per_token <= most:
+        fix = f"write a number from 1 to {most}"
         findings.problem("K", f"{per_token} of {moe.experts} experts cannot be chosen", fix)
+    elif per_token % moe.segments:
+        what = f"is {per_token}, and each expert is {moe.segments} segments, which belong together"
+        findings.problem("K", what, f"write a multiple of {moe.segments}")
     if out is None and not moe.checkpoint.reference.directory:
         findings.problem(old, "is on the Hub, where nothing is changed", "name an OUT")
+    parts = (
+        list(moe.parts) if _has_factor(moe) else [_weighed(p, per_token, moe) for p in moe.parts]
+    )
+    if out is None and parts != list(moe.parts):
+        what = f"is a split, whose down projections are multiplied by {moe.factor}, so they change"
+        findings.problem(old, what, "name an OUT")
     findings.refuse()
     config = _config_of(moe, moe.experts, per_token)
-    said = _said(moe, lambda merge: replace(merge, experts_per_token=per_token))
+    each = per_token // moe.segments
+    said = _said(moe, lambda merge: replace(merge, experts_per_token=each))
     story = f"{Path(moe.text).name}, with {per_token} of its {moe.experts} experts a token."
-    edit = Edit(moe, moe.parts, config, moe.names, per_token, story, text=said, same_model=True)
+    edit = Edit(moe, parts, config, moe.names, per_token, story, text=said, same_model=True)
     if out is None:
         for flag in options.flags.values():
             reporter.say(f"{flag} has no effect: only config.json changes")
@@ -106,32 +123,37 @@ def drop(
     """
     options, reporter, findings = options or Options(), reporter or Silent(), Findings()
     moe = _opened(old, options, findings, reporter)
-    number = moe.number(expert, "--expert", findings)
-    count = moe.experts - 1
-    if not count:
+    number, segments = moe.number(expert, "--expert", findings), moe.segments
+    count = moe.experts - segments
+    if moe.factor:
+        what = "is a split: all its slices together are the model"
+        findings.problem(old, what, "split the model anew, or let a token choose fewer: top-k")
+    elif not count:
         findings.problem("--expert", "is the only one there is", "use extract")
-    _check_groups(moe, count, findings)
+    else:
+        _check_groups(moe, count, findings)
     findings.refuse()
     assert number is not None
+    gone = range(number * segments, (number + 1) * segments)
     parts = [
-        _renumbered(part, part.expert - (part.expert > number), moe)
+        _renumbered(part, part.expert - segments * (part.expert >= gone.stop), moe)
         if part.expert is not None
-        else _rows(part, [(0, number), (number + 1, moe.experts)])
+        else _rows(part, [(0, gone.start), (gone.stop, moe.experts)])
         if part.made
         else part
         for part in moe.parts
-        if part.expert != number
+        if part.expert not in gone
     ]
     per_token = min(moe.per_token, count)
     if per_token < moe.per_token:
         reporter.say(f"{per_token} experts a token: there are no more")
     experts = tuple(name for name in moe.names if name != moe.names[number])
     if moe.manifest is None:
-        experts = moe.names[:count]
+        experts = moe.names[:-1]
 
     def without(merge: MergeConfig) -> MergeConfig:
         left = (*merge.experts[:number], *merge.experts[number + 1 :])
-        return replace(merge, experts=left, experts_per_token=per_token)
+        return replace(merge, experts=left, experts_per_token=per_token // segments)
 
     story = f"{Path(moe.text).name} without {moe.names[number]}."
     config = _config_of(moe, count, per_token)
@@ -163,12 +185,13 @@ def add(
     donor = opener.donor(source, "SOURCE", name)
     if moe.experts == 1:
         findings.problem(old, "has one expert: a router has nothing to go by", "merge anew")
+    _check_whole(moe, findings)
     if moe.manifest and donor and donor.name in moe.names:
         donor = replace(donor, name=_free(donor.name, moe.names)) if not name else donor
         if name:
             findings.problem("--name", f"{name} is there already", "choose another")
     _check_groups(moe, moe.experts + 1, findings)
-    if donor:
+    if donor and not findings.problems:
         _check_donor(moe, donor, options, findings)
     findings.refuse()
     assert donor is not None
@@ -209,6 +232,7 @@ def extract(
     options, reporter, findings = options or Options(), reporter or Silent(), Findings()
     moe = _opened(old, options, findings, reporter)
     number = moe.number(expert, "--expert", findings)
+    _check_whole(moe, findings)
     for what in _no_dense(moe):
         findings.problem(old, what, "there is no dense family like it")
     findings.refuse()
@@ -289,8 +313,23 @@ def _config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:
         "torch_dtype": long,
         **{key: experts for key in COUNTS if key in config},
         **({"num_local_experts": experts} if moe.family == "qwen3_moe" else {}),
+        **({SPLIT_FACTOR: per_token} if moe.factor else {}),
+        **({_FACTOR: config[_FACTOR] * per_token / moe.factor} if _has_factor(moe) else {}),
         PER_TOKEN: per_token,
     }
+
+
+def _has_factor(moe: Moe) -> bool:
+    """Whether it is a split whose class multiplies what is chosen by a factor of its config."""
+    known = moe.factor and moe.family in architectures.names()
+    return bool(known and architectures.find(moe.family).SCORES == "sigmoid")
+
+
+def _weighed(part: Part, per_token: int, moe: Moe) -> Part:
+    """A split's down projection as it is to be where a token chooses so many slices."""
+    if part.expert is None or MLP[part.which] != "down_proj" or moe.factor in (0, per_token):
+        return part
+    return replace(part, recipe=Scale(part.recipe, per_token / moe.factor))
 
 
 def _long(dtype: str) -> str:
@@ -303,7 +342,7 @@ def _said(moe: Moe, change: Callable[[MergeConfig], MergeConfig] = lambda merge:
         return ""
     try:
         merge = parse_config(moe.manifest.config)
-        if len(merge.experts) != moe.experts:
+        if len(merge.experts) != len(moe.names) and not merge.split:
             return ""
         return replace(change(merge), text="").as_yaml()
     except InputError:
@@ -318,10 +357,35 @@ def _free(name: str, taken: Iterable[str]) -> str:
 
 
 def _check_groups(moe: Moe, count: int, findings: Findings) -> None:
+    """Record a number of experts that the class cannot run; see `transformers`' `n_group`."""
     groups = moe.config.get("n_group") or 1
+    best = 2 if "n_group" in moe.config and any(part.made == "bias" for part in moe.parts) else 1
     if type(groups) is not int or groups < 1 or count % groups:
         what = f"its experts are in {groups!r} groups, which {count} cannot be"
         findings.problem(moe.text, what, "there is no way but to merge anew")
+    elif count // groups < best:
+        what = (
+            f"a {moe.family} takes the best two experts of each of {groups} groups, not of {count}"
+        )
+        fix = "use extract: one expert is a dense model" if groups == 1 else "merge anew"
+        findings.problem(moe.text, what, fix)
+
+
+def _most(moe: Moe) -> int:
+    """How many experts a token can choose: those of the groups that its class lets it use."""
+    groups, chosen = (moe.config.get(key) or 1 for key in ("n_group", "topk_group"))
+    whole = type(groups) is type(chosen) is int and 1 <= chosen <= groups
+    return moe.experts // groups * chosen if whole else moe.experts
+
+
+def _check_whole(moe: Moe, findings: Findings) -> None:
+    """Record experts that are no whole MLPs."""
+    if moe.factor or moe.segments > 1:
+        kind = (
+            "slices of the model that was split" if moe.factor else f"{moe.segments} segments each"
+        )
+        what = f"its experts are parts of MLPs ({kind})"
+        findings.problem(moe.text, what, "use the models that it was made of")
 
 
 def _check_donor(moe: Moe, donor: Donor, options: Options, findings: Findings) -> None:

@@ -83,6 +83,7 @@ def common(
         "num_experts_per_tok": mixture.per_token,
         **training,
         **dict(mixture.training),
+        **dict(mixture.told),
         "dtype": dtype,
         "torch_dtype": dtype,
         "use_cache": True,
@@ -138,6 +139,13 @@ def long_factors(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if (config["rope_scaling"] or {}).get("rope_type") == "longrope":
         what = "takes longrope's long factors at every length: expect other text from it"
         yield "mlx-lm", f"mlx-lm {what}"
+
+
+def lonely(mixture: Mixture, name: str) -> Iterator[tuple[str, str]]:
+    """The refusal of a class that judges experts by the best two of a group."""
+    if mixture.experts < 2:
+        what = f"would be one expert alone, and a {name} takes the best two of each group"
+        yield what, "list two experts or more, or name another architecture"
 
 
 def one_alone(mixture: Mixture) -> Iterator[tuple[str, str]]:

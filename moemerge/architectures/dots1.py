@@ -8,6 +8,7 @@ from typing import Any
 from moemerge.architectures import (
     beyond_window,
     glm4_moe,
+    lonely,
     long_factors,
     no_loading,
     one_alone,
@@ -26,7 +27,8 @@ Settings = glm4_moe.Settings
 
 
 def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """One kind of attention in all layers."""
+    """One kind of attention in all layers, no expert alone."""
+    yield from lonely(mixture, "dots1")
     yield from one_kind(config)
 
 

@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moemerge.architectures import common, no_window, one_alone, one_kind, other_rope
+from moemerge.architectures import (
+    common,
+    lonely,
+    no_window,
+    one_alone,
+    one_kind,
+    other_rope,
+)
 from moemerge.slots import (
     DOWN,
     GATE,
@@ -58,10 +65,11 @@ class Settings:
 
 
 def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """No bias on the attention's output, no sliding window."""
+    """No bias on the attention's output, no sliding window, no expert alone."""
     if config["o_bias"]:
         yield "has a bias on o_proj, which a glm4_moe has no place for", "use another model"
     yield from no_window(config, "glm4_moe")
+    yield from lonely(mixture, "glm4_moe")
     yield from one_kind(config)
 
 

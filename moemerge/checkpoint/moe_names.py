@@ -17,6 +17,13 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """The keys by which configs say how many experts there are; some say it twice."""
 
+SEGMENTS, SPLIT_FACTOR = "moemerge_segments", "moemerge_split_factor"
+"""The keys by which config.json says for later edits that its experts are parts of MLPs.
+
+An expert is so many segments, with equal rows in the routers; or a slice of the one MLP that was
+split, and what the chosen slices add is multiplied by the factor. No reader heeds either.
+"""
+
 
 @dataclass(frozen=True)
 class Names:
