@@ -41,7 +41,7 @@ _NEEDED = (
     "rms_norm_eps", "vocab_size",
 )  # fmt: skip
 _KEPT = (
-    "layer_types", "dtype", "original_max_position_embeddings", "pad_token_id", "rope_parameters",
+    "dtype", "original_max_position_embeddings", "pad_token_id", "rope_parameters",
     "rope_scaling", "torch_dtype",
 )  # fmt: skip
 
@@ -298,11 +298,8 @@ def _dense(
         what = f"config.json does not say {', '.join(missing)}"
         findings.problem(text, what, "write it there as the model has it")
         return {}
-    own = {key: config[key] for key in (*DEFAULTS[kind], "head_dim") if key in config}
-    kept = _KEPT if family != "granitemoehybrid" else _KEPT[1:]
-    own |= {key: config[key] for key in kept if key in config}
-    if not kind.startswith("qwen"):
-        own["sliding_window"] = config.get("sliding_window") if _window(config, family) else None
+    own = {key: config[key] for key in (*DEFAULTS[kind], "head_dim", *_KEPT) if key in config}
+    own |= _windows(config, family)
     if own.get("head_dim") is None:  # families differ in what they then assume
         own["head_dim"] = _head_dim(opened, config["num_attention_heads"])
     own["attention_bias"] = any(name.endswith("self_attn.o_proj.bias") for name in opened.tensors)
@@ -321,13 +318,27 @@ def _head_dim(opened: Checkpoint, heads: object) -> int | None:
     return queries.shape[0] // heads if queries.shape else None
 
 
-def _window(config: dict[str, Any], family: str) -> bool:
-    """Whether its attention has a sliding window."""
-    types = config.get("layer_types")
-    full = isinstance(types, list) and {*map(str, types)} == {"full_attention"}
+def _windows(config: dict[str, Any], family: str) -> dict[str, Any]:
+    """Which layers have a sliding window: as the family's class in transformers 5 reads its config,
+    in the words of a dense one."""
+    window, types = config.get("sliding_window"), config.get("layer_types")
+    layers, last = (config.get(key) for key in ("num_hidden_layers", "max_window_layers"))
+    last = last if type(last) is int else 0
+    if types is not None and not isinstance(types, list):
+        return {"layer_types": types}  # which `normalise` refuses
     if family in ("qwen2_moe", "qwen3_moe") and not config.get("use_sliding_window"):
-        return False
-    return bool(config.get("sliding_window")) and not full
+        window = None
+    if family.startswith("granite") or family in ("flex_olmo", "glm4_moe") or not window:
+        return {"sliding_window": None, "use_sliding_window": False}
+    if types is None or family in ("mixtral", "qwen3_moe"):
+        types = [
+            "sliding_attention"
+            if (family != "qwen2_moe" or (number % 2 == 0 and number < last))
+            and (family != "dots1" or number >= last)
+            else "full_attention"
+            for number in range(layers if type(layers) is int else 0)
+        ]
+    return {"sliding_window": window, "use_sliding_window": True, "layer_types": types}
 
 
 def _dense_family(config: dict[str, Any], family: str, opened: Checkpoint) -> str:
@@ -341,7 +352,7 @@ def _dense_family(config: dict[str, Any], family: str, opened: Checkpoint) -> st
         return "qwen3"
     if any(name.endswith("self_attn.q_proj.bias") for name in names):
         return "qwen2"
-    return "mistral" if _window(config, family) else "llama"
+    return "mistral" if _windows(config, family).get("sliding_window") else "llama"
 
 
 def _portions(

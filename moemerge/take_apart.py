@@ -5,27 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from moemerge import architectures, recipe
 from moemerge.checkpoint import FLOATS, Donor, Opener
-from moemerge.checkpoint.moe_names import COUNTS, MLP, SPLIT_FACTOR
+from moemerge.checkpoint.moe_names import MLP
 from moemerge.compare import compare
 from moemerge.config import Expert, MergeConfig, parse_config
 from moemerge.errors import Findings, InputError
-from moemerge.moe import PER_TOKEN, Moe, Part, open_moe
+from moemerge.moe import Moe, Part, open_moe
 from moemerge.options import Options
 from moemerge.rebuild import Built, Edit, build, build_in_place
-from moemerge.recipe import Cut, Join, Mean, Recipe, Scale
+from moemerge.recipe import Cut, Join, Mean, Recipe
 from moemerge.reporting import Reporter, Silent
+from moemerge.runnable import (
+    check_groups,
+    check_whole,
+    config_of,
+    has_factor,
+    is_wrong,
+    layer_kinds,
+    long_name,
+    most_per_token,
+    weighed,
+)
 from moemerge.slots import dense_shapes
-from moemerge.tokenizer_files import read_object
 
 _CLASSES = {
     "granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
     "olmo2": "Olmo2ForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
 }  # fmt: skip
-_FACTOR = "routed_scaling_factor"
 _OURS = ("o_bias", "post_norm", "qk_norm", "qkv_bias", "saved_as")
 """What `normalise` adds to a config for this program alone."""
 
@@ -43,14 +51,14 @@ def repair(
     """
     options, reporter, findings = options or Options(), reporter or Silent(), Findings()
     moe = _opened(old, options, findings, reporter)
-    if not _is_wrong(moe):
+    if not is_wrong(moe):
         return None
-    _check_groups(moe, moe.experts, findings)
+    check_groups(moe, moe.experts, findings)
     findings.refuse()
     edit = Edit(
         moe,
         moe.parts,
-        _config_of(moe, moe.experts, moe.per_token),
+        config_of(moe, moe.experts, moe.per_token),
         moe.names,
         moe.per_token,
         f"{Path(moe.text).name}, with the names that every reader knows.",
@@ -79,8 +87,8 @@ def top_k(
     """
     options, reporter, findings = options or Options(), reporter or Silent(), Findings()
     moe = _opened(old, options, findings, reporter)
-    _check_groups(moe, moe.experts, findings)
-    most = _most(moe)
+    check_groups(moe, moe.experts, findings)
+    most = most_per_token(moe)
     if not 1 <= per_token <= most:
         fix = f"write a number from 1 to {most}"
         findings.problem("K", f"{per_token} of {moe.experts} experts cannot be chosen", fix)
@@ -89,14 +97,12 @@ def top_k(
         findings.problem("K", what, f"write a multiple of {moe.segments}")
     if out is None and not moe.checkpoint.reference.directory:
         findings.problem(old, "is on the Hub, where nothing is changed", "name an OUT")
-    parts = (
-        list(moe.parts) if _has_factor(moe) else [_weighed(p, per_token, moe) for p in moe.parts]
-    )
+    parts = list(moe.parts) if has_factor(moe) else [weighed(p, per_token, moe) for p in moe.parts]
     if out is None and parts != list(moe.parts):
         what = f"is a split, whose down projections are multiplied by {moe.factor}, so they change"
         findings.problem(old, what, "name an OUT")
     findings.refuse()
-    config = _config_of(moe, moe.experts, per_token)
+    config = config_of(moe, moe.experts, per_token)
     each = per_token // moe.segments
     said = _said(moe, lambda merge: replace(merge, experts_per_token=each))
     story = f"{Path(moe.text).name}, with {per_token} of its {moe.experts} experts a token."
@@ -131,7 +137,7 @@ def drop(
     elif not count:
         findings.problem("--expert", "is the only one there is", "use extract")
     else:
-        _check_groups(moe, count, findings)
+        check_groups(moe, count, findings)
     findings.refuse()
     assert number is not None
     gone = range(number * segments, (number + 1) * segments)
@@ -156,7 +162,7 @@ def drop(
         return replace(merge, experts=left, experts_per_token=per_token // segments)
 
     story = f"{Path(moe.text).name} without {moe.names[number]}."
-    config = _config_of(moe, count, per_token)
+    config = config_of(moe, count, per_token)
     edit = Edit(moe, parts, config, experts, per_token, story, text=_said(moe, without))
     return build(edit, Path(out), options, reporter, findings)
 
@@ -185,12 +191,12 @@ def add(
     donor = opener.donor(source, "SOURCE", name)
     if moe.experts == 1:
         findings.problem(old, "has one expert: a router has nothing to go by", "merge anew")
-    _check_whole(moe, findings)
+    check_whole(moe, findings)
     if moe.manifest and donor and donor.name in moe.names:
         donor = replace(donor, name=_free(donor.name, moe.names)) if not name else donor
         if name:
             findings.problem("--name", f"{name} is there already", "choose another")
-    _check_groups(moe, moe.experts + 1, findings)
+    check_groups(moe, moe.experts + 1, findings)
     if donor and not findings.problems:
         _check_donor(moe, donor, options, findings)
     findings.refuse()
@@ -209,7 +215,7 @@ def add(
         return replace(merge, experts=(*merge.experts, Expert(source, name=donor.name)))
 
     story = f"{Path(moe.text).name} with {donor.name} as one more expert."
-    config = _config_of(moe, moe.experts + 1, moe.per_token)
+    config = config_of(moe, moe.experts + 1, moe.per_token)
     said = _said(moe, with_it)
     edit = Edit(moe, parts, config, experts, moe.per_token, story, (donor,), said)
     return build(edit, Path(out), options, reporter, findings)
@@ -232,7 +238,7 @@ def extract(
     options, reporter, findings = options or Options(), reporter or Silent(), Findings()
     moe = _opened(old, options, findings, reporter)
     number = moe.number(expert, "--expert", findings)
-    _check_whole(moe, findings)
+    check_whole(moe, findings)
     for what in _no_dense(moe):
         findings.problem(old, what, "there is no dense family like it")
     findings.refuse()
@@ -257,7 +263,7 @@ def extract(
         reporter.say("its shared experts, which are always on, are no part of the dense model")
     kind = moe.dense["model_type"]
     config = {key: value for key, value in moe.dense.items() if key not in _OURS}
-    long = _long(next(iter(found.values())).dtype)
+    long = long_name(next(iter(found.values())).dtype)
     config |= {"architectures": [_CLASSES[kind]], "intermediate_size": moe.inner}
     config |= {"dtype": long, "torch_dtype": long, "use_cache": True}
     assert number is not None
@@ -275,65 +281,6 @@ def _opened(old: str, options: Options, findings: Findings, reporter: Reporter) 
         reporter.say(note)
     findings.notes.clear()
     return moe
-
-
-def _is_wrong(moe: Moe) -> bool:
-    """Whether some reader cannot load it: by its tensors' names, its config or its tokenizer."""
-    config = moe.config
-    scaled = moe.dense["rope_scaling"] is not None
-    deaf = "rope_parameters" in config and not (
-        "rope_theta" in config and (config.get("rope_scaling") or not scaled)
-    )
-    differs = config != read_object(moe.checkpoint.directory / "config.json")
-    tokenizer = read_object(moe.checkpoint.directory / "tokenizer_config.json")
-    return (
-        moe.is_misnamed
-        or differs
-        or deaf
-        or tokenizer.get("tokenizer_class") == "TokenizersBackend"
-    )
-
-
-def _config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:
-    """The mixture's config.json with other numbers, in words that transformers 4 and 5 know."""
-    dense, config = moe.dense, moe.config
-    part = config.get("partial_rotary_factor")
-    rope = dict(dense["rope_parameters"])
-    part = rope.get("partial_rotary_factor", part)
-    partial = {} if part is None else {"partial_rotary_factor": part}
-    long = config.get("dtype") or config.get("torch_dtype") or _long(moe.parts[0].dtype)
-    return {
-        **config,
-        "head_dim": dense["head_dim"],
-        "rope_theta": dense["rope_theta"],
-        "rope_scaling": dense["rope_scaling"] and {**dense["rope_scaling"], **partial},
-        "rope_parameters": {**rope, **partial},
-        **partial,
-        "dtype": long,
-        "torch_dtype": long,
-        **{key: experts for key in COUNTS if key in config},
-        **({"num_local_experts": experts} if moe.family == "qwen3_moe" else {}),
-        **({SPLIT_FACTOR: per_token} if moe.factor else {}),
-        **({_FACTOR: config[_FACTOR] * per_token / moe.factor} if _has_factor(moe) else {}),
-        PER_TOKEN: per_token,
-    }
-
-
-def _has_factor(moe: Moe) -> bool:
-    """Whether it is a split whose class multiplies what is chosen by a factor of its config."""
-    known = moe.factor and moe.family in architectures.names()
-    return bool(known and architectures.find(moe.family).SCORES == "sigmoid")
-
-
-def _weighed(part: Part, per_token: int, moe: Moe) -> Part:
-    """A split's down projection as it is to be where a token chooses so many slices."""
-    if part.expert is None or MLP[part.which] != "down_proj" or moe.factor in (0, per_token):
-        return part
-    return replace(part, recipe=Scale(part.recipe, per_token / moe.factor))
-
-
-def _long(dtype: str) -> str:
-    return next((long for long, short in FLOATS.items() if short == dtype), "float32")
 
 
 def _said(moe: Moe, change: Callable[[MergeConfig], MergeConfig] = lambda merge: merge) -> str:
@@ -354,38 +301,6 @@ def _free(name: str, taken: Iterable[str]) -> str:
     while f"{name}-{number}" in taken:
         number += 1
     return f"{name}-{number}"
-
-
-def _check_groups(moe: Moe, count: int, findings: Findings) -> None:
-    """Record a number of experts that the class cannot run; see `transformers`' `n_group`."""
-    groups = moe.config.get("n_group") or 1
-    best = 2 if "n_group" in moe.config and any(part.made == "bias" for part in moe.parts) else 1
-    if type(groups) is not int or groups < 1 or count % groups:
-        what = f"its experts are in {groups!r} groups, which {count} cannot be"
-        findings.problem(moe.text, what, "there is no way but to merge anew")
-    elif count // groups < best:
-        what = (
-            f"a {moe.family} takes the best two experts of each of {groups} groups, not of {count}"
-        )
-        fix = "use extract: one expert is a dense model" if groups == 1 else "merge anew"
-        findings.problem(moe.text, what, fix)
-
-
-def _most(moe: Moe) -> int:
-    """How many experts a token can choose: those of the groups that its class lets it use."""
-    groups, chosen = (moe.config.get(key) or 1 for key in ("n_group", "topk_group"))
-    whole = type(groups) is type(chosen) is int and 1 <= chosen <= groups
-    return moe.experts // groups * chosen if whole else moe.experts
-
-
-def _check_whole(moe: Moe, findings: Findings) -> None:
-    """Record experts that are no whole MLPs."""
-    if moe.factor or moe.segments > 1:
-        kind = (
-            "slices of the model that was split" if moe.factor else f"{moe.segments} segments each"
-        )
-        what = f"its experts are parts of MLPs ({kind})"
-        findings.problem(moe.text, what, "use the models that it was made of")
 
 
 def _check_donor(moe: Moe, donor: Donor, options: Options, findings: Findings) -> None:
@@ -432,8 +347,7 @@ def _no_dense(moe: Moe) -> Iterator[str]:
     if len(set(moe.dense.get("layer_types") or ["one"])) > 1:
         yield "mixes kinds of attention by layer"
     if moe.family == "granitemoehybrid":
-        types = config.get("layer_types")
-        if not isinstance(types, list) or any(kind != "attention" for kind in types):
+        if not layer_kinds(moe) or any(kind != "attention" for kind in layer_kinds(moe)):
             yield "has layers without attention"
         if config.get("position_embedding_type") != "rope":
             yield "has attention without positions"

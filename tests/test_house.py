@@ -23,7 +23,7 @@ FLOORS = [
     ["split"],
     ["fitting", "moe"],
     ["architectures", "gates", "routing_stats", "selection", "experts_apart"],
-    ["gate_setup", "hosts", "hub_repository", "loading"],
+    ["gate_setup", "hosts", "hub_repository", "loading", "runnable"],
     ["members"],
     ["layout"],
     ["prepare", "shareable"],

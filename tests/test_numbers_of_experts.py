@@ -22,7 +22,9 @@ ALONE = [(name, BODIES.get(family, {"family": family})) for name, family in HOST
 ALONE += [("", BODIES["seed_oss"]), ("", BODIES["seed_oss head_dim"]), ("", BODIES["qwen3"])]
 
 
-@pytest.mark.parametrize(("name", "body"), ALONE)
+@pytest.mark.parametrize(
+    ("name", "body"), ALONE, ids=[f"{name}-{body['family']}" for name, body in ALONE]
+)
 def test_one_expert_is_the_dense_model_or_refused(
     name: str, body: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +138,17 @@ def test_groups_hold_equal_parts_and_all_that_a_token_chooses(
     assert run(*(part.format(**places) for part in command)) == 2
     assert why in capfd.readouterr().err
     assert files(grouped) == before and not (tmp_path / "out").exists()
+
+
+def test_the_last_but_one_expert_of_such_a_class_stays(
+    babies: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = simple_config(babies["base"], [babies["base"]] * 2, "architecture: glm4_moe")
+    moe, out = tmp_path / "moe", tmp_path / "out"
+    merge(write_config(tmp_path / "c.yaml", f"{text}gate_mode: random\n"), moe, SMALL)
+    assert run("drop", moe, out, "--expert", 0) == 2
+    assert "use extract: one expert is a dense model" in capfd.readouterr().err
+    assert not out.exists()
 
 
 def test_groups_that_hold_what_is_chosen_run(
