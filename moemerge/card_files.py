@@ -9,31 +9,38 @@ from typing import Any
 
 from moemerge import card, evaluation_text, heat_map
 from moemerge.card_text import Told
-from moemerge.errors import RunError
-from moemerge.output import CARD_FILE, PICTURE_FILE, writing
+from moemerge.change import Change, held, settle
+from moemerge.output import CARD_FILE, MANIFEST_FILE, PICTURE_FILE, writing
 from moemerge.prepare import Prepared
 from moemerge.reporting import Reporter
-from moemerge.shard_file import file_checksum
-from moemerge.state import PART_SUFFIX, State
+from moemerge.state import read_json
 
 
 def write(
-    out: Path, ready: Prepared, routing: dict[str, Any], told: Told, reporter: Reporter
+    change: Change,
+    ready: Prepared,
+    routing: dict[str, Any],
+    told: Told,
+    reporter: Reporter,
+    ours: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Write the card and, where routing is known and matplotlib there, the picture.
 
-    Returns the picture's entry for the manifest, if there is one.
+    Returns the picture's entry for the manifest, if there is one. Without `ours` a picture that is
+    there is somebody else's, and stays.
 
     Raises:
-        WriteError: `out` cannot be written.
+        WriteError: the output cannot be written.
     """
-    with writing(out):
-        drawn = _draw(out, ready, routing, reporter)
-        _write_card(out, card.render(ready, routing, told, PICTURE_FILE if drawn else ""), reporter)
-        if not drawn:
-            return {}
-        path = out / PICTURE_FILE
-        return {PICTURE_FILE: {"bytes": path.stat().st_size, "xxh3": file_checksum(path)}}
+    with writing(change.out):
+        drawn = _draw(change, ready, routing, reporter, ours)
+        text = card.render(ready, routing, told, PICTURE_FILE if drawn else "")
+        path = change.out / CARD_FILE
+        if path.exists() and not card.is_untouched(path.read_bytes()):
+            reporter.say(f"{path}: was edited since it was written, so it stays as it is")
+        else:
+            change.write(CARD_FILE, text.encode())
+        return {PICTURE_FILE: change.entry(PICTURE_FILE)} if drawn else {}
 
 
 def tell_evaluation(out: Path, found: dict[str, Any], reporter: Reporter) -> bool:
@@ -43,55 +50,48 @@ def tell_evaluation(out: Path, found: dict[str, Any], reporter: Reporter) -> boo
         RunError: another run is at work there.
         WriteError: `out` cannot be written.
     """
+    settle(out)
     if not (out / CARD_FILE).is_file():
         reporter.say(f"{out / CARD_FILE}: is not there, so nothing tells the results")
         return False
-    with writing(out), State(out).mine(shared=False) as mine:
-        if not mine:
-            raise RunError(f"{out}: another moemerge is at work there; wait for it")
-        done = rewrite(out, lambda text: evaluation_text.told(text, found), reporter)
-        State(out).remove()
+    with held(out) as change:
+        if read_json(out / MANIFEST_FILE).get("plan_digest") != found.get("plan_digest"):
+            reporter.say(f"{out}: was changed since it was evaluated, so its card does not tell it")
+            return False
+        done = rewrite(change, lambda text: evaluation_text.told(text, found), reporter)
+        if done:
+            change.commit()
         return done
 
 
-def rewrite(out: Path, change: Callable[[str], str], reporter: Reporter) -> bool:
-    """Change the card's text in one step; one that somebody edited stays, and that is said."""
-    path = out / CARD_FILE
-    content = card.changed(path.read_bytes(), change) if path.is_file() else b""
+def rewrite(change: Change, edit: Callable[[str], str], reporter: Reporter) -> bool:
+    """Change the card's text; one that somebody edited stays, and that is said."""
+    path = change.out / CARD_FILE
+    content = card.changed(path.read_bytes(), edit) if path.is_file() else b""
     if content is None:
         reporter.say(f"{path}: was edited since it was written, so it stays as it is")
     if content:
-        part = State(out).directory / f"{CARD_FILE}{PART_SUFFIX}"
-        part.write_bytes(content)
-        part.replace(path)
+        change.write(CARD_FILE, content)
     return bool(content)
 
 
-def _draw(out: Path, ready: Prepared, routing: dict[str, Any], reporter: Reporter) -> bool:
-    """Draw how texts are routed, or remove what was drawn of other routers."""
-    state, path = State(out), out / PICTURE_FILE
-    if path.exists() and PICTURE_FILE not in state.started().get("files", ()):
+def _draw(
+    change: Change, ready: Prepared, routing: dict[str, Any], reporter: Reporter, ours: bool
+) -> bool:
+    """Draw how texts are routed, or let go what was drawn of other routers."""
+    path = change.out / PICTURE_FILE
+    if path.exists() and not ours:
         reporter.say(f"{path}: is not moemerge's, so it stays and the card shows no picture")
         return False
-    part = state.directory / f"{PICTURE_FILE}{PART_SUFFIX}"
     if routing.get("confusion") and importlib.util.find_spec("matplotlib"):
+        new = change.path(PICTURE_FILE)
         try:
-            heat_map.save(card.picture(ready, routing), part)
-            part.replace(path)
+            heat_map.save(card.picture(ready, routing), new)
             return True
         except OSError:
             raise
         except Exception as error:  # a picture is not worth a merge
+            new.unlink(missing_ok=True)
             reporter.say(f"{path}: not drawn, matplotlib failed ({error})")
-    path.unlink(missing_ok=True)
+    change.remove(PICTURE_FILE)
     return False
-
-
-def _write_card(out: Path, text: str, reporter: Reporter) -> None:
-    path = out / CARD_FILE
-    if path.exists() and not card.is_untouched(path.read_bytes()):
-        reporter.say(f"{path}: was edited since it was written, so it stays as it is")
-        return
-    part = State(out).directory / f"{CARD_FILE}{PART_SUFFIX}"
-    part.write_bytes(text.encode())
-    part.replace(path)

@@ -18,7 +18,7 @@ from moemerge.reading import Passages, check_tokens, counted, mean_losses, passa
 from moemerge.reporting import Reporter, Silent
 from moemerge.sources import Source, sources_of
 from moemerge.tokens import TOKENIZER_FILE
-from moemerge.verify import check_shards, open_manifest
+from moemerge.verify import manifest_of
 from moemerge.version import __version__
 
 ALL_TOKENS = 1 << 62
@@ -47,20 +47,18 @@ def evaluate(
 ) -> dict[str, Any]:
     """The mixture in `out` and what it was made of, judged side by side, as plain data.
 
-    `columns` are the models, the mixture first; each of `rows` is a text's perplexity or a task's
-    metric, whose `values` and `stderr` stand in the order of the columns, None where there is none.
-    One model is in memory at a time, or, where memory is too small, one layer of one. Of a mixture
-    that moemerge did not make there is one column.
+    `plan_digest` says which mixture it was. `columns` are the models, the mixture first; each of
+    `rows` is a text's perplexity or a task's metric, whose `values` and `stderr` stand in the order
+    of the columns, None where there is none. One model is in memory at a time, or, where memory is
+    too small, one layer of one. Of a mixture that moemerge did not make there is one column.
 
     Raises:
         InputError: `out` is no mixture, or a text or task cannot be read.
         RunError: a model or a task fails.
     """
     out, options, reporter = Path(out), options or Options(), reporter or Silent()
-    manifest = open_manifest(out) if (out / MANIFEST_FILE).exists() else None
-    if manifest:
-        check_shards(out, manifest.plan, "evaluate")
-    else:
+    manifest = manifest_of(out, "evaluate")
+    if not manifest:
         reporter.say(f"{out}: holds no {MANIFEST_FILE}, so only the mixture is evaluated")
     texts, tasks = _checked(out, config_of(out), wanted, options, reporter)
     sources = sources_of(manifest, options, reporter)
@@ -74,6 +72,7 @@ def evaluate(
         measured.append(found)
     return {
         "model": out.name,
+        "plan_digest": manifest.plan.digest if manifest else None,
         "columns": ["mixture", *(source.name for source in sources)],
         "rows": [*_text_rows(texts, measured), *_task_rows(measured)],
         "length": wanted.length if texts else None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moemerge.change import settle
 from moemerge.checkpoint import FLOATS, Checkpoint, normalise
 from moemerge.checkpoint.model import open_checkpoint
 from moemerge.checkpoint.model_config import DEFAULTS
@@ -129,6 +130,8 @@ def open_moe(text: str, cache_dir: str | None, findings: Findings) -> Moe | None
         reference, on_top = parse_source(text)
         if on_top:
             raise ValueError("a mixture with an adapter on top cannot be taken apart")
+        if reference.directory:
+            settle(reference.directory)
         opened = open_checkpoint(reference, cache_dir)
     except ValueError as error:
         findings.problem(text, str(error), "name a mixture's directory, or user/name")

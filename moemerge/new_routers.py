@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from moemerge import card_files, output
 from moemerge.card_text import Told
+from moemerge.change import Change, held
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.config import MergeConfig, load_config
 from moemerge.costs import transfer
-from moemerge.errors import InputError, Problem, RunError
+from moemerge.errors import InputError, Problem
 from moemerge.options import Options
 from moemerge.output import Manifest
 from moemerge.pipeline import Merged
@@ -21,7 +21,6 @@ from moemerge.plan import ROUTERS, Plan
 from moemerge.prepare import Prepared, prepare
 from moemerge.reporting import Reporter, Silent
 from moemerge.routers import fetch, make_routers, report_of
-from moemerge.state import State
 from moemerge.verify import check_shards, open_manifest
 from moemerge.write import How, write_shard
 
@@ -35,8 +34,8 @@ def regate(
     """Give the mixture in `out` the routers that `config` asks for.
 
     The config may differ from the one that `out` was made from in gate mode, prompts, calibration
-    and experts_per_token. The first shard is replaced in one step, then manifest, card and
-    config.json; killed in between, the same call again ends it. A card that somebody edited stays.
+    and experts_per_token. First shard, manifest, card, picture and config.json are replaced
+    together; a card that somebody edited stays. Killed before, the same call again goes on.
 
     Raises:
         InputError: `out` is no finished output, or the config asks for other weights.
@@ -45,8 +44,24 @@ def regate(
     begun, out, options = time.monotonic(), Path(out), options or Options()
     reporter = reporter or Silent()
     config = config if isinstance(config, MergeConfig) else load_config(config)
-    manifest = open_manifest(out)
-    check_shards(out, manifest.plan, "regate")
+    open_manifest(out)
+    with held(out) as change:
+        manifest = open_manifest(out)
+        check_shards(out, manifest.plan, "regate")
+        ready = _prepared(out, config, options, manifest)
+        for note in ready.notes:
+            reporter.say(note)
+        before, after = manifest.plan.experts_per_token, ready.plan.experts_per_token
+        if before != after:
+            reporter.say(f"{after} experts a token, as the config says; {before} before")
+        routing = _replace(change, options, reporter, ready, manifest)
+    plan, seconds = ready.plan, time.monotonic() - begun
+    written, hub = plan.shards[0].nbytes, transfer(ready, options)
+    return Merged(plan, out, ready.notes, seconds, written, 0, routing, hub)
+
+
+def _prepared(out: Path, config: MergeConfig, options: Options, manifest: Manifest) -> Prepared:
+    """The merge of the new config, with the shards that are there."""
     ready = prepare(config, options)
     if ready.cutting:
         what, fix = "is a split, whose routers belong to its slices", "split the model anew"
@@ -54,55 +69,39 @@ def regate(
     _check_same_weights(ready.plan, manifest.plan, out)
     shard = dataclasses.replace(ready.plan.shards[0], file=manifest.plan.shards[0].file)
     plan = dataclasses.replace(ready.plan, shards=(shard, *manifest.plan.shards[1:]))
-    ready = dataclasses.replace(ready, plan=plan)
-    for note in ready.notes:
-        reporter.say(note)
-    before, after = manifest.plan.experts_per_token, plan.experts_per_token
-    if before != after:
-        reporter.say(f"{after} experts a token, as the config says; {before} before")
-    with ExitStack() as held:
-        with output.writing(out):
-            mine = held.enter_context(State(out).mine(shared=False))
-        if not mine:
-            raise RunError(f"{out}: another moemerge is at work there; wait for it")
-        _write(out, options, reporter, ready, manifest)
-    routing = output.read_manifest(out).routing
-    seconds = time.monotonic() - begun
-    return Merged(
-        plan, out, ready.notes, seconds, shard.nbytes, 0, routing, transfer(ready, options)
-    )
+    return dataclasses.replace(ready, plan=plan)
 
 
-def _write(
-    out: Path,
-    options: Options,
-    reporter: Reporter,
-    ready: Prepared,
-    manifest: Manifest,
-) -> None:
-    state, plan, config = State(out), ready.plan, ready.config
+def _replace(
+    change: Change, options: Options, reporter: Reporter, ready: Prepared, manifest: Manifest
+) -> dict[str, Any]:
+    """Make the routers and replace what tells or shows them; returns how they do."""
+    out, state, plan, config = change.out, change.state, ready.plan, ready.config
     with output.writing(out):
         if state.started().get("run") != plan.run_digest:
             state.clear(all=True)
-            ours = {*manifest.files, *state.started().get("files", ())}
-            if not (out / output.PICTURE_FILE).exists():
-                ours.add(output.PICTURE_FILE)
-            state.start(plan.run_digest, ours)
+            state.start(plan.run_digest, manifest.files)
     sources = fetch(ready, options, reporter)
     if not state.routers.exists():
         make_routers(ready, sources, options, reporter, state.routers)
     sources[ROUTERS] = read_header(state.routers)
-    how = How(options.threads, options.direct, options.checksums)
-    entry = write_shard(plan.shards[0], sources, out, how, lambda nbytes: None)
+    how, first = How(options.threads, options.direct, options.checksums), plan.shards[0]
+    new = change.path(first.file)
+    entry = write_shard(first, sources, out, how, lambda nbytes: None, new)
     report = report_of(state.routers)
     told = _told(ready, options, manifest)
-    picture = card_files.write(out, ready, report, told, reporter)
+    ours = output.PICTURE_FILE in manifest.files
+    picture = card_files.write(change, ready, report, told, reporter, ours)
     own: dict[str, dict[str, Any]] = {name: {} for name in output.OWN_FILES}
-    files = {**manifest.files, plan.shards[0].file: entry}
+    files = {**manifest.files, first.file: entry}
+    for name in [name for name in files if name.startswith(f"{output.BEFORE_TUNING}/")]:
+        change.remove(name)  # of routers that are no more
+        del files[name]
     files = {name: files[name] for name in files if name not in (output.PICTURE_FILE, *own)}
     files |= {**picture, **own}
     text, said = config.as_yaml(), vars(told)
-    output.finish(out, Manifest(text, plan, files, report, ready.folder, card=said))
+    change.finish(Manifest(text, plan, files, report, ready.folder, card=said))
+    return report
 
 
 def _told(ready: Prepared, options: Options, manifest: Manifest) -> Told:

@@ -11,16 +11,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moemerge.errors import DiskFull, Findings, ReadError, WriteError
 from moemerge.options import Options
-from moemerge.plan import INDEX_FILE, Plan, weight_index
+from moemerge.plan import INDEX_FILE, Plan
 from moemerge.reporting import size
-from moemerge.state import STATE_DIRECTORY, State, as_json, is_inside, read_json, write_json
+from moemerge.state import STATE_DIRECTORY, State, as_json, is_inside, read_json
 from moemerge.tokenizer_files import GENERATION_FILE
 from moemerge.version import __version__
 from moemerge.vocabulary import Vocabulary
@@ -30,8 +30,10 @@ CARD_FILE = "README.md"
 PICTURE_FILE = "routing.png"
 CONFIG_FILE = "config.json"
 OWN_FILES = (INDEX_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE)
+BEFORE_TUNING = "before-tuning"
+"""Holds the first shard as it was, under a name that no reader takes for weights."""
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
@@ -111,7 +113,7 @@ def carried_files(vocabulary: Vocabulary, copy_tokenizer: bool) -> tuple[Path, .
     """The files that go along, relative to their model: generation config and tokenizer."""
     directory, names = vocabulary.directory, [Path(GENERATION_FILE)]
     if copy_tokenizer:
-        names += map(Path, _TOKENIZER_FILES)
+        names += map(Path, TOKENIZER_FILES)
         extra = directory / "additional_chat_templates"
         names += sorted(path.relative_to(directory) for path in extra.glob("*.jinja"))
     written = vocabulary.written
@@ -172,7 +174,7 @@ def check(
         return
     there = [p for p in (out.iterdir() if out.is_dir() else ()) if p.name != STATE_DIRECTORY]
     strangers = sorted(path.name for path in there if not any(
-        name == path.name or name.startswith(f"{path.name}/") for name in ours
+        name == path.name or name.startswith(f"{path.name}/") for name in _told(out)
     ))  # fmt: skip
     clash = [n for n in strangers if n in set(files) or n.endswith(MODEL_SUFFIXES)]
     started = state.started()
@@ -241,6 +243,10 @@ def begin(out: Path, plan: Plan, files: Iterable[str], options: Options) -> None
             state.start(plan.run_digest, {*old, *files})
             for name in (CONFIG_FILE, INDEX_FILE, *old):
                 (out / name).unlink(missing_ok=True)
+            for name in old:
+                if (out / name).parent != out:
+                    with suppress(OSError):
+                        (out / name).parent.rmdir()
             if not options.shards:
                 state.clear(all=True)
             state.start(plan.run_digest, files)
@@ -256,13 +262,12 @@ def is_finished(out: Path, plan: Plan) -> bool:
         return False
 
 
-def carry(vocabulary: Vocabulary, out: Path, carried: Iterable[Path]) -> None:
-    """Copy a model's small files byte for byte, but for what is added to its tokenizer and what
+def carried_content(vocabulary: Vocabulary, carried: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
+    """A model's small files by name, byte for byte but for what is added to its tokenizer and what
     transformers 4 trips over.
 
     Raises:
         ReadError: one cannot be read any more.
-        WriteError: `out` cannot be written.
     """
     for name in carried:
         path = vocabulary.directory / name
@@ -272,9 +277,7 @@ def carry(vocabulary: Vocabulary, out: Path, carried: Iterable[Path]) -> None:
             raise ReadError(f"{path}: cannot be read ({error.strerror})") from error
         if name.name == "tokenizer_config.json":
             content = _readable_by_version_4(content)
-        with writing(out):
-            (out / name).parent.mkdir(exist_ok=True)
-            (out / name).write_bytes(content)
+        yield name.as_posix(), content
 
 
 def _readable_by_version_4(content: bytes) -> bytes:
@@ -297,23 +300,6 @@ def _readable_by_version_4(content: bytes) -> bytes:
     return as_json(config).encode()
 
 
-def finish(out: Path, manifest: Manifest, pushed: bool = False) -> None:
-    """Make the directory a model: manifest, then index, then config.json.
-
-    Where its shards have been `pushed` and are gone, the manifest is all.
-    """
-    state = State(out)
-    files = (
-        (MANIFEST_FILE, manifest.to_json()),
-        (INDEX_FILE, weight_index(manifest.plan)),
-        (CONFIG_FILE, manifest.plan.config),
-    )
-    with writing(out):
-        for name, data in files[:1] if pushed else files:
-            write_json(out / name, data, scratch=state.directory)
-        state.remove()
-
-
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
     """Turn what a file system says into a `WriteError` that says what to do."""
@@ -328,10 +314,13 @@ def writing(out: Path) -> Iterator[None]:
         raise WriteError(f"{where}: cannot be written ({error.strerror}); {fix}") from error
 
 
-def _listed(out: Path) -> list[str]:
-    """The files in `out` that moemerge wrote, by the started merge's list or the manifest."""
-    names: list[object] = []
+def _told(out: Path) -> Iterator[str]:
+    """The files that moemerge wrote or may have, by the started merge's list and the manifest."""
     for data in (State(out).started(), read_json(out / MANIFEST_FILE)):
         files = data.get("files")
-        names += files if isinstance(files, list | dict) else ()
-    return [n for n in dict.fromkeys(names) if is_inside(n) and (out / str(n)).is_file()]  # type: ignore[misc]
+        yield from filter(is_inside, files if isinstance(files, list | dict) else ())
+
+
+def _listed(out: Path) -> list[str]:
+    """Those of them that are there."""
+    return [name for name in dict.fromkeys(_told(out)) if (out / name).is_file()]

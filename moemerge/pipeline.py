@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moemerge import card_files, output, publish, recipe
 from moemerge.card_text import Told
+from moemerge.change import Change, held, settle
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.config import MergeConfig, load_config
 from moemerge.costs import Transfer, check_cache_room, transfer
@@ -25,7 +26,6 @@ from moemerge.plan import ROUTERS, Plan, Shard
 from moemerge.prepare import Prepared, prepare
 from moemerge.reporting import Reporter, Silent, size
 from moemerge.routers import Tensors, fetch, make_routers, report_of
-from moemerge.shard_file import file_checksum
 from moemerge.state import State
 from moemerge.verify import is_whole, verify_shards
 from moemerge.write import How, write_shard
@@ -86,6 +86,7 @@ def merge(
     """
     config = _config(config)
     options = options or Options()
+    settle(Path(out))
     ready = _prepare(config, options, Path(out))
     check_cache_room(ready, options, Path(out))
     return _Merge(Path(out), options, reporter or Silent(), ready).run()
@@ -115,15 +116,15 @@ class _Merge:
         written = missing = 0
         if not (may_be_done and output.is_finished(self.out, self.plan)):
             sources = fetch(self.ready, self.options, self.reporter)
-            with self._held(shared):
+            with held(self.out, shared) as change:
                 if not (may_be_done and output.is_finished(self.out, self.plan)):
-                    written, missing = self._write(sources)
+                    written, missing = self._write(sources, change)
             if shared and not missing:
-                with self._held(shared=False, wait=True):  # until the other shares have let go
+                with held(self.out, wait=True) as change:  # until the other shares have let go
                     if output.is_finished(self.out, self.plan):
-                        self.state.remove()
+                        self.state.end()
                     else:
-                        self._finish(sources)
+                        self._finish(sources, change)
         seconds = time.monotonic() - begun
         routing = {} if missing else output.read_manifest(self.out).routing
         hub, notes = transfer(self.ready, self.options), self.ready.notes
@@ -142,16 +143,7 @@ class _Merge:
             what = "; ".join(str(error).splitlines())
             raise RunError(f"{what} ({self.out} is finished: `{command}` goes on too)") from error
 
-    @contextmanager
-    def _held(self, shared: bool, wait: bool = False) -> Iterator[None]:
-        with ExitStack() as held:
-            with output.writing(self.out):
-                mine = held.enter_context(self.state.mine(shared, wait))
-            if not mine:
-                raise RunError(f"{self.out}: another moemerge has just begun there; wait for it")
-            yield
-
-    def _write(self, sources: Tensors) -> tuple[int, int]:
+    def _write(self, sources: Tensors, change: Change) -> tuple[int, int]:
         """Everything up to a whole directory: the bytes written here, the shards still missing."""
         plan, options = self.plan, self.options
         output.begin(self.out, plan, output.file_names(plan, self.ready.carried), options)
@@ -177,7 +169,7 @@ class _Merge:
             written = self._write_shards(mine, sources)
         missing = sum(not self.state.entry(shard) for shard in plan.shards)
         if not options.shards:
-            self._finish(sources)
+            self._finish(sources, change)
         return written, missing
 
     def _make_routers(self, sources: Tensors) -> None:
@@ -281,26 +273,25 @@ class _Merge:
         digest = f", xxh3 {entry['xxh3']}" if "xxh3" in entry else ""
         self.reporter.detail(f"{shard.file}: {size(shard.nbytes)}{digest}")
 
-    def _finish(self, sources: Tensors) -> None:
+    def _finish(self, sources: Tensors, change: Change) -> None:
         out, plan, ready = self.out, self.plan, self.ready
-        output.carry(ready.vocabulary, out, ready.carried)
-        report = report_of(self.state.routers)
-        told = Told(ready.own_card, self.options.card_config)
-        picture = card_files.write(out, ready, report, told, self.reporter)
-        if self.options.verify and not self.shipment:
-            verify_shards(plan, out, sources)
         files = {shard.file: self.state.entry(shard) for shard in plan.shards}
         for entry in files.values():
             entry.pop("sha256", None)
-        for name in ready.carried:
-            size = (out / name).stat().st_size
-            files[name.as_posix()] = {"bytes": size, "xxh3": file_checksum(out / name)}
+        for name, content in output.carried_content(ready.vocabulary, ready.carried):
+            change.write(name, content)
+            files[name] = change.entry(name)
+        report = report_of(self.state.routers)
+        told = Told(ready.own_card, self.options.card_config)
+        picture = card_files.write(change, ready, report, told, self.reporter)
+        if self.options.verify and not self.shipment:
+            verify_shards(plan, out, sources)
         files |= {**picture, **{name: {} for name in output.OWN_FILES}}
         text, said = ready.config.as_yaml(), vars(told)
         manifest = Manifest(text, plan, files, report, ready.folder, card=said)
         if self.shipment:
-            self.address = self.shipment.finish(manifest)
-        output.finish(out, manifest, pushed=bool(self.shipment))
+            self.address = self.shipment.finish(manifest, change)
+        change.finish(manifest, pushed=bool(self.shipment))
 
 
 def _prepare(config: MergeConfig, options: Options, out: Path) -> Prepared:

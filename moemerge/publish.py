@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moemerge.change import Change
 from moemerge.errors import InputError, Problem, RunError, VerifyError
 from moemerge.hub_repository import SHARD, Content, Repository, holds, size_of
 from moemerge.output import (
@@ -240,11 +241,11 @@ class Shipment:
         if self._failure:
             raise self._failure.pop()
 
-    def finish(self, manifest: Manifest) -> str:
+    def finish(self, manifest: Manifest, change: Change) -> str:
         """Everything but shards, in the commit that makes the repository a model; its address."""
         shards = {shard.file: shard.nbytes for shard in manifest.plan.shards}
         content: dict[str, Content] = {
-            name: self.out / name for name in manifest.files if name not in shards
+            name: change.after(name) for name in manifest.files if name not in shards
         }
         content[MANIFEST_FILE] = _manifest_bytes(manifest)
         content[INDEX_FILE] = as_json(weight_index(manifest.plan)).encode()

@@ -11,15 +11,15 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moemerge import card, card_files, output, recipe
+from moemerge.change import Change, held, settle
 from moemerge.checkpoint import Checkpoint, Donor, Location, fetch, streamed
 from moemerge.disk import OutputFile
-from moemerge.errors import Findings, RunError
+from moemerge.errors import Findings
 from moemerge.evaluation_text import untold
 from moemerge.layout import source_of
 from moemerge.moe import Moe, Part, planned
@@ -28,8 +28,7 @@ from moemerge.output import Manifest
 from moemerge.plan import Plan, PlannedTensor, Shard, cut, shards_of
 from moemerge.recipe import Cut, Join, LowRank, Mean, Noise, Read, Recipe, Renew, Scale
 from moemerge.reporting import Reporter
-from moemerge.shard_file import file_checksum
-from moemerge.state import PART_SUFFIX, STATE_DIRECTORY, State, write_json
+from moemerge.state import PART_SUFFIX, STATE_DIRECTORY, State
 from moemerge.verify import is_whole, verify_shards
 from moemerge.vocabulary import Vocabulary
 from moemerge.write import How, write_shard
@@ -160,26 +159,22 @@ def build(edit: Edit, out: Path, options: Options, reporter: Reporter, findings:
     carried = output.carried_files(vocabulary, options.copy_tokenizer)
     output.check_carried(vocabulary, carried, moe.text, findings)
     directories = [one.directory for one in _checkpoints(edit)]
+    settle(out)
     output.check(out, plan, carried, directories, options, findings)
     findings.refuse()
-    with ExitStack() as held:
-        with output.writing(out):
-            mine = held.enter_context(State(out).mine(shared=False))
-        if not mine:
-            raise RunError(f"{out}: another moemerge is at work there; wait for it")
+    with held(out) as change:
         output.begin(out, plan, output.file_names(plan, carried), options)
         sources = _sources(edit, shards, options, reporter)
         entries, copied = _write(edit, plan, shards, sources, out, options, reporter)
-        output.carry(vocabulary, out, carried)
-        _write_card(edit, out)
         if options.verify:
             verify_shards(replace(plan, shards=shards), out, sources)
         files: dict[str, dict[str, Any]] = {**entries}
-        for name in carried:
-            size, digest = (out / name).stat().st_size, file_checksum(out / name)
-            files[name.as_posix()] = {"bytes": size, "xxh3": digest}
+        for name, content in output.carried_content(vocabulary, carried):
+            change.write(name, content)
+            files[name] = change.entry(name)
+        change.write(output.CARD_FILE, _card(edit))
         files |= {name: {} for name in output.OWN_FILES}
-        output.finish(out, _manifest(edit, plan, files))
+        change.finish(_manifest(edit, plan, files))
     return Built(out, plan, copied, plan.nbytes - copied)
 
 
@@ -268,37 +263,30 @@ def _copied(old: Path, shard: Shard, out: Path) -> bool:
     return True
 
 
-def _write_card(edit: Edit, out: Path) -> None:
+def _card(edit: Edit) -> bytes:
     """The mixture's own card where it is the same model still, else a short one."""
     kept = edit.moe.checkpoint.directory / output.CARD_FILE
     if edit.same_model and kept.is_file():
         content = kept.read_bytes()
         if edit.per_token != edit.moe.per_token:
             content = card.changed(content, untold) or content
+        return content
+    tags = ["moemerge", "merge", *(["moe"] if len(edit.experts) > 1 else [])]
+    head = "".join(f"- {tag}\n" for tag in tags)
+    return f"---\nlibrary_name: transformers\ntags:\n{head}---\n\n{edit.story}\n".encode()
+
+
+def build_in_place(edit: Edit, change: Change, reporter: Reporter) -> Built:
+    """Change config.json, the manifest if there is one, and the card, together."""
+    moe, before = edit.moe, edit.moe.manifest
+    if before:
+        chosen = edit.per_token // moe.segments
+        plan = replace(before.plan, config=edit.config, experts_per_token=chosen)
+        made = replace(before, plan=plan, config=edit.text or before.config)
+        change.write_json(output.MANIFEST_FILE, made.to_json())
     else:
-        tags = ["moemerge", "merge", *(["moe"] if len(edit.experts) > 1 else [])]
-        head = "".join(f"- {tag}\n" for tag in tags)
-        content = f"---\nlibrary_name: transformers\ntags:\n{head}---\n\n{edit.story}\n".encode()
-    with output.writing(out):
-        (out / output.CARD_FILE).write_bytes(content)
-
-
-def build_in_place(edit: Edit, reporter: Reporter) -> Built:
-    """Change config.json, and the manifest if there is one, each in one step."""
-    moe = edit.moe
-    out, before = moe.checkpoint.directory, moe.manifest
-    with ExitStack() as held, output.writing(out):
-        if not held.enter_context(State(out).mine(shared=False)):
-            raise RunError(f"{out}: another moemerge is at work there; wait for it")
-        state = State(out)
-        if before:
-            chosen = edit.per_token // moe.segments
-            plan = replace(before.plan, config=edit.config, experts_per_token=chosen)
-            made = replace(before, plan=plan, config=edit.text or before.config)
-            write_json(out / output.MANIFEST_FILE, made.to_json(), scratch=state.directory)
-        else:
-            plan = _plan(edit, Options())[0]
-        write_json(out / output.CONFIG_FILE, edit.config, scratch=state.directory)
-        card_files.rewrite(out, untold, reporter)
-        state.remove()
-    return Built(out, plan, 0, 0)
+        plan = _plan(edit, Options())[0]
+    change.write_json(output.CONFIG_FILE, edit.config)
+    card_files.rewrite(change, untold, reporter)
+    change.commit()
+    return Built(change.out, plan, 0, 0)

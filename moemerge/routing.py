@@ -29,7 +29,7 @@ from moemerge.reporting import Reporter, Silent
 from moemerge.routers import fetch, run_gate
 from moemerge.routing_stats import Routed
 from moemerge.sources import prepared, sources_of
-from moemerge.verify import check_shards, open_manifest
+from moemerge.verify import manifest_of
 
 PAGE_TOKENS = 256
 PAGE_PASSAGES = 4
@@ -51,9 +51,7 @@ def report(
         InputError: `out` is no mixture, a text cannot be read, or there is nothing to go by.
     """
     out, options, reporter = Path(out), options or Options(), reporter or Silent()
-    manifest = open_manifest(out) if (out / MANIFEST_FILE).exists() else None
-    if manifest:
-        check_shards(out, manifest.plan, "look at")
+    manifest = manifest_of(out, "look at")
     config = config_of(out)
     if manifest:
         options = dataclasses.replace(options, seed=manifest.plan.seed)

@@ -1,14 +1,15 @@
 """What of a merge is finished, and who is at it: all that a later or a parallel run must know.
 
 In the output's `.moemerge/`: `started.json` (which plan, which files), the routers, an entry for
-each finished shard, parts of unfinished ones, and locks, which the system lets go when a process
-dies.
+each finished shard, parts of unfinished ones, what `change` writes aside, and locks, which the
+system lets go when a process dies.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -20,6 +21,8 @@ from moemerge.plan import Shard
 STATE_DIRECTORY = ".moemerge"
 PART_SUFFIX = ".part"
 ROUTERS_FILE = "routers.safetensors"
+ASIDE, COMMITTED = "change", "committed"
+"""Where files that are replaced together stand before that is decided, and after."""
 _STARTED = "started.json"
 _LOCK = "lock"
 
@@ -49,19 +52,15 @@ class State:
         """Remove an earlier run's unfinished parts; with `all`, forget what it finished too."""
         for path in self.directory.iterdir():
             if path.suffix == PART_SUFFIX or (all and path.name not in (_STARTED, _LOCK)):
-                path.unlink()
+                _remove(path)
 
-    def remove(self) -> None:
-        """Remove the directory, with what tells whose it is last: dying here leaves no riddle.
-
-        A run that waits for the lock may put it back meanwhile; that one then removes it.
+    def end(self) -> None:
+        """Remove everything but the lock, with what tells whose it is last: dying here leaves no
+        riddle. The lock goes when `mine` ends.
         """
-        with suppress(FileNotFoundError):
-            names = {path.name for path in self.directory.iterdir()} - {_STARTED, _LOCK}
-            for name in (*names, _STARTED, _LOCK):
-                (self.directory / name).unlink(missing_ok=True)
-        with suppress(OSError):
-            self.directory.rmdir()
+        names = {path.name for path in self.directory.iterdir()} - {_STARTED, COMMITTED, _LOCK}
+        for name in (*names, _STARTED, COMMITTED):
+            _remove(self.directory / name)
 
     def entry(self, shard: Shard) -> dict[str, Any]:
         """A finished shard's manifest entry; empty if it is neither here nor, as it was, pushed."""
@@ -90,7 +89,8 @@ class State:
             return True
         names = {path.name for path in self.directory.iterdir()}
         return _STARTED in names or all(
-            name == _LOCK or name.endswith((PART_SUFFIX, ".lock")) for name in names
+            name in (_LOCK, ASIDE, COMMITTED) or name.endswith((PART_SUFFIX, ".lock"))
+            for name in names
         )
 
     def is_free(self, shared: bool) -> bool:
@@ -100,10 +100,22 @@ class State:
 
     @contextmanager
     def mine(self, shared: bool, wait: bool = False) -> Iterator[bool]:
-        """Hold the output, alone or with runs that share it; False if somebody else has it."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Hold the output, alone or with runs that share it; False if somebody else has it.
+
+        Where nothing is left in the directory afterwards, it goes.
+        """
         with hold(self.directory / _LOCK, wait=wait, shared=shared) as held:
-            yield held
+            try:
+                yield held
+            finally:
+                if held and not shared:
+                    self._tidy()
+
+    def _tidy(self) -> None:
+        with suppress(OSError):
+            if [path.name for path in self.directory.iterdir()] == [_LOCK]:
+                (self.directory / _LOCK).unlink()
+                self.directory.rmdir()
 
     @contextmanager
     def claim(self, what: str, wait: bool) -> Iterator[bool]:
@@ -119,24 +131,48 @@ def hold(path: Path, wait: bool, shared: bool = False, create: bool = True) -> I
     Where the system has no such locks (Windows), everybody gets them.
     """
     try:
+        handle = _locked(path, wait, shared, create)
+    except BlockingIOError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _locked(path: Path, wait: bool, shared: bool, create: bool) -> int | None:
+    """A locked file's handle; None where there is nothing to lock.
+
+    Raises:
+        BlockingIOError: somebody else has it.
+    """
+    try:
         import fcntl
     except ImportError:
-        yield True
-        return
-    try:
-        handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
-    except FileNotFoundError:
-        yield True
-        return
-    try:
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl = None  # type: ignore[assignment]
+    while True:
+        if create:
+            with suppress(FileExistsError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return None
         try:
+            handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
+        except FileNotFoundError:
+            if create:
+                continue  # whoever had it was just removing the directory
+            return None
+        try:
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
+            with suppress(FileNotFoundError):  # a removed file's lock keeps nobody out
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    return handle
+        except BaseException:
+            os.close(handle)
+            raise
         os.close(handle)
 
 
@@ -174,3 +210,10 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moemerge import architectures, recipe
+from moemerge.change import held
 from moemerge.checkpoint import FLOATS, Donor, Opener
 from moemerge.checkpoint.moe_names import MLP
 from moemerge.compare import compare
@@ -87,6 +88,18 @@ def top_k(
     """
     options, reporter, findings = options or Options(), reporter or Silent(), Findings()
     moe = _opened(old, options, findings, reporter)
+    edit = _choosing(moe, per_token, out is None, findings)
+    if out is not None:
+        return build(edit, Path(out), options, reporter, findings)
+    for flag in options.flags.values():
+        reporter.say(f"{flag} has no effect: only config.json changes")
+    with held(moe.checkpoint.directory) as change:
+        moe = _opened(old, options, findings, Silent())  # again, now that nobody else changes it
+        return build_in_place(_choosing(moe, per_token, True, findings), change, reporter)
+
+
+def _choosing(moe: Moe, per_token: int, in_place: bool, findings: Findings) -> Edit:
+    """The mixture with so many experts a token; problems are refused."""
     check_groups(moe, moe.experts, findings)
     most = most_per_token(moe)
     if not 1 <= per_token <= most:
@@ -95,23 +108,18 @@ def top_k(
     elif per_token % moe.segments:
         what = f"is {per_token}, and each expert is {moe.segments} segments, which belong together"
         findings.problem("K", what, f"write a multiple of {moe.segments}")
-    if out is None and not moe.checkpoint.reference.directory:
-        findings.problem(old, "is on the Hub, where nothing is changed", "name an OUT")
+    if in_place and not moe.checkpoint.reference.directory:
+        findings.problem(moe.text, "is on the Hub, where nothing is changed", "name an OUT")
     parts = list(moe.parts) if has_factor(moe) else [weighed(p, per_token, moe) for p in moe.parts]
-    if out is None and parts != list(moe.parts):
+    if in_place and parts != list(moe.parts):
         what = f"is a split, whose down projections are multiplied by {moe.factor}, so they change"
-        findings.problem(old, what, "name an OUT")
+        findings.problem(moe.text, what, "name an OUT")
     findings.refuse()
     config = config_of(moe, moe.experts, per_token)
     each = per_token // moe.segments
     said = _said(moe, lambda merge: replace(merge, experts_per_token=each))
     story = f"{Path(moe.text).name}, with {per_token} of its {moe.experts} experts a token."
-    edit = Edit(moe, parts, config, moe.names, per_token, story, text=said, same_model=True)
-    if out is None:
-        for flag in options.flags.values():
-            reporter.say(f"{flag} has no effect: only config.json changes")
-        return build_in_place(edit, reporter)
-    return build(edit, Path(out), options, reporter, findings)
+    return Edit(moe, parts, config, moe.names, per_token, story, text=said, same_model=True)
 
 
 def drop(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge import recipe
+from moemerge.change import settle
 from moemerge.checkpoint import numpy_dtype, read_bytes
 from moemerge.checkpoint.model import Checkpoint, open_checkpoint, with_rows
 from moemerge.checkpoint.not_a_model import SourceProblem
@@ -130,22 +131,39 @@ def verify_checkpoint(
 
 
 def check_shards(out: Path, plan: Plan, action: str) -> None:
-    """Refuse a directory whose shards were pushed as they were finished, and are gone."""
-    if not any((out / name).exists() for name in (CONFIG_FILE, *(s.file for s in plan.shards))):
-        what, fix = (
-            "holds no shards",
-            f"where they were pushed as it went, {action} a downloaded copy",
-        )
-        raise InputError([Problem(str(out), what, fix)])
+    """Refuse a directory that is not whole, or whose shards were pushed as they were finished."""
+    if (out / CONFIG_FILE).exists():
+        return
+    what, fix = f"holds no {CONFIG_FILE}: it is not finished", "merge again, or copy it again"
+    if not any((out / shard.file).exists() for shard in plan.shards):
+        what = "holds no shards"
+        fix = f"where they were pushed as it went, {action} a downloaded copy"
+    raise InputError([Problem(str(out), what, fix)])
+
+
+def manifest_of(out: Path, action: str) -> Manifest | None:
+    """The manifest of a mixture; None of one that moemerge did not make.
+
+    Raises:
+        InputError: its shards are gone.
+        VerifyError: the manifest is broken.
+    """
+    settle(out)
+    if not (out / MANIFEST_FILE).exists():
+        return None
+    manifest = open_manifest(out)
+    check_shards(out, manifest.plan, action)
+    return manifest
 
 
 def open_manifest(out: Path) -> Manifest:
-    """The manifest of a finished directory.
+    """The manifest of a finished directory; what a killed run had decided is completed first.
 
     Raises:
         InputError: the directory is not a finished output of moemerge.
         VerifyError: the manifest is broken.
     """
+    settle(out)
     try:
         return read_manifest(out)
     except (FileNotFoundError, NotADirectoryError) as error:

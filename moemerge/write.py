@@ -31,13 +31,19 @@ class How:
 
 
 def write_shard(
-    shard: Shard, sources: Sources, out: Path, how: How, advance: Callable[[int], object]
+    shard: Shard,
+    sources: Sources,
+    out: Path,
+    how: How,
+    advance: Callable[[int], object],
+    to: Path | None = None,
 ) -> dict[str, Any]:
     """Write one shard into `out` and return its manifest entry: `bytes` and, if asked, `xxh3`.
 
     Memory is a buffer for each thread, whatever the shard's size. The file has its name only when
     it is whole and flushed to disk. `advance` is called with the bytes of each step. A shard knows
-    of no other, so they may be written in any order, at once, and on several machines.
+    of no other, so they may be written in any order, at once, and on several machines. `to` is
+    another path that it is to have.
 
     Raises:
         ReadError: a source is truncated, changed, or holds NaN or Inf.
@@ -62,7 +68,7 @@ def write_shard(
                 entry["xxh3"] = checksum(_write_chunks(file, output, pool, done))
             else:
                 _write_ranges(file, output, pool, done)
-            output.finish(out / shard.file)
+            output.finish(to or out / shard.file)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

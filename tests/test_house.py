@@ -20,7 +20,7 @@ FLOORS = [
     ["plan", "body", "dense", "vocabulary_choice", "same_tokens"],
     ["prompts", "compare", "state", "shard_file"],
     ["router_inputs", "own_text", "output", "reading"],
-    ["split"],
+    ["split", "change"],
     ["fitting", "moe"],
     ["architectures", "gates", "routing_stats", "selection", "experts_apart"],
     ["gate_setup", "hosts", "hub_repository", "loading", "runnable"],

@@ -21,7 +21,7 @@ from moemerge.moe import open_moe
 from moemerge.reporting import Silent
 from moemerge.training.routers import mean_loss
 from moemerge.training.text import divide, passages_of
-from moemerge.training.tune import BEFORE, tune, undo
+from moemerge.training.tune import tune, undo
 from moemerge.training.tuning import Tuning
 
 FAMILIES = ["llama", "qwen2", "qwen3", "granite", "olmo2"]
@@ -110,7 +110,7 @@ def test_it_learns_and_touches_one_shard(tmp_path: Path, data: str, family: str)
     assert not (out / ".moemerge").exists()
     undo(out)
     assert files(out) == before
-    assert not (out / BEFORE).exists()
+    assert not (out / output.BEFORE_TUNING).exists()
     verify_checkpoint(out)
 
 

@@ -8,27 +8,25 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moemerge import card, card_files, output
+from moemerge.change import Change, held
 from moemerge.checkpoint import numpy_dtype, read_bytes
 from moemerge.checkpoint.safetensors_file import read_header
-from moemerge.errors import Findings, InputError, Problem, RunError
+from moemerge.errors import Findings, InputError, Problem
 from moemerge.evaluation_text import untold
 from moemerge.experts_apart import dtype_of, load, routers_of
 from moemerge.moe import Moe
 from moemerge.options import Options
-from moemerge.output import CARD_FILE, CONFIG_FILE, MANIFEST_FILE, Manifest
-from moemerge.plan import ROUTERS, Plan, PlannedTensor, Shard, digest_of
+from moemerge.output import BEFORE_TUNING, CARD_FILE, CONFIG_FILE, MANIFEST_FILE, Manifest
+from moemerge.plan import ROUTERS, PlannedTensor, Shard, digest_of
 from moemerge.recipe import Read
 from moemerge.reporting import Reporter, Silent
 from moemerge.routers import save
 from moemerge.shard_file import file_checksum
-from moemerge.state import State, write_json
 from moemerge.training.beginning import begin
 from moemerge.training.routers import Trained, train
 from moemerge.training.text import divide
@@ -36,12 +34,9 @@ from moemerge.training.tuning import Tuning
 from moemerge.verify import check_shards, open_manifest
 from moemerge.write import How, write_shard
 
-BEFORE = "before-tuning"
-"""Holds the first shard as it was, under a name that no reader takes for weights."""
-
-_SHARD = f"{BEFORE}/routers"
-_CARD = f"{BEFORE}/{CARD_FILE}"
-_MANIFEST = f"{BEFORE}/{MANIFEST_FILE}"
+_SHARD = f"{BEFORE_TUNING}/routers"
+_CARD = f"{BEFORE_TUNING}/{CARD_FILE}"
+_MANIFEST = f"{BEFORE_TUNING}/{MANIFEST_FILE}"
 _TITLE = "## Trained routers"
 
 
@@ -64,9 +59,8 @@ def tune(
 ) -> Tuned:
     """Train the routers of the mixture in `out`; everything else is frozen.
 
-    The first shard is replaced in one step, then manifest and card; killed in between, the same
-    call begins again from the routers as they were. If no step is better on held-out text than
-    the beginning, nothing changes.
+    First shard, manifest and card are replaced together, and so is what `undo` goes back to. If no
+    step is better on held-out text than the beginning, nothing changes.
 
     Raises:
         InputError: `out` is no finished mixture, or the data cannot be read; nothing was written.
@@ -74,59 +68,61 @@ def tune(
     """
     begun, out, options = time.monotonic(), Path(out), options or Options()
     reporter, findings = reporter or Silent(), Findings()
-    manifest = _tunable(out, findings)
-    moe, passages = begin(str(out), tuning, options, findings, None)
-    findings.refuse()
-    assert moe is not None
-    texts, held = divide(passages, tuning.held_out, options.seed)
-    with _alone(out):
-        _roll_back(out, manifest.plan)
+    _tunable(out, Findings())
+    with held(out) as change:
+        manifest = _tunable(out, findings)
+        moe, passages = begin(str(out), tuning, options, findings, None)
+        findings.refuse()
+        assert moe is not None
+        texts, apart = divide(passages, tuning.held_out, options.seed)
         model = load(moe, options, reporter, dtype_of(moe))
         routers = routers_of(model, moe)
         balance = balance_of(moe, tuning)
         trained, made = train(
-            model, routers, texts, held, tuning, options.seed, balance, moe.per_token, reporter
+            model, routers, texts, apart, tuning, options.seed, balance, moe.per_token, reporter
         )
-        tuned = Tuned(out, trained, len(texts), len(held), time.monotonic() - begun)
+        tuned = Tuned(out, trained, len(texts), len(apart), time.monotonic() - begun)
         if trained.best:
-            _replace(out, manifest, made, tuned, tuning, options, reporter)
+            _replace(change, manifest, made, tuned, tuning, options, reporter)
         else:
             reporter.say("no step was better on held-out text than the beginning: nothing changes")
-            with output.writing(out):
-                State(out).remove()
     return dataclasses.replace(tuned, seconds=time.monotonic() - begun)
 
 
 def undo(out: str | Path, reporter: Reporter | None = None) -> None:
     """Give the mixture in `out` back the routers from before its last `tune`.
 
+    What else was changed since, such as the experts a token, stays.
+
     Raises:
         InputError: it was not tuned, or has had other routers since.
     """
     out, reporter, findings = Path(out), reporter or Silent(), Findings()
-    manifest = _tunable(out, findings)
-    try:
-        before = output.read_manifest(out / BEFORE)
-    except (OSError, ValueError):
-        before = None
-    if not before or not manifest.tuned or not (out / _SHARD).is_file():
-        what = "holds no routers from before a tuning that its own came of"
-        findings.problem(str(out), what, "there is nothing to undo")
-    findings.refuse()
-    assert before is not None
-    with _alone(out), output.writing(out):
-        state = State(out)
-        _copy(out / _SHARD, out / before.plan.shards[0].file, state)
-        write_json(out / MANIFEST_FILE, before.to_json(), scratch=state.directory)
+    _tunable(out, Findings())
+    with held(out) as change, output.writing(out):
+        manifest = _tunable(out, findings)
+        try:
+            before = output.read_manifest(out / BEFORE_TUNING)
+        except (OSError, ValueError):
+            before = None
+        if not before or not manifest.tuned or not (out / _SHARD).is_file():
+            what = "holds no routers from before a tuning that its own came of"
+            findings.problem(str(out), what, "there is nothing to undo")
+        findings.refuse()
+        assert before is not None
+        first = before.plan.shards[0]
+        plan = dataclasses.replace(manifest.plan, shards=(first, *manifest.plan.shards[1:]))
+        as_was = dataclasses.replace(before, plan=plan, config=manifest.config)
+        change.write(first.file, (out / _SHARD).read_bytes())
+        change.write_json(MANIFEST_FILE, as_was.to_json())
         if (out / _CARD).is_file():
             if card.is_untouched((out / CARD_FILE).read_bytes()):
-                _copy(out / _CARD, out / CARD_FILE, state)
+                change.write(CARD_FILE, (out / _CARD).read_bytes())
             else:
                 reporter.say(f"{out / CARD_FILE}: was edited since it was written, so it stays")
         for name in (_MANIFEST, _CARD, _SHARD):
-            (out / name).unlink(missing_ok=True)
-        (out / BEFORE).rmdir()
-        state.remove()
+            change.remove(name)
+        change.commit()
 
 
 def balance_of(moe: Moe, tuning: Tuning) -> float:
@@ -152,33 +148,8 @@ def _tunable(out: Path, findings: Findings) -> Manifest:
     return manifest
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    with output.writing(out):
-        state = State(out)
-        held = state.mine(shared=False)
-        mine = held.__enter__()
-    try:
-        if not mine:
-            raise RunError(f"{out}: another moemerge is at work there; wait for it")
-        yield
-    finally:
-        held.__exit__(None, None, None)
-
-
-def _roll_back(out: Path, plan: Plan) -> None:
-    """Put back the old first shard where an earlier run was killed after it had replaced it."""
-    shard = plan.shards[0]
-    header, path, kept = shard.header(), out / shard.file, out / _SHARD
-    with output.writing(out):
-        if path.read_bytes()[: len(header)] == header or not kept.is_file():
-            return
-        if kept.read_bytes()[: len(header)] == header:
-            _copy(kept, path, State(out))
-
-
 def _replace(
-    out: Path,
+    change: Change,
     manifest: Manifest,
     made: dict[str, Any],
     tuned: Tuned,
@@ -186,8 +157,8 @@ def _replace(
     options: Options,
     reporter: Reporter,
 ) -> None:
-    """Keep what is there, then replace the first shard, the manifest and the card."""
-    state, plan = State(out), manifest.plan
+    """Replace the first shard, the manifest and the card, and what is kept of those before."""
+    out, state, plan = change.out, change.state, manifest.plan
     first = plan.shards[0]
     source = state.directory / "tuned.safetensors"
     whole = Shard(first.file, tuple(_as_made(tensor) for tensor in first.tensors), "")
@@ -202,20 +173,19 @@ def _replace(
     digest = digest_of([first.digest, file_checksum(source)])
     shard = Shard(first.file, changed, digest)
     with output.writing(out):
-        (out / BEFORE).mkdir(exist_ok=True)
-        _copy(out / first.file, out / _SHARD, state)
-        write_json(out / _MANIFEST, _bare(manifest).to_json(), scratch=state.directory)
-        (out / _CARD).unlink(missing_ok=True)
+        change.write(_SHARD, (out / first.file).read_bytes())
+        change.write_json(_MANIFEST, _bare(manifest).to_json())
         if (out / CARD_FILE).is_file():
-            _copy(out / CARD_FILE, out / _CARD, state)
+            change.write(_CARD, (out / CARD_FILE).read_bytes())
+        else:
+            change.remove(_CARD)
     reading = dataclasses.replace(whole, digest=digest)
-    how = How(options.threads, options.direct, True)
-    entry = write_shard(reading, {ROUTERS: read_header(source)}, out, how, lambda nbytes: None)
-    kept = {
-        name: {"bytes": (out / name).stat().st_size, "xxh3": file_checksum(out / name)}
-        for name in (_SHARD, _MANIFEST, _CARD)
-        if (out / name).is_file()
-    }
+    how, to = How(options.threads, options.direct, True), change.path(first.file)
+    made_of = {ROUTERS: read_header(source)}
+    entry = write_shard(reading, made_of, out, how, lambda nbytes: None, to)
+    kept = {name: change.entry(name) for name in (_SHARD, _MANIFEST)}
+    if (out / CARD_FILE).is_file():
+        kept[_CARD] = change.entry(_CARD)
     trained = tuned.trained
     said = {
         "steps": trained.best, "batch": tuning.batch, "length": tuning.length,
@@ -227,19 +197,19 @@ def _replace(
     new = dataclasses.replace(
         manifest,
         plan=dataclasses.replace(plan, shards=(shard, *plan.shards[1:])),
-        files={**manifest.files, first.file: entry, **kept},
+        files={**_bare(manifest).files, first.file: entry, **kept},
         routing={},
         tuned=said,
     )
-    with output.writing(out):
-        write_json(out / MANIFEST_FILE, new.to_json(), scratch=state.directory)
-        _retell(out, tuned, tuning, reporter)
-        state.remove()
+    change.write_json(MANIFEST_FILE, new.to_json())
+    _retell(change, tuned, tuning, reporter)
+    change.commit()
 
 
 def _bare(manifest: Manifest) -> Manifest:
     """The manifest without what an earlier tuning kept, which this one's takes the place of."""
-    files = {name: entry for name, entry in manifest.files.items() if not name.startswith(BEFORE)}
+    own = (_SHARD, _MANIFEST, _CARD)
+    files = {name: entry for name, entry in manifest.files.items() if name not in own}
     return dataclasses.replace(manifest, files=files)
 
 
@@ -256,14 +226,7 @@ def _array(out: Path, shard: Shard, tensor: PlannedTensor) -> Any:
     return raw.astype(np.float32).reshape(location.shape)
 
 
-def _copy(old: Path, new: Path, state: State) -> None:
-    """Copy a small file in one step."""
-    part = state.directory / f"{new.name}.part"
-    part.write_bytes(old.read_bytes())
-    part.replace(new)
-
-
-def _retell(out: Path, tuned: Tuned, tuning: Tuning, reporter: Reporter) -> None:
+def _retell(change: Change, tuned: Tuned, tuning: Tuning, reporter: Reporter) -> None:
     """Say in the card what was done; what it says of the old routers goes."""
     trained = tuned.trained
     paragraph = (
@@ -274,7 +237,7 @@ def _retell(out: Path, tuned: Tuned, tuning: Tuning, reporter: Reporter) -> None
     )
     section = f"{_TITLE}\n\n{paragraph}\n\n"
 
-    def change(text: str) -> str:
+    def edit(text: str) -> str:
         text = untold(text)
         for title in ("## Routing", _TITLE):
             text = re.sub(rf"^{title}\n.*?(?=^## |\Z)", "", text, flags=re.DOTALL | re.MULTILINE)
@@ -287,4 +250,4 @@ def _retell(out: Path, tuned: Tuned, tuning: Tuning, reporter: Reporter) -> None
         head, limits, rest = text.partition("## Limits\n")
         return head + section + limits + rest
 
-    card_files.rewrite(out, change, reporter)
+    card_files.rewrite(change, edit, reporter)
