@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moemerge.change import Change
+from moemerge.change import Change, held
 from moemerge.errors import InputError, Problem, RunError, VerifyError
-from moemerge.hub_repository import SHARD, Content, Repository, holds, size_of
-from moemerge.output import (
-    CONFIG_FILE,
-    MANIFEST_FILE,
-    OWN_FILES,
-    Manifest,
-    read_manifest,
-)
-from moemerge.plan import INDEX_FILE, Plan, Shard, weight_index
+from moemerge.hub_repository import SHARD, Repository, holds, size_of
+from moemerge.leaving import leaving, stays
+from moemerge.output import BEFORE_TUNING, CONFIG_FILE, MANIFEST_FILE, Manifest, read_manifest
+from moemerge.plan import INDEX_FILE, Plan, Shard
 from moemerge.reporting import Reporter, Silent, size
-from moemerge.shareable import shareable
-from moemerge.state import State, as_json, read_json, write_json
+from moemerge.state import State, read_json, write_json
 from moemerge.verify import check_shards, is_whole, open_manifest, verify_checkpoint
 from moemerge.version import __version__
 
@@ -36,8 +32,9 @@ def push(
 ) -> str:
     """Upload a finished directory to the model repository `repo` on the Hub; return its address.
 
-    Its manifest's files go up and no others, in one commit, and only those that are new. The pushed
-    manifest tells no paths of this machine. Cut off, the same call again sends the rest.
+    Of its manifest's files those go up that are a model's (see `leaving`), in one commit, and only
+    what is new. Nothing that is pushed tells a path of this machine. Cut off, the same call again
+    sends the rest.
 
     Args:
         out: what a merge finished.
@@ -57,12 +54,16 @@ def push(
         raise InputError([Problem(str(out), "another moemerge is writing there", fix)])
     if problems := list(refusals(repo, private)):
         raise InputError(problems)
+    with held(out) if os.access(out, os.W_OK) else nullcontext():
+        return _push(out, repo, private, reporter)
+
+
+def _push(out: Path, repo: str, private: bool, reporter: Reporter) -> str:
     verify_checkpoint(out, reporter)
     manifest = read_manifest(out)
-    content: dict[str, Content] = {
-        name: out / name for name in dict.fromkeys([*manifest.files, *OWN_FILES])
-    }
-    content[MANIFEST_FILE] = _manifest_bytes(manifest)
+    content = leaving(manifest, lambda name: out / name)
+    if others := stays(out, content):
+        reporter.say(f"{out}: {', '.join(others)} stays here, for it is no part of the model")
     target = Repository(repo, bars=True)
     target.create(private)
     there = target.files()
@@ -244,12 +245,11 @@ class Shipment:
     def finish(self, manifest: Manifest, change: Change) -> str:
         """Everything but shards, in the commit that makes the repository a model; its address."""
         shards = {shard.file: shard.nbytes for shard in manifest.plan.shards}
-        content: dict[str, Content] = {
-            name: change.after(name) for name in manifest.files if name not in shards
+        content = {
+            name: what
+            for name, what in leaving(manifest, change.after).items()
+            if name not in shards
         }
-        content[MANIFEST_FILE] = _manifest_bytes(manifest)
-        content[INDEX_FILE] = as_json(weight_index(manifest.plan)).encode()
-        content[CONFIG_FILE] = as_json(manifest.plan.config).encode()
         there = self.target.files()
         new = {name: what for name, what in content.items() if not holds(what, there.get(name))}
         gone = _stale(there, manifest.plan)
@@ -271,11 +271,8 @@ class Shipment:
             path.unlink()
 
 
-def _manifest_bytes(manifest: Manifest) -> bytes:
-    return as_json(shareable(manifest).to_json()).encode()
-
-
 def _stale(there: Collection[str], plan: Plan) -> list[str]:
-    """Shards of an earlier mixture, which some programs would read."""
+    """Shards of an earlier mixture, which some programs would read, and what never should leave."""
     ours = {shard.file for shard in plan.shards}
-    return [name for name in there if SHARD.fullmatch(name) and name not in ours]
+    kept = f"{BEFORE_TUNING}/"
+    return [n for n in there if (SHARD.fullmatch(n) and n not in ours) or n.startswith(kept)]

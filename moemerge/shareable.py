@@ -31,12 +31,14 @@ def shareable(manifest: Manifest) -> Manifest:
     for shard in plan["shards"]:
         for tensor in shard["tensors"]:
             tensor["recipe"] = _with_names(tensor["recipe"], names)
+    public = dataclasses.replace(manifest, plan=Plan.from_json(plan), folder=None)
+    if not manifest.card.get("config", True):
+        public = dataclasses.replace(public, routing={})
     if not manifest.config:  # of a mixture that came without a manifest
-        return dataclasses.replace(manifest, plan=Plan.from_json(plan), folder=None)
+        return public
     folder = Path(manifest.folder) if manifest.folder else None
     config = dataclasses.replace(parse_config(manifest.config), folder=folder)
     config = shareable_config(config, manifest.plan)
-    routing = manifest.routing
     if not manifest.card.get("config", True):
         silent = partial(
             dataclasses.replace, positive_prompts=(), negative_prompts=(), calibration=None
@@ -46,10 +48,7 @@ def shareable(manifest: Manifest) -> Manifest:
             experts=tuple(map(silent, config.experts)),
             shared_experts=tuple(map(silent, config.shared_experts)),
         )
-        routing = {}
-    return dataclasses.replace(
-        manifest, config=config.as_yaml(), plan=Plan.from_json(plan), routing=routing, folder=None
-    )
+    return dataclasses.replace(public, config=config.as_yaml())
 
 
 def shareable_config(config: MergeConfig, plan: Plan) -> MergeConfig:
@@ -68,7 +67,14 @@ def shareable_config(config: MergeConfig, plan: Plan) -> MergeConfig:
             stripped = [part.strip() for part in parts]
             if known.issuperset(stripped):
                 return "+".join(names.get(part, part) for part in stripped)
-        return text
+        return "+".join(map(elsewhere, text.split("+")))
+
+    def elsewhere(part: str) -> str:
+        """A source that no weight is read from: the body of an average, a tokenizer's."""
+        part = part.strip()
+        if part in ("base", "union") or is_hub_id(part.partition("@")[0]):
+            return part
+        return f"./{last_part(part)}"
 
     def extra(said: str | tuple[str, ...]) -> str | tuple[str, ...]:
         return f"./{last_part(said)}" if isinstance(said, str) else said

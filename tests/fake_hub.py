@@ -260,6 +260,7 @@ class FakeHub:
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.storage = ""  # the address of another that takes the uploads, as the Hub's does
+        self.heard: bytearray | None = None  # make it one to keep every byte that comes in
         self._lock = threading.RLock()
         self._asked: Counter[tuple[str, str, str]] = Counter()
         self._digests: dict[Path, tuple[int, int, str]] = {}
@@ -437,6 +438,12 @@ class FakeHub:
         with self._lock:
             self.requests.append(request)
 
+    def hear(self, data: bytes) -> None:
+        """Keep what came in, if that is wanted: request lines, headers, bodies."""
+        if self.heard is not None:
+            with self._lock:
+                self.heard += data
+
     def meet(self, request: Request) -> Fault | None:
         """The fault that a request meets; `request.fault` is set to its kind."""
         with self._lock:
@@ -552,8 +559,14 @@ class _Cut(Exception):
 class _Incoming:
     """A request's body, whole by `Content-Length` or in chunks; `taken` of it has been read."""
 
-    def __init__(self, stream: BinaryIO, headers: Any, request: Request):
-        self.stream, self.request = stream, request
+    def __init__(
+        self,
+        stream: BinaryIO,
+        headers: Any,
+        request: Request,
+        hear: Callable[[bytes], object] = lambda data: None,
+    ):
+        self.stream, self.request, self.hear = stream, request, hear
         self.chunked = headers.get("Transfer-Encoding", "").lower() == "chunked"
         self.size = self.left = 0 if self.chunked else int(headers.get("Content-Length") or 0)
         self.taken, self.kept = 0, b""
@@ -575,6 +588,7 @@ class _Incoming:
         self.left -= len(data)
         self.taken += len(data)
         self.request.received += len(data)
+        self.hear(data)
         if self.chunked and not self.left:
             self._line()
         return data
@@ -623,10 +637,11 @@ class _Handler(BaseHTTPRequestHandler):
             range=self.headers.get("Range", ""),
             authorized="Authorization" in self.headers,
         )
-        self.incoming = _Incoming(self.rfile, self.headers, self.asked_for)
+        self.incoming = _Incoming(self.rfile, self.headers, self.asked_for, self.hub.hear)
         self.fault: Fault | None = None
         self.limit: int | None = None
         self.hub.record(self.asked_for)
+        self.hub.hear(f"{self.requestline}\n{self.headers}".encode())
         try:
             try:
                 self._follow_route()

@@ -4,19 +4,21 @@ with Forks() as forks:
     ran = forks.run("merge", config, out, under=out)      # ran.begun: the changes that there were
     forks.run("merge", config, out, under=out, kill_at=7)  # dies before the eighth of them
 
-A change is an open for writing, a rename, removal, link or truncation of a file, or a directory made
-or removed, as Python's audit hooks tell it. A fork costs no import, so hundreds are a matter of
-seconds.
+A change is an open for writing, a rename, removal, link or truncation of a file, or a directory
+made or removed, as Python's audit hooks tell it. A fork costs no import, so hundreds are a matter
+of a minute.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,33 +37,30 @@ class Ran:
 
 
 class Forks:
-    """The warm process, asked for one run after another."""
+    """The warm process, asked for one run after another; with more in its environment, if given."""
+
+    def __init__(self, environment: dict[str, str] | None = None, cwd: Path | None = None):
+        self._environment, self._cwd = environment or {}, cwd
 
     def __enter__(self) -> Forks:
         path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **self._environment},
+            cwd=self._cwd,
         )  # fmt: skip
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
 
-    def run(
-        self,
-        *argv: object,
-        under: Path | None = None,
-        kill_at: int | None = None,
-        environment: dict[str, str] | None = None,
-    ) -> Ran:
+    def run(self, *argv: object, under: Path | None = None, kill_at: int | None = None) -> Ran:
         """`moemerge ARGV...` in a fork, killed before change `kill_at` of what is `under`."""
         asked = {
             "argv": list(map(str, argv)),
             "under": str(under or ""),
             "kill_at": kill_at,
-            "environment": environment or {},
         }
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps(asked) + "\n")
@@ -85,26 +84,28 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         asked = json.loads(line)
-        with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as counter:
+        with ExitStack() as stack:
+            files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
             pid = os.fork()
             if pid == 0:
-                _run(asked, said.fileno(), counter.fileno())
+                _run(asked, *(file.fileno() for file in files))
             rc = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            said.seek(0)
-            counter.seek(0)
-            begun = counter.read().decode().splitlines()
-            text = said.read().decode(errors="replace")
-        answers.write(json.dumps({"rc": rc, "begun": begun, "said": text}) + "\n")
+            for file in files:
+                file.seek(0)
+            said, begun, imported = (file.read().decode(errors="replace") for file in files)
+        for name in imported.splitlines():
+            with suppress(Exception):
+                importlib.import_module(name)
+        answers.write(json.dumps({"rc": rc, "begun": begun.splitlines(), "said": said}) + "\n")
         answers.flush()
 
 
-def _run(asked: dict[str, Any], said: int, counter: int) -> None:
+def _run(asked: dict[str, Any], said: int, counter: int, imported: int) -> None:
     """The fork: it ends here."""
-    rc = 99
+    rc, warm = 99, set(sys.modules)
     try:
         os.dup2(said, 1)
         os.dup2(said, 2)
-        os.environ.update(asked["environment"])
         if asked["under"]:
             _listen(asked["under"], asked["kill_at"], counter)
         sys.argv = ["moemerge", *asked["argv"]]
@@ -123,6 +124,7 @@ def _run(asked: dict[str, Any], said: int, counter: int) -> None:
         traceback.print_exc()
         sys.stderr.flush()
     finally:
+        os.write(imported, "\n".join(sys.modules.keys() - warm).encode())
         os._exit(rc)
 
 
