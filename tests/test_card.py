@@ -383,6 +383,7 @@ def test_an_edited_card_stays_and_that_is_said(tmp_path: Path, babies: dict[str,
     assert said.exit_code == 0 and "README.md: was edited since it was written" in said.stderr
     assert path.read_bytes() == mine
     path.unlink()
+    verify_checkpoint(out)  # a card is its owner's to remove
     regate(out, config)
     assert "`random`" in path.read_text()
 

@@ -244,6 +244,7 @@ def test_the_card_tells_it_until_the_routers_change(
         assert "trained or evaluated as a whole" in card.text
         assert is_untouched((out / "README.md").read_bytes())
     assert b"## Evaluation" not in before
+    assert not tell_evaluation(out, found, Silent())  # they are another mixture's by now
 
 
 def test_an_edited_card_stays(tmp_path: Path, built: Path, texts: dict[str, Path]) -> None:
@@ -263,7 +264,8 @@ def test_a_persons_own_section_and_index_stay(tmp_path: Path, found: dict[str, A
     out = made(tmp_path)
     merge(tmp_path / "c.yaml", tmp_path / "told", Options(card=str(own)))
     before = (tmp_path / "told/README.md").read_text()
-    tell_evaluation(tmp_path / "told", found, Silent())
+    digest = output.read_manifest(tmp_path / "told").plan.digest
+    assert tell_evaluation(tmp_path / "told", {**found, "plan_digest": digest}, Silent())
     after = (tmp_path / "told/README.md").read_text()
     assert "name: theirs" in after and "I like it." in after and after.count("## Evaluation") == 2
     top_k(str(tmp_path / "told"), 1)

@@ -115,8 +115,10 @@ def edited(desk: Desk) -> Path:
 def own_card(desk: Desk) -> Path:
     card = desk.root / "own.md"
     card.write_text(f"# Mine\n\nOn my disk it is {desk.root / 'out'}.\n")
-    out = desk.root / "with-card"
-    desk.do("merge", desk.config, out, "--no-config-in-card", "--card", card)
+    out, text = desk.root / "with-card", desk.config.read_text()
+    text = text.replace(f"{desk.root}/", f"../{desk.root.name}/")  # and relative sources
+    config = write_config(desk.root / "relative.yaml", text)
+    desk.do("merge", config, out, "--no-config-in-card", "--card", card)
     return out
 
 
