@@ -213,7 +213,7 @@ class Death(BaseException):
 
 
 PLACES = ["moemerge.new_routers.write_shard", "moemerge.card_files.card.render",
-          "moemerge.new_routers.output.finish", "moemerge.output.write_json"]  # fmt: skip
+          "moemerge.change.Change.finish", "moemerge.change._complete"]  # fmt: skip
 
 
 @pytest.mark.parametrize("place", PLACES)

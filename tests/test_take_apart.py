@@ -386,7 +386,7 @@ def test_cut_off_the_same_call_goes_on(
     def die(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    for place in ("write_shard", "verify_shards", "output.finish"):
+    for place in ("write_shard", "verify_shards", "Change.finish"):
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(f"moemerge.rebuild.{place}", die)
             add(*arguments, tmp_path / "out")
