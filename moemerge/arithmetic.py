@@ -1,8 +1,10 @@
 """A recipe worked out: the bytes of one output tensor; the only arithmetic on weights.
 
 Bytes that are a source's own never become a tensor; in another dtype they are converted on their
-way. Everything else is computed in float32 over fixed blocks of rows, so that its bytes depend on
-nothing but the recipe, and converted to the output's dtype at the end.
+way. Everything else is computed in float32 over fixed blocks of rows, and converted to the output's
+dtype at the end. Its bytes depend on nothing but the recipe, on any processor and with any number
+of threads: each step is one that IEEE 754 rounds in one way, and the sums of a matrix product,
+whose order is the kernel's own, are exact (`_grid`).
 """
 
 from __future__ import annotations
@@ -218,7 +220,7 @@ def _evaluate(
         total = torch.zeros((len(rows), math.prod(shape_of(recipe, sources)[1:])))
         for part, weight in zip(recipe.of, recipe.weights, strict=True):
             value = _evaluate(part, name, block, rows, sources, whole)
-            total.add_(value.float(), alpha=weight)
+            total += value.float() * weight  # rounded twice everywhere: `alpha` may be fused
         return total
     if isinstance(recipe, Join):
         return _join(recipe, name, block, rows, sources, whole)
@@ -233,29 +235,47 @@ def _evaluate(
         return value + recipe.std * torch.from_numpy(drawn)
     if isinstance(recipe, Renew):
         return _renew(recipe, value, name, block, rows, sources)
-    delta: torch.Tensor = _up(recipe, rows, sources, whole) @ _down(recipe, sources, whole)
-    return value + recipe.scale * delta
+    delta = _up(recipe, rows, sources, whole) @ _down(recipe, sources, whole)
+    return value + recipe.scale * delta.float()
 
 
 def _down(recipe: LowRank, sources: Sources, whole: dict[Read, Any]) -> torch.Tensor:
-    """All of the delta's `down`, (r, in), in float32."""
+    """All of the delta's `down`, (r, in), in float64."""
     if recipe.down not in whole:
         down = sources[recipe.down.source][recipe.down.tensor]
-        matrix = _read(down, range(down.shape[0])).float()
-        whole[recipe.down] = matrix.T.contiguous() if recipe.transposed else matrix
+        matrix = _read(down, range(down.shape[0])).double()
+        whole[recipe.down] = _grid(matrix.T if recipe.transposed else matrix, 0)
     found: torch.Tensor = whole[recipe.down]
     return found
 
 
 def _up(recipe: LowRank, rows: range, sources: Sources, whole: dict[Read, Any]) -> torch.Tensor:
-    """Some rows of the delta's `up`, (len(rows), r), in float32."""
+    """Some rows of the delta's `up`, (len(rows), r), in float64."""
     up = sources[recipe.up.source][recipe.up.tensor]
     if not recipe.transposed:
-        return _read(up, rows)[:, recipe.first :: recipe.every].float()
+        return _grid(_read(up, rows)[:, recipe.first :: recipe.every].double(), 1)
     if recipe.up not in whole:
         whole[recipe.up] = _read(up, range(up.shape[0])).T
-    found: torch.Tensor = whole[recipe.up]
-    return found[rows.start : rows.stop].float().contiguous()
+    return _grid(whole[recipe.up][rows.start : rows.stop].double(), 1)
+
+
+def _grid(matrix: torch.Tensor, axis: int) -> torch.Tensor:
+    """A matrix whose product with its partner float64 computes without any rounding.
+
+    `axis` is the one that the product sums over, of r values. Each row (or column) is rounded to
+    whole multiples of a power of two, 22 bits or more below its largest value: a float32 product is
+    no closer. A sum of r products of such has 53 bits at most, so no order of summation, fused
+    or not, on one thread or many, gives another. NaN and Inf in it come out as such.
+    """
+    import numpy as np
+    import torch
+
+    values = matrix.numpy()
+    bits = (53 - math.ceil(math.log2(values.shape[axis]))) // 2
+    with np.errstate(invalid="ignore"):
+        _, exponent = np.frexp(np.abs(values).max(axis, keepdims=True))
+        unit = np.ldexp(1.0, exponent - bits)
+        return torch.from_numpy(np.ascontiguousarray(np.rint(values / unit) * unit))
 
 
 def _join(
@@ -326,7 +346,7 @@ def _statistics(recipe: Recipe, sources: Sources) -> tuple[float, float]:
         total = squares = 0.0
         for block, first in enumerate(range(0, rows, step)):
             own = range(first, min(first + step, rows))
-            value = _evaluate(recipe, "", block, own, sources, whole).double()
+            value = _evaluate(recipe, "", block, own, sources, whole).double().numpy()
             total, squares = total + float(value.sum()), squares + float((value * value).sum())
         mean = total / (rows * math.prod(rest))
         spread = squares / (rows * math.prod(rest)) - mean * mean

@@ -114,7 +114,7 @@ def file_checksum(path: Path, jobs: int = 4) -> str:
 def threads(jobs: int, compute: bool) -> Iterator[ThreadPoolExecutor]:
     """A pool that, on an error or Ctrl-C, drops what has not begun.
 
-    Where they compute, each thread is torch's only one: no result depends on how many there are.
+    Where they compute, each thread is torch's only one: more would wait for each other.
     """
     before = 0
     if compute:
