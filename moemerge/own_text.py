@@ -9,6 +9,7 @@ from moemerge import recipe
 from moemerge.arithmetic import generator
 from moemerge.checkpoint import Donor
 from moemerge.dense import whole_model
+from moemerge.errors import RunError
 from moemerge.options import Options
 from moemerge.prompts import Prompt
 from moemerge.recipe import Sources
@@ -92,6 +93,9 @@ def write_texts(
                     use_cache=True,
                 )
                 cache, logits = done.past_key_values, done.logits[:, -1].float().cpu()
+                if not logits.isfinite().all():
+                    what = f"{donor.name} ({donor.model.reference.text}): writes NaN or Inf"
+                    raise RunError(f"{what}; use another dtype of it, or gate_mode: ridge")
                 logits[:, banned] = -torch.inf
                 draws = generator(options.seed, f"{name}, batch {number}", step)
                 chosen = draw(logits.numpy(), draws.random(len(batch)), sampling)

@@ -26,6 +26,7 @@ from moemerge.dense import (
     pick_device,
     quantise,
 )
+from moemerge.errors import ReadError, RunError
 from moemerge.options import Options
 from moemerge.prompts import Prompt
 from moemerge.recipe import Recipe, Sources
@@ -78,7 +79,11 @@ def layer_inputs(
 
     With `options.lazy` one layer's weights are in memory at a time; without, two: the next is read
     while one computes. The values are the same, bit for bit.
+
+    Raises:
+        RunError: a layer overflows, which names the model whose part of it does.
     """
+    import numpy as np
     import torch
 
     device = pick_device(options.device)
@@ -121,6 +126,10 @@ def layer_inputs(
                 for (whose, batch), state in zip(batches, states, strict=True):
                     if whose is donor:
                         _run(layer, passages, batch, state, seen)
+                        if not state.isfinite().all():
+                            given = seen.get("mlp", {})
+                            own = all(np.isfinite(given[n]).all() for n in batch if n in given)
+                            raise _overflow(donor if donor and own else body.base, number)
                         advance(len(batch))
                 del layer  # before the next is read
             weights.clear()
@@ -131,8 +140,23 @@ def layer_inputs(
 
 def embed(body: Body, sources: Sources, ids: list[int]) -> dict[int, Any]:
     """The embedding (D) of each token id; only these rows are read."""
-    rows = load_rows(body.recipe(EMBEDDING), ids, sources)
+    import numpy as np
+
+    made = body.recipe(EMBEDDING)
+    rows = load_rows(made, ids, sources)
+    for token, row in zip(ids, rows, strict=True):
+        if not np.isfinite(row).all():
+            read = next(recipe.reads(made))
+            what = f"{read.source}: {read.tensor}, row {token}, holds NaN or Inf"
+            raise ReadError(f"{what}; use another model, or prompts without that token")
     return dict(zip(ids, rows, strict=True))
+
+
+def _overflow(donor: Donor, layer: int) -> RunError:
+    return RunError(
+        f"{donor.name} ({donor.model.reference.text}): layer {layer} makes NaN or Inf of "
+        "these texts; use another dtype of it, other prompts, or --device cpu"
+    )
 
 
 def _through(body: Body, donor: Donor | None) -> Callable[[str], Recipe]:

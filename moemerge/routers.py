@@ -162,8 +162,8 @@ def save(
         matrix = made[tensor.name]
         if not np.isfinite(matrix).all():
             raise RunError(
-                f"{tensor.name}: the router came out as NaN or Inf; the base model overflows on "
-                "these prompts: try another dtype of it, or --device cpu"
+                f"{tensor.name}: the router came out as NaN or Inf; use other prompts, another "
+                "dtype of the models, or --device cpu"
             )
         content.append(matrix.astype(numpy_dtype(tensor.dtype)).tobytes())
     content += [order.astype("<i4").tobytes() for order in orders.values()]

@@ -33,7 +33,7 @@ class ShardFile:
         """Fill `view` with the bytes from `start` on; of tensors in `only` alone, if given.
 
         Raises:
-            ReadError: a source is truncated or changed, or a computed value is NaN or Inf.
+            ReadError: a source is truncated or changed, or a value is NaN or Inf.
         """
         for tensor, first, part in self.pieces(view, start):
             if tensor is None:

@@ -360,6 +360,51 @@ def test_values_that_a_dtype_cannot_hold_are_named(tmp_path: Path, value: float)
     assert not list((tmp_path / "out/.moemerge").glob("*.part"))
 
 
+def broken(folder: Path, tensor: str, value: float, dtype: torch.dtype = torch.float32) -> Path:
+    """A model with a row of a value that is not finite, or nearly so."""
+    model = make_model(folder, seed=3, dtype=dtype)
+    state = load_file(model / "model.safetensors")
+    state[tensor][-1] = value
+    save_weights(model, state)
+    return model
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_not_finite_is_named_while_it_is_copied(
+    tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
+    base = make_model(tmp_path / "base", dtype=dtype)
+    expert = broken(tmp_path / "expert", "model.layers.1.mlp.down_proj.weight", value, dtype)
+    text = simple_config(base, [base, expert], "gate_mode: random")
+    with pytest.raises(ReadError) as refused:
+        merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
+    assert f"{expert}: model.layers.1.mlp.down_proj.weight holds NaN or Inf" in str(refused.value)
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_token_that_no_text_has_may_have_any_row(tmp_path: Path) -> None:
+    base = broken(tmp_path / "base", "model.embed_tokens.weight", float("nan"))
+    text = simple_config(base, [base, base])
+    merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
+    verify_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize("mode", ["ridge", "self", "hidden"])
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_gates_name_the_expert_that_breaks_them(tmp_path: Path, mode: str, value: float) -> None:
+    base = make_model(tmp_path / "base")
+    expert = broken(tmp_path / "expert", "model.layers.0.mlp.down_proj.weight", value)
+    text = simple_config(base, [base, expert], f"gate_mode: {mode}")
+    config = write_config(tmp_path / "c.yaml", text)
+    if mode == "hidden":  # of the base alone
+        text = simple_config(expert, [base, base], f"gate_mode: {mode}")
+        config = write_config(tmp_path / "c.yaml", text)
+    with pytest.raises(RunError) as refused:
+        merge(config, tmp_path / "out")
+    assert str(expert) in str(refused.value) and f"{base}:" not in str(refused.value)
+
+
 def test_a_disk_that_fills_up_keeps_what_was_finished(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
