@@ -296,9 +296,12 @@ def _grid(matrix: torch.Tensor, axis: int) -> torch.Tensor:
     values = matrix.numpy()
     bits = (53 - math.ceil(math.log2(values.shape[axis]))) // 2
     with np.errstate(invalid="ignore"):
-        _, exponent = np.frexp(np.abs(values).max(axis, keepdims=True))
-        unit = np.ldexp(1.0, exponent - bits)
-        return torch.from_numpy(np.ascontiguousarray(np.rint(values / unit) * unit))
+        top = np.maximum(values.max(axis, keepdims=True), -values.min(axis, keepdims=True))
+        unit = np.ldexp(1.0, np.frexp(top)[1] - bits)
+        rounded = values / unit
+        np.rint(rounded, out=rounded)
+        rounded *= unit
+    return torch.from_numpy(np.ascontiguousarray(rounded))
 
 
 def _join(

@@ -5,6 +5,7 @@ The constants were measured (`scripts/bench_memory.py`): what Python and torch h
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections import Counter
@@ -37,6 +38,8 @@ WITH_TRANSFORMERS = 440_000_000
 """A process that runs a model."""
 
 _SCRATCH = 8 * BLOCK_VALUES * 4
+_DELTA = 20
+"""Bytes a value of a LoRA's A, read, in float64, and on its grid."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,10 @@ def expected_peak(ready: Prepared, options: Options) -> int:
     tensors = [tensor for shard in plan.shards[1:] for tensor in shard.tensors]
     computes = any(recipe.computes(t.recipe) for t in tensors)
     copies = all(recipe.is_copy(t.recipe, t.dtype, sources) for t in tensors)
-    buffers = options.threads * (CHUNK_BYTES + (0 if copies else _SCRATCH))
+    adapters = [donor.adapter for donor in (ready.base, *ready.donors) if donor.adapter]
+    downs = [a.checkpoint.tensors[d.down].shape for a in adapters for d in a.deltas.values()]
+    delta = _DELTA * max(map(math.prod, downs), default=0)
+    buffers = options.threads * (CHUNK_BYTES + (0 if copies else _SCRATCH + delta))
     buffers = min(buffers, plan.nbytes)
     if "experts" in ready.gate.USES and not options.lazy:
         dense = max(model_bytes(donor.model.tensors.values()) for donor in ready.donors)
