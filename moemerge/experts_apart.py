@@ -9,14 +9,14 @@ weight, nor a frozen weight in full size, outlives the product that it is for.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from moemerge import arithmetic
 from moemerge.checkpoint import fetch
 from moemerge.dense import Streamed, available_memory, pick_device
-from moemerge.errors import Findings, RunError
+from moemerge.errors import Findings, InputError, Problem, RunError
 from moemerge.moe import Moe, Part
 from moemerge.options import Options
 from moemerge.reporting import Reporter, size
@@ -75,7 +75,8 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
     after it.
 
     Raises:
-        RunError: transformers cannot build it, or the files hold other tensors than it has.
+        InputError: the files hold other tensors than transformers' model has.
+        RunError: transformers cannot build it.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -92,14 +93,20 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
     _return_freed_memory()
     device = pick_device(options.device)
     sources = {moe.text: opened.tensors}
-    names = set(model.state_dict())
+    names = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    unplaced, misfits = [], []
     places: dict[str, list[tuple[str, Part]]] = {}
     for part in moe.parts:
         name = next((one for one in _names_in_memory(part, moe) if one in names), None)
         if name is None:
-            raise RunError(f"{moe.text}: {part.name} has no place in transformers' model")
-        names.remove(name)
-        places.setdefault(part.layer, []).append((name, part))
+            unplaced.append(part.name)
+        elif names.pop(name) != part.shape:
+            misfits.append(part.name)
+        else:
+            places.setdefault(part.layer, []).append((name, part))
+    if moe.dense["tie_word_embeddings"]:
+        names.pop("lm_head.weight", None)
+    refuse_weights(moe.text, names, misfits, unplaced)
 
     def fill(layer: str, *_: object) -> None:
         for name, part in places[layer]:
@@ -117,9 +124,6 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
     config.tie_word_embeddings = moe.dense["tie_word_embeddings"]
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-        names.discard("lm_head.weight")
-    if names:
-        raise RunError(f"{moe.text}: lacks {min(names)} and {len(names) - 1} more tensors")
     model.requires_grad_(False)
     if not options.load_in_4bit:  # else more than that saves would be full-size matrices' room
         _keep_freed_memory()
@@ -129,6 +133,29 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
     config.use_cache = False  # with a cache, texts packed in a row would see each other
     config.model_type = f"{moe.family}, experts apart"  # else PEFT looks for them where they were
     return model
+
+
+def refuse_weights(
+    where: str, missing: Iterable[str], misfits: Iterable[str], unplaced: Iterable[str]
+) -> None:
+    """Refuse a mixture some of whose weights transformers would draw at random, or leave out.
+
+    Raises:
+        InputError: there are some; the first of each kind are named.
+    """
+    fix = "`moemerge repair` gives a mixture the names that transformers knows"
+    problems = []
+    for names, what in (
+        (missing, "lacks {}, which transformers would draw at random"),
+        (misfits, "has {} in another shape than config.json says"),
+        (unplaced, "has {}, which transformers would leave out"),
+    ):
+        first = sorted(names)
+        if first:
+            more = f" and {len(first) - 2} more" if len(first) > 2 else ""
+            problems.append(Problem(where, what.format(", ".join(first[:2]) + more), fix))
+    if problems:
+        raise InputError(problems)
 
 
 def dtype_of(moe: Moe) -> torch.dtype:

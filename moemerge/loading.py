@@ -10,7 +10,7 @@ from typing import Any
 from moemerge.checkpoint.moe_names import COUNTS
 from moemerge.dense import available_memory, pick_device
 from moemerge.errors import Findings, InputError, Problem, first_line
-from moemerge.experts_apart import dtype_of, load
+from moemerge.experts_apart import dtype_of, load, refuse_weights
 from moemerge.moe import open_moe
 from moemerge.options import Options
 from moemerge.output import CONFIG_FILE
@@ -28,7 +28,7 @@ def load_mixture(out: Path, options: Options, reporter: Reporter) -> Any:
     it runs, and let go after it; see `reading.mean_losses`.
 
     Raises:
-        InputError: transformers cannot load it.
+        InputError: transformers cannot load it, or not all of its weights.
     """
     needed = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     free = available_memory()
@@ -43,11 +43,16 @@ def load_mixture(out: Path, options: Options, reporter: Reporter) -> Any:
     transformers.utils.logging.disable_progress_bar()
     with reporter.progress("loading the mixture", 1, "model"):
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                out, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
         except Exception as error:  # it lets through what any of many libraries raises
             what = f"transformers cannot load it ({first_line(error)})"
             fix = "name one that it loads; `moemerge verify` checks one that moemerge made"
             raise InputError([Problem(str(out), what, fix)]) from error
+    keys = ("missing_keys", "mismatched_keys", "unexpected_keys")
+    lost = ([one if isinstance(one, str) else one[0] for one in found[key]] for key in keys)
+    refuse_weights(str(out), *lost)
     if model.dtype == torch.float16:
         model = model.float()
     return model.eval().to(pick_device(options.device))

@@ -33,10 +33,17 @@ from moemerge.errors import Findings, InputError, nearest
 from moemerge.output import MANIFEST_FILE, Manifest, read_manifest
 from moemerge.plan import PlannedTensor
 from moemerge.recipe import Join, Read, Recipe, reads
+from moemerge.slots import dense_shapes
 
 PER_TOKEN = "num_experts_per_tok"
 _BIAS = "e_score_correction_bias"
 _SHARED = ("mlp.shared_expert", "shared_mlp.")
+_WHOLE = (
+    "dots1", "flex_olmo", "glm4_moe", "granitemoe", "granitemoehybrid", "granitemoeshared",
+    "mixtral", "qwen2_moe", "qwen3_moe",
+)  # fmt: skip
+"""The families whose body is a dense model's, tensor by tensor."""
+
 _NEEDED = (
     "hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
     "rms_norm_eps", "vocab_size",
@@ -163,8 +170,10 @@ def open_moe(text: str, cache_dir: str | None, findings: Findings) -> Moe | None
     parts = tuple(_parts(opened, names))
     inner = _check(parts, count, config, text, findings)
     dense = _dense(opened, config, family, inner, text, findings)
+    if len(findings.problems) == before:
+        _check_body(parts, dense, config, family, text, findings)
     manifest = _manifest(opened.directory, text, findings)
-    segments, factor = _portions(config, manifest, count, per_token, text, findings)
+    segments, factor = portions(config, manifest, count, per_token, text, findings)
     if len(findings.problems) > before:
         return None
     assert isinstance(count, int) and isinstance(per_token, int)
@@ -313,6 +322,29 @@ def _dense(
         return {}
 
 
+def _check_body(
+    parts: Iterable[Part],
+    dense: dict[str, Any],
+    config: dict[str, Any],
+    family: str,
+    text: str,
+    findings: Findings,
+) -> None:
+    """Record tensors of the body that are missing, or not what config.json says."""
+    types = config.get("layer_types") if family == "granitemoehybrid" else ["attention"]
+    known = isinstance(types, list) and {*map(str, types)} <= {"attention", "full_attention"}
+    if family not in _WHOLE or not known:
+        return
+    shapes = {name: at for name, at in dense_shapes(dense).items() if ".mlp." not in name}
+    there = {part.name: part.shape for part in parts}
+    wrong = [name for name, shape in shapes.items() if there.get(name) != shape]
+    if wrong:
+        shape, more = there.get(wrong[0]), len(wrong) - 1
+        what = f"is {list(shape)}, not {list(shapes[wrong[0]])}" if shape else "is missing"
+        fix = "use the weights and the config.json of one and the same model"
+        findings.problem(text, f"{wrong[0]} {what}" + f" (and {more} more)" * bool(more), fix)
+
+
 def _head_dim(opened: Checkpoint, heads: object) -> int | None:
     """How wide a head is, by the first layer's queries."""
     queries = opened.tensors.get("model.layers.0.self_attn.q_proj.weight")
@@ -358,7 +390,7 @@ def _dense_family(config: dict[str, Any], family: str, opened: Checkpoint) -> st
     return "mistral" if _windows(config, family).get("sliding_window") else "llama"
 
 
-def _portions(
+def portions(
     config: dict[str, Any],
     manifest: Manifest | None,
     count: Any,
@@ -366,7 +398,10 @@ def _portions(
     text: str,
     findings: Findings,
 ) -> tuple[int, int]:
-    """`Moe.segments` and `Moe.factor`: by config.json, else by the config that it was merged by."""
+    """`Moe.segments` and `Moe.factor`: by config.json, else by the config that it was merged by.
+
+    What cannot be is recorded.
+    """
     told = {key: config[key] for key in (SEGMENTS, SPLIT_FACTOR) if key in config}
     if manifest and manifest.config and not told:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from moemerge.checkpoint.moe_names import COUNTS
 from moemerge.errors import Findings, InputError, Problem
 from moemerge.gate_setup import check_device_is_here
 from moemerge.loading import PER_TOKEN, config_of, encoder_of, load_mixture
+from moemerge.moe import portions
 from moemerge.options import Options
 from moemerge.output import MANIFEST_FILE, Manifest
 from moemerge.prompts import Encoder
@@ -57,15 +58,20 @@ def report(
         options = dataclasses.replace(options, seed=manifest.plan.seed)
     count = next(int(config[key]) for key in COUNTS if key in config)
     per_token = next(int(config[key]) for key in PER_TOKEN if key in config)
-    experts = manifest.plan.experts if manifest else tuple(f"expert {n}" for n in range(count))
+    findings = Findings()
+    segments, factor = portions(config, manifest, count, per_token, str(out), findings)
+    findings.refuse()
+    per_token //= segments
+    experts = tuple(f"expert {n}" for n in range(count // segments))
+    experts = manifest.plan.experts if manifest else experts
     if texts:
-        findings = Findings()
         check_device_is_here(options, findings)
         findings.refuse()
         encoder = encoder_of(out)
         passages = {name: passages_of(name, path, encoder) for name, path in texts.items()}
-        reading = _Reading(passages, encoder, experts, per_token, options, reporter)
-        routed, measured = reading.run(out, manifest)
+        reading = _Reading(passages, encoder, experts, per_token, segments, options, reporter)
+        others = () if factor else {1, 2, per_token + 1, len(experts)}
+        routed, measured = reading.run(out, manifest, others)
     elif manifest and manifest.config:
         routed, measured = _held_out(manifest, options, reporter), {}
     else:
@@ -90,25 +96,29 @@ def _held_out(manifest: Manifest, options: Options, reporter: Reporter) -> list[
 
 @dataclass(frozen=True)
 class _Reading:
-    """All passages read by the mixture, at every experts_per_token, and then by its sources."""
+    """All passages read by the mixture, and then by its sources. An expert is so many `segments`,
+    each with a row of its own, all equal, in the routers."""
 
     passages: Passages
     encoder: Encoder
     experts: Sequence[str]
     per_token: int
+    segments: int
     options: Options
     reporter: Reporter
 
-    def run(self, out: Path, manifest: Manifest | None) -> tuple[list[Routed], dict[str, Any]]:
-        """The passages as routers saw them, and mean losses (nats): by k, and by source."""
+    def run(
+        self, out: Path, manifest: Manifest | None, others: Iterable[int]
+    ) -> tuple[list[Routed], dict[str, Any]]:
+        """The passages as routers saw them, and mean losses (nats): by experts_per_token, which the
+        mixture can take without new weights (`others`), and by source."""
         model = load_mixture(out, self.options, self.reporter)
         check_tokens(self.passages, model.get_input_embeddings().num_embeddings)
         count = len(self.experts)
-        others = sorted({1, 2, self.per_token + 1, count} - {self.per_token})
         by_count: dict[str, dict[str, float]] = {str(self.per_token): {}}
         routed = list(self._routed(model, by_count[str(self.per_token)]))
-        for k in others:
-            if k <= count and set_experts_per_token(model, k):
+        for k in sorted({*others} - {self.per_token}):
+            if k <= count and set_experts_per_token(model, k * self.segments):
                 by_count[str(k)] = self._losses(model, f"{k} experts a token")
         del model
         measured: dict[str, Any] = {"by_experts_per_token": by_count, "sources": {}, "experts": {}}
@@ -131,7 +141,7 @@ class _Reading:
             losses[name] = mean_loss(model, of_one, self.reporter, f"{name}: routing", logits)
             for prompt, layers in zip(of_one, logits, strict=True):
                 tokens = tuple(self.encoder.spelled(prompt.ids[prompt.own :]))
-                yield Routed(name, owner.get(name), layers, tokens)
+                yield Routed(name, owner.get(name), layers[..., :: self.segments], tokens)
 
     def _losses(self, model: Any, what: str) -> dict[str, float]:
         return mean_losses(model, self.passages, self.reporter, what)

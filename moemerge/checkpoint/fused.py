@@ -1,7 +1,7 @@
 """Fused tensors as their parts: each is a byte range, tensors being row-major; nothing is copied.
 
 A phi3's projections become a mistral's, and experts that a writer stacked become each expert's own,
-under the names of `moe_names`.
+under the names of `moe_names`. A prefix that all names share (`_orig_mod.`, `module.`) is left out.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moemerge.checkpoint.moe_names import LAYER, Names, count_of, names_of
+from moemerge.checkpoint.moe_names import LAYER, MLP, Names, count_of, names_of
 from moemerge.checkpoint.tensors import ITEMSIZE, Location
 
 MAX_PARTS = 1 << 19
 """Ten times what any model has; bounds what a header's claims can cost."""
 
 _PHI3 = re.compile(r"(model\.layers\.\d+\.)(self_attn\.qkv|mlp\.gate_up)_proj\.(weight|bias)")
+_APART = re.compile(rf"(\w+\.)(?:switch_mlp|experts)\.({'|'.join(MLP)})\.weight")
+"""Matrices of all experts as mlx-lm saves them, each kind in a tensor of its own."""
+
+_FIRST = "model.embed_tokens.weight"
 _ROWS = re.compile(r"(.+)\[(\d{1,18}):(\d{1,18})\]")
 
 
@@ -51,20 +55,25 @@ def views_of(
     Raises:
         ValueError: one cannot be what its name says, by its shape and the config.
     """
+    prefix = _prefix(tensors)
+    own = {name.removeprefix(prefix): at for name, at in tensors.items()}
+    parts: Iterable[tuple[str, View]] = ()
     if family == "phi3":
-        parts = _parts_of_phi3(tensors, config)
-    elif names := names_of(family, tensors):
-        parts = _parts_of_moe(tensors, names, config)
-    else:
-        return {}
+        parts = _parts_of_phi3(own, config)
+    elif names := names_of(family, own):
+        parts = _parts_of_moe(own, names, config)
     views: dict[str, View] = {}
     for name, view in parts:
-        if name in tensors and name != view.of:
+        if name in own and name != view.of:
             raise ValueError(f"{name!r} is there, and in {view.of!r} again")
         if len(views) == MAX_PARTS:
             raise ValueError(f"{view.of!r} and others claim to be more parts than any model has")
         views[name] = view
-    return views
+    if not prefix:
+        return views
+    fused = {view.of for view in views.values()}
+    views |= {name: View(name, 0, at.shape) for name, at in own.items() if name not in fused}
+    return {name: dataclasses.replace(v, of=prefix + v.of) for name, v in views.items()}
 
 
 def with_views(tensors: Mapping[str, Location], views: Mapping[str, View]) -> dict[str, Location]:
@@ -99,6 +108,13 @@ def rows_named(tensors: Mapping[str, Location], names: Iterable[str]) -> dict[st
             if name not in tensors and shape and start < stop <= shape[0]:
                 views[name] = _rows(found[1], shape, start, stop)
     return views
+
+
+def _prefix(names: Iterable[str]) -> str:
+    """What all names begin with before those that models go by; empty if that is not so."""
+    first = next((name for name in names if name.endswith(f".{_FIRST}")), _FIRST)
+    prefix = first.removesuffix(_FIRST)
+    return prefix if all(name.startswith(prefix) for name in names) else ""
 
 
 def _rows(of: str, shape: tuple[int, ...], start: int, stop: int) -> View:
@@ -138,13 +154,12 @@ def _parts_of_moe(
         layer, inside = (found[1], found[3]) if found else ("", "")
         if inside in names.routers:
             yield layer + names.router, View(name, 0, at.shape)
-        elif inside in (*names.uppers, *names.lowers):
-            upper = inside in names.uppers
-            if not _is_stack(at.shape, upper, count, hidden):
-                wanted = [count, "2F", hidden] if upper else [count, hidden, "F"]
+        elif matrices := _stacked(inside, names):
+            if not _is_stack(at.shape, matrices, count, hidden):
+                rows = "2F" if len(matrices) > 1 else "F"
+                wanted = [count, hidden, "F"] if 2 in matrices else [count, rows, hidden]
                 raise ValueError(f"{name} is {list(at.shape)}, config.json says {wanted}")
             experts, high, wide = at.shape
-            matrices = (0, 1) if upper else (2,)
             step = high // len(matrices)
             for row in range(experts * len(matrices)):
                 expert, which = divmod(row, len(matrices))
@@ -152,9 +167,21 @@ def _parts_of_moe(
                 yield layer + names.matrix(expert, matrices[which]), view
 
 
-def _is_stack(shape: tuple[int, ...], upper: bool, count: object, hidden: object) -> bool:
-    """Whether it is (E, 2F, D), or (E, D, F) if not `upper`."""
+def _stacked(inside: str, names: Names) -> tuple[int, ...]:
+    """The places in `MLP` of the matrices that a tensor of a layer holds of all experts, if any."""
+    if inside in names.uppers:
+        return (0, 1)
+    found = _APART.fullmatch(inside)
+    if found and names.expert == f"{found[1]}experts.":
+        return (MLP.index(found[2]),)
+    return (2,) if inside in names.lowers else ()
+
+
+def _is_stack(
+    shape: tuple[int, ...], matrices: tuple[int, ...], count: object, hidden: object
+) -> bool:
+    """Whether it is (E, 2F, D) or (E, F, D) of gates and ups, or (E, D, F) of downs."""
     if len(shape) != 3 or not math.prod(shape):
         return False
-    fits = shape[2] == hidden and shape[1] % 2 == 0 if upper else shape[1] == hidden
-    return fits and shape[0] == count
+    fits = shape[1] == hidden if 2 in matrices else shape[2] == hidden
+    return fits and shape[1] % len(matrices) == 0 and shape[0] == count

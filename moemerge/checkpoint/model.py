@@ -202,12 +202,13 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         except ValueError as error:
             fix = "use the weights and the config.json of one and the same model"
             raise SourceProblem(str(error), fix) from error
+    shown = with_views(tensors, views)
     commit = snapshot.commit if snapshot else None
     fingerprint = commit or digest.hexdigest()
     on_hub = snapshot.files if snapshot else {}
     absent = {file: on_hub[file] for file in weights.files if not (directory / file).exists()}
     if not adapter:
-        notes += claims.settle(config, tensors, absent, weights.index or {})
+        notes += claims.settle(config, shown, absent, weights.index or {})
     unread = {
         name: on_hub[name]
         for name in hub.VOCABULARIES
@@ -217,7 +218,7 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         reference=reference,
         directory=directory,
         config=config,
-        tensors=with_views(tensors, views),
+        tensors=shown,
         fingerprint=fingerprint,
         commit=commit,
         modified=None if snapshot else newest,
