@@ -143,12 +143,13 @@ def refuse_weights(
     Raises:
         InputError: there are some; the first of each kind are named.
     """
-    fix = "`moemerge repair` gives a mixture the names that transformers knows"
+    repair = "`moemerge repair` gives a mixture the names that transformers knows"
+    other = "use the weights and the config.json of one and the same model"
     problems = []
-    for names, what in (
-        (missing, "lacks {}, which transformers would draw at random"),
-        (misfits, "has {} in another shape than config.json says"),
-        (unplaced, "has {}, which transformers would leave out"),
+    for names, what, fix in (
+        (missing, "lacks {}, which transformers would draw at random", repair),
+        (misfits, "has {} in another shape than config.json says", other),
+        (unplaced, "has {}, which transformers would leave out", repair),
     ):
         first = sorted(names)
         if first:

@@ -494,7 +494,7 @@ def test_the_plan_of_a_mixture_is_not_needed_twice(built: Path) -> None:
     [
         ({"num_local_experts": "many"}, "no config.json of a mixture"),
         ({"model_type": "mixtrol"}, "transformers cannot load it"),
-        ({"num_local_experts": 4}, "transformers cannot load it"),
+        ({"num_local_experts": 4}, "experts.down_proj, .* in another shape than config.json says"),
     ],
 )
 def test_what_transformers_cannot_load_is_refused(
@@ -577,3 +577,27 @@ def test_an_expert_without_text_is_not_said_to_idle() -> None:
     assert idle("first", 0) == []
     assert idle("first", 1) == [0]
     assert idle("other", 1) == [0, 2]
+
+
+@pytest.mark.parametrize("whose", ["moemerge", "another"])
+def test_segments_are_looked_at_as_the_experts_that_they_are(
+    whose: str, tmp_path: Path, built: Path, texts: dict[str, Path], found: dict[str, Any]
+) -> None:
+    text = (built.parent / "c.yaml").read_text()
+    out = tmp_path / "out"
+    merge(write_config(tmp_path / "c.yaml", f"segments: 2\n{text}"), out)
+    if whose == "another":
+        (out / "moemerge.json").unlink()
+    read = report(out, texts)
+    assert (len(read["experts"]), read["experts_per_token"]) == (3, 2)
+    assert read["summary"]["load"] == pytest.approx(found["summary"]["load"], abs=1e-3)
+    assert read["by_experts_per_token"] == pytest.approx(found["by_experts_per_token"], rel=1e-4)
+
+
+def test_a_split_is_looked_at_with_the_slices_that_its_factor_is_for(
+    tmp_path: Path, babies: dict[str, Path], texts: dict[str, Path]
+) -> None:
+    text = f"base_model: {babies['base']}\ngate_mode: random\nexperts_per_token: 3\n"
+    out = tmp_path / "out"
+    merge(write_config(tmp_path / "c.yaml", text + "split: {slices: 4, assign: kmeans}\n"), out)
+    assert set(report(out, texts)["by_experts_per_token"]) == {"3"}
