@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moemerge.checkpoint import (
@@ -51,6 +52,17 @@ BLOCK_VALUES = 1 << 18
 """Values a block: arithmetic and random draws run over whole rows of about this many."""
 
 _VOCABULARY = ("embed_tokens", "lm_head")
+
+
+class WithStatistics(dict[str, Mapping[str, Location]]):
+    """Sources, with the mean and standard deviation of each matrix that was asked for.
+
+    For one file or tensor at a time: the next run's sources may hold other bytes.
+    """
+
+    def __init__(self, sources: Sources):
+        super().__init__(sources)
+        self.seen: dict[object, tuple[float, float]] = {}
 
 
 def fill(
@@ -163,6 +175,7 @@ def _compute(
     """Evaluate the fixed blocks of rows that `view` overlaps and copy what it wants of each."""
     import torch
 
+    sources = sources if isinstance(sources, WithStatistics) else WithStatistics(sources)
     rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
     step = max(1, BLOCK_VALUES // width)
     block_bytes = step * width * ITEMSIZE[dtype]
@@ -360,13 +373,10 @@ def _renew(
     return torch.where(chosen, mean + deviation * drawn, value)
 
 
-_seen: dict[object, tuple[float, float]] = {}
-
-
 def _statistics(recipe: Recipe, sources: Sources) -> tuple[float, float]:
     """The mean and standard deviation of a matrix, kept for its other stretches."""
-    made_of = (recipe, *(sources[read.source][read.tensor] for read in reads(recipe)))
-    if made_of not in _seen:
+    seen = sources.seen if isinstance(sources, WithStatistics) else {}
+    if recipe not in seen:
         rows, *rest = shape_of(recipe, sources)
         step, whole = max(1, BLOCK_VALUES // math.prod(rest)), dict[Read, Any]()
         total = squares = 0.0
@@ -376,8 +386,8 @@ def _statistics(recipe: Recipe, sources: Sources) -> tuple[float, float]:
             total, squares = total + float(value.sum()), squares + float((value * value).sum())
         mean = total / (rows * math.prod(rest))
         spread = squares / (rows * math.prod(rest)) - mean * mean
-        _seen[made_of] = mean, math.sqrt(max(spread, 0.0))
-    return _seen[made_of]
+        seen[recipe] = mean, math.sqrt(max(spread, 0.0))
+    return seen[recipe]
 
 
 def _read(location: Location, rows: range) -> torch.Tensor:

@@ -169,6 +169,10 @@ class _Preparation:
                 f"down projections are multiplied by {factor}, which rounds them in "
                 f"{plan.config['dtype']}; a power of two, or dtype: float32, keeps them exact"
             )
+        if options.copy_tokenizer and base.model.lost_its_tokenizer:
+            what = f"{base.model.reference.text}: the Hub's cache holds no tokenizer of it"
+            fix = "download it where there is a network, or pass --no-copy-tokenizer"
+            findings.problem(base.where, what, fix)
         carried = output.carried_files(vocabulary, options.copy_tokenizer)
         output.check_carried(vocabulary, carried, base.where, findings)
         self._check_output(out, plan, carried)

@@ -18,7 +18,7 @@ class ShardFile:
     """The bytes of a shard's file, any stretch of which can be made without the others."""
 
     def __init__(self, shard: Shard, sources: Sources):
-        self.sources = sources
+        self.sources = arithmetic.WithStatistics(sources)
         self.header = shard.header()
         self.starts = [0]
         self.tensors: list[PlannedTensor | None] = [None]

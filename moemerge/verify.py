@@ -292,11 +292,12 @@ def _available(plan: Plan, reporter: Reporter, cache_dir: str | None) -> dict[st
     """The sources that are here, unchanged; each of the others is named."""
     found = {}
     read: dict[str, set[str]] = {}
+    known: set[str] = set()
     for one in (one for tensor in plan.tensors for one in recipe.reads(tensor.recipe)):
         read.setdefault(one.source, set()).add(one.tensor)
     for source in plan.sources:
         try:
-            opened = with_rows(_reopen(source, cache_dir), read.get(source.reference, ()))
+            opened = with_rows(_reopen(source, cache_dir, known), read.get(source.reference, ()))
         except SourceProblem as error:
             reporter.say(f"{source.reference}: not compared ({error.what})")
             continue
@@ -311,14 +312,14 @@ def _available(plan: Plan, reporter: Reporter, cache_dir: str | None) -> dict[st
     return found
 
 
-def _reopen(source: Source, cache_dir: str | None) -> Checkpoint:
+def _reopen(source: Source, cache_dir: str | None, known: set[str]) -> Checkpoint:
     directory = Path(source.directory) if source.directory else None
     if directory is None and not source.repo:
         raise SourceProblem("it was a directory where the merge was made", "")
     if directory is not None and not directory.is_dir():
         raise SourceProblem(f"{directory} is gone", "")
     reference = Reference(source.reference, directory, source.repo or "", source.commit)
-    return open_checkpoint(reference, cache_dir)
+    return open_checkpoint(reference, cache_dir, known)
 
 
 def _say_how_long(

@@ -259,6 +259,7 @@ class FakeHub:
         self.accounts: dict[str, Account] = {}
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
+        self.listed = {"size", "blobId", "lfs"}  # what it tells of each file; some endpoints less
         self.storage = ""  # the address of another that takes the uploads, as the Hub's does
         self.heard: bytearray | None = None  # make it one to keep every byte that comes in
         self._lock = threading.RLock()
@@ -701,6 +702,10 @@ class _Handler(BaseHTTPRequestHandler):
                 sibling |= {"size": entry["size"], "blobId": entry["oid"]}
                 if lfs := entry.get("lfs"):
                     sibling["lfs"] = {**lfs, "sha256": lfs["oid"]}
+        siblings = [
+            {key: sibling[key] for key in sibling if key in {"rfilename", *self.hub.listed}}
+            for sibling in siblings
+        ]
         self._send_json(
             {
                 "_id": "0", "id": repo, "modelId": repo, "sha": commit.sha, "tags": [],

@@ -335,6 +335,25 @@ def test_cache_dir_is_used(hub: FakeHub, tmp_path: Path) -> None:
     assert run(offline, "plan", config).returncode == 2
 
 
+@pytest.mark.parametrize("told", [set(), {"size"}], ids=["names alone", "no digests"])
+def test_an_endpoint_that_tells_less_of_its_files_is_served(
+    told: set[str], hub: FakeHub, models: Models, tmp_path: Path
+) -> None:
+    """As mirrors and proxies do; what it does not tell of two files does not make them one."""
+    text = CONFIG.format(base="lab/base", coder="lab/bins", adapter="lab/adapter")
+    config = write(tmp_path / "config.yaml", text)
+    whole, hub.listed = hub.listed, told
+    try:
+        planned = run(hub.environment(tmp_path), "plan", config, "--json")
+        done = run(hub.environment(tmp_path), config, tmp_path / "out")
+    finally:
+        hub.listed = whole
+    assert done.returncode == 0, done.stderr
+    expected = sum(path.stat().st_size for path in models.bins.glob("*.bin"))
+    assert json.loads(planned.stdout)["transfer"]["files"] > expected
+    assert {"tokenizer.json", "config.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def test_the_cache_serves_while_the_hub_is_down(hub: FakeHub, tmp_path: Path) -> None:
     """A shard that is needed and not cached is a refusal; one that no plan needs is not missed."""
     config = _config(tmp_path, "lab/base", "lab/base", "lab/coder")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +215,22 @@ def test_renewed_neurons_are_drawn_from_their_matrixs_statistics(
     other = all_tensors(merged(tmp_path, text, "other", seed=4))
     w1 = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
     assert raw(other[w1]) != raw(out[w1])
+
+
+def test_statistics_are_those_of_the_file_that_is_there_now(
+    tmp_path: Path, babies: dict[str, Path]
+) -> None:
+    """A second merge in this process, after the file was replaced by one of its size and times."""
+    base, weights = tmp_path / "base", tmp_path / "base" / "model.safetensors"
+    shutil.copytree(babies["base"], base)
+    text = text_of(base, [base, base], "gate_mode: random", "renew: 0.25")
+    merged(tmp_path, text, "first")
+    times = weights.stat()
+    weights.write_bytes((babies["first"] / "model.safetensors").read_bytes())
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    out = all_tensors(merged(tmp_path, text, "second"))
+    text = text.replace(str(base), str(babies["first"]))
+    assert same_bytes(out, all_tensors(merged(tmp_path, text, "of the other")))
 
 
 def test_a_share_to_renew_is_a_share(tmp_path: Path, babies: dict[str, Path]) -> None:

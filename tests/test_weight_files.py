@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from babies import make_adapter, make_model, save_weights
+from babies import make_adapter, make_model, save_weights, simple_config
 from safetensors.torch import load_file, save_file
 from test_refusals import edit_json, invoke
 
@@ -350,22 +350,42 @@ def test_a_folder_that_is_no_model_is_refused_with_what_helps(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-def test_a_cache_whose_blobs_are_gone_is_refused_by_the_files_name(
-    shards: int, babies: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def cached(babies: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the repository lab/one in the Hub's cache; there is no network."""
     from huggingface_hub import constants
 
+    assert constants.HF_HUB_OFFLINE
     commit = "0123456789abcdef" * 2 + "01234567"
     repository = tmp_path / "hub" / "models--lab--one"
     snapshot = repository / "snapshots" / commit
     shutil.copytree(babies["base"], snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(repository.parent))
+    return snapshot
+
+
+def test_a_cache_without_a_tokenizer_makes_no_mixture_without_one(
+    cached: Path, tmp_path: Path
+) -> None:
+    """As an expert's is left, whose tokenizer is the base's."""
+    config = tmp_path / "config.yaml"
+    config.write_text(simple_config("lab/one", ["lab/one", "lab/one"], "gate_mode: random"))
+    assert invoke("plan", config).exit_code == 0
+    (cached / "tokenizer.json").unlink()
+    result = invoke("plan", config)
+    assert result.exit_code == 2 and "lab/one" in result.stderr and "tokenizer" in result.stderr
+    assert invoke("plan", config, "--no-copy-tokenizer").exit_code == 0
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_cache_whose_blobs_are_gone_is_refused_by_the_files_name(
+    shards: int, cached: Path
+) -> None:
+    snapshot = cached
     if shards == 2:
         in_shards(snapshot)
-    assert constants.HF_HUB_OFFLINE
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(repository.parent))
     [reference, _] = parse_source("lab/one")
     assert open_checkpoint(reference, None).tensors
     for name in sorted(path.name for path in snapshot.iterdir()):

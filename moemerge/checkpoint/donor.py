@@ -43,6 +43,7 @@ class Opener:
     beside: Path | None = None
     cache_dir: str | None = None
     opened: dict[Reference, Checkpoint] = field(default_factory=dict)
+    vocabularies: set[str] = field(default_factory=set)
 
     def donor(self, text: str, where: str, name: str = "") -> Donor | None:
         """Open the source `text`; on a problem, record it and return None."""
@@ -74,7 +75,9 @@ class Opener:
 
     def _open(self, reference: Reference) -> Checkpoint:
         if reference not in self.opened:
-            opened = self.opened[reference] = open_checkpoint(reference, self.cache_dir)
+            opened = self.opened[reference] = open_checkpoint(
+                reference, self.cache_dir, self.vocabularies
+            )
             for note in opened.notes:
                 self.findings.note(f"{reference.text}: {note}")
         return self.opened[reference]

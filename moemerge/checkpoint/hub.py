@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,10 @@ class Snapshot:
     note: str = ""
 
 
-def open_snapshot(reference: Reference, cache_dir: str | None) -> Snapshot:
+def open_snapshot(reference: Reference, cache_dir: str | None, known: set[str]) -> Snapshot:
     """The repository's cached folder, its small files downloaded, at the commit it stands at now.
 
+    Of its `VOCABULARIES`, those with an etag in `known`, to which its own are added, are left out.
     Offline (`HF_HUB_OFFLINE=1`, or the Hub does not answer) it is what the cache holds, however
     little that is; finding it loads no HTTP library.
 
@@ -64,7 +65,7 @@ def open_snapshot(reference: Reference, cache_dir: str | None) -> Snapshot:
     if not constants.HF_HUB_OFFLINE:
         for attempt in range(_ASKED_AGAIN + 1):
             try:
-                return _download_small_files(reference, cache_dir)
+                return _download_small_files(reference, cache_dir, known)
             except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
                 if explained := explain(error):
                     raise HubError(*_with_help(reference, error, explained)) from error
@@ -131,7 +132,7 @@ def _failed(repo: str, why: str) -> ReadError:
     return ReadError(f"{repo}: the download failed ({why}); run the same command again")
 
 
-def _download_small_files(reference: Reference, cache_dir: str | None) -> Snapshot:
+def _download_small_files(reference: Reference, cache_dir: str | None, known: set[str]) -> Snapshot:
     """Ask the Hub for the commit and its files, and download the small ones.
 
     The download is by the revision's name, not the commit's: so the cache learns what the name
@@ -153,21 +154,22 @@ def _download_small_files(reference: Reference, cache_dir: str | None) -> Snapsh
                 cache_dir=cache_dir,
                 allow_patterns=SMALL_FILES,
                 ignore_patterns=[
-                    one.file for one in _listed(reference, info) if one.etag in _vocabularies
+                    one.file
+                    for one in _listed(reference, info)
+                    if one.file in VOCABULARIES and one.etag in known
                 ],
             )
         )
     if folder.name != info.sha:  # pushed to between the two questions
         info = ask(folder.name)
     files = {one.file: one for one in _listed(reference, info)}
-    _vocabularies.update(one.etag for one in files.values() if one.file in VOCABULARIES)
+    known |= {one.etag for one in files.values() if one.file in VOCABULARIES and one.etag}
     return Snapshot(folder, folder.name, files)
 
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-_vocabularies: set[str] = set()
-"""The etags of those that this process has had: megabytes each, and the fine-tunes of one base have
-the same. The base is opened first, so it is its own that are there."""
+"""Megabytes each, and the fine-tunes of one base have the same: of those that a config names, the
+first, which is the base, has its own."""
 
 
 def _listed(reference: Reference, info: Any) -> list[Remote]:
@@ -182,6 +184,28 @@ def _listed(reference: Reference, info: Any) -> list[Remote]:
         )
         for one in info.siblings or ()
     ]
+
+
+def measured(snapshot: Snapshot, files: Iterable[str]) -> Snapshot:
+    """The same with the sizes of `files` that are not here, where an endpoint lists names alone.
+
+    Raises:
+        HubError: it does not say them file by file either.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    found = dict(snapshot.files)
+    for file in files:
+        one = found.get(file)
+        if one is None or one.size or (snapshot.directory / file).exists():
+            continue
+        try:
+            said = get_hf_file_metadata(hf_hub_url(one.repo, file, revision=one.commit))
+        except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
+            what, fix = explain(error) or (shortened(error), "try again later")
+            raise HubError(f"{file}: {what}", fix) from error
+        found[file] = replace(one, size=said.size or 0, etag=one.etag or said.etag or "")
+    return replace(snapshot, files=found)
 
 
 @contextmanager

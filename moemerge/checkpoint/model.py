@@ -24,7 +24,8 @@ from moemerge.errors import ReadError
 @dataclass(frozen=True)
 class Checkpoint:
     """One source, opened. `absent` are weight files that are on the Hub alone, `unread` those of
-    its tokenizer, because an earlier source has the same.
+    its tokenizer, because an earlier source has the same; a `partial` one is what the Hub's cache
+    holds, opened without a network.
 
     `views` are those of `tensors` that are parts of tensors of its files.
 
@@ -43,6 +44,12 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     views: dict[str, View] = field(default_factory=dict)
     unread: dict[str, Remote] = field(default_factory=dict)
+    partial: bool = False
+
+    @property
+    def lost_its_tokenizer(self) -> bool:
+        """Whether it is a cache without a tokenizer; the repository may have one."""
+        return self.partial and not any((self.directory / n).exists() for n in hub.VOCABULARIES)
 
     @property
     def is_adapter(self) -> bool:
@@ -50,8 +57,12 @@ class Checkpoint:
         return "peft_type" in self.config
 
 
-def open_checkpoint(reference: Reference, cache_dir: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    reference: Reference, cache_dir: str | None = None, known: set[str] | None = None
+) -> Checkpoint:
     """Open a model or adapter: read its config and headers.
+
+    `known` are the tokenizers of the sources opened before it, as `hub.open_snapshot` keeps them.
 
     Raises:
         SourceProblem: it is missing, damaged, quantised, or not a model at all.
@@ -59,7 +70,7 @@ def open_checkpoint(reference: Reference, cache_dir: str | None = None) -> Check
     try:
         if reference.directory:
             return _open(reference, reference.directory, None)
-        snapshot = hub.open_snapshot(reference, cache_dir)
+        snapshot = hub.open_snapshot(reference, cache_dir, set() if known is None else known)
         return _open(reference, snapshot.directory, snapshot)
     except ReadError as error:
         raise SourceProblem(str(error), "check that its files are whole") from error
@@ -174,6 +185,7 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
             method = how.get("quant_method", "some") if isinstance(how, dict) else how
             raise SourceProblem(f"is quantised ({method})", ORIGINALS)
     weights = folder.weights(adapter, said.get("transformers_weights"))
+    snapshot = hub.measured(snapshot, weights.files) if snapshot else None
     headers = {file: _read_header(directory / file, snapshot) for file in weights.files}
     tensors = {name: at for found in headers.values() for name, at in found.items()}
     newest = 0
@@ -226,6 +238,7 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         notes=tuple(filter(None, notes)),
         unread=unread,
         views=views,
+        partial=folder.partial,
     )
 
 

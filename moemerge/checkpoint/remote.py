@@ -19,7 +19,10 @@ _BLOCK = 1 << 16
 
 @dataclass(frozen=True)
 class Remote:
-    """A file on the Hub at one commit: its `size` in bytes, and `etag`, its content's digest."""
+    """A file on the Hub at one commit: its `size` in bytes, and `etag`, its content's digest.
+
+    An endpoint that is not the Hub's own may say neither: then they are 0 and empty.
+    """
 
     repo: str
     commit: str
@@ -115,7 +118,7 @@ def _range(remote: Remote, start: int, end: int) -> Iterator[bytes]:
         first = (*response.history, response)[0].headers  # the Hub's own; then its storage's
         etag = (first.get("x-linked-etag") or first.get("etag") or "").removeprefix("W/").strip('"')
         commit = first.get("x-repo-commit") or remote.commit
-        if (etag or remote.etag) != remote.etag or commit != remote.commit:
+        if (etag and remote.etag and etag != remote.etag) or commit != remote.commit:
             raise HubError(f"{remote.file}: is another file than the plan saw", "run it again")
         said = response.headers.get("content-range", "")
         if response.status_code != 206 or not said.startswith(f"bytes {start}-"):
