@@ -7,7 +7,7 @@ from typing import Any
 from moemerge.checkpoint import Donor
 from moemerge.errors import Findings
 from moemerge.tokenizer_files import chat_template
-from moemerge.tokens import TOKENIZER_FILE, Comparison, compare_contents, read_content, shown
+from moemerge.tokens import Comparison, compare_contents, read_content, shown
 from moemerge.vocabulary import Vocabulary
 
 _MUST_AGREE = ("num_hidden_layers", "hidden_size", "intermediate_size", "hidden_act")
@@ -89,9 +89,7 @@ def _compare_vocabularies(
         found = compare_contents(read_content(ours), read_content(theirs))
     except ValueError as error:
         found = Comparison()
-        if TOKENIZER_FILE not in expert.model.unread:
-            line = f"{expert.name}: its tokens cannot be compared with the base's: {error}"
-            findings.note(line)
+        findings.note(f"{expert.name}: its tokens cannot be compared with the base's: {error}")
     if found:
         stays = vocabulary.directory == ours and not vocabulary.written
         kept = "; prompts and text are the base's" if stays else ""

@@ -110,11 +110,8 @@ class _Preparation:
         self._check_ray()
         gating = [donor for donor in shared[:1] if host and host.mixture.gated]
         asked = [*donors, *gating]
-        cache = options.cache_dir
         every = [*donors, *shared]
-        vocabulary = (
-            vocabulary_choice.choose(config, base, every, findings, cache) if base else None
-        )
+        vocabulary = vocabulary_choice.choose(config, base, every, findings) if base else None
         if vocabulary and vocabulary.written and not options.copy_tokenizer:
             findings.note("--no-copy-tokenizer: the tokens that are added stand in no file")
         encoder, prompts = gate_setup.read_prompts(
@@ -210,7 +207,7 @@ class _Preparation:
         if self.config.body == "base":
             return Body(base)
         weights = [expert.body_weight for expert in self.config.experts]
-        shared = [shared_rows(base, donor, self.options.cache_dir) for donor in donors]
+        shared = [shared_rows(base, donor) for donor in donors]
         for donor, found, weight in zip(donors, shared, weights, strict=True):
             if found.left and weight:
                 self.findings.note(f"body: {donor.name}: {found.left}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from moemerge.checkpoint import Donor, fetch_vocabulary
+from moemerge.checkpoint import Donor
 from moemerge.checkpoint.claims import EMBEDDING, HEAD
 from moemerge.tokenizer_files import read_object
 from moemerge.tokens import (
@@ -36,12 +36,8 @@ class Shared:
     left: str = ""
 
 
-def shared_rows(base: Donor, expert: Donor, cache_dir: str | None = None) -> Shared:
-    """Compare each id. Where tokens cannot be compared, no row is shared.
-
-    Raises:
-        ReadError: a tokenizer that is on the Hub alone cannot be downloaded.
-    """
+def shared_rows(base: Donor, expert: Donor) -> Shared:
+    """Compare each id. Where tokens cannot be compared, no row is shared."""
     tied, ties = (bool(d.model.config.get("tie_word_embeddings")) for d in (base, expert))
     if tied != ties:
         its, the = ("a", "none") if tied else ("no", "one")
@@ -55,7 +51,7 @@ def shared_rows(base: Donor, expert: Donor, cache_dir: str | None = None) -> Sha
     shown = ""
     if where[0] != where[1]:
         try:
-            ours, theirs = (_read(donor, cache_dir) for donor in (base, expert))
+            ours, theirs = (_read(donor) for donor in (base, expert))
         except ValueError as error:
             return _none(f"its tokens cannot be compared with the base's ({error})")
         apart = [number for number in ids_apart(ours, theirs) if number in both]
@@ -111,15 +107,13 @@ def _directory(donor: Donor) -> Path:
     return own if own and (own / TOKENIZER_FILE).is_file() else donor.model.directory
 
 
-def _read(donor: Donor, cache_dir: str | None = None) -> Tokens:
+def _read(donor: Donor) -> Tokens:
     """Its tokens by all its files: a program that adds tokens may tell of them in another.
 
     Raises:
         ValueError: they cannot be read.
     """
     directory = _directory(donor)
-    if directory == donor.model.directory:
-        fetch_vocabulary(donor.model, cache_dir)
     tokens = read_tokens(directory)
     told = dict(read_object(directory / ADDED_FILE))
     listed = read_object(directory / CONFIG_FILE).get("added_tokens_decoder")

@@ -103,7 +103,7 @@ def sources_of(manifest: Manifest | None, options: Options, reporter: Reporter) 
         )  # fmt: skip
     if any(donor.obstacle(dense_shapes(donor.model.config)) for donor in donors):
         return found
-    rows = tuple(shared_rows(ready.base, one, options.cache_dir).rows for one in donors)
+    rows = tuple(shared_rows(ready.base, one).rows for one in donors)
     average = Body(ready.base, donors, (1 / len(donors),) * len(donors), rows, vocabulary)
     return [*found, Source("average", "average", average.config, average.recipe, tensors)]
 

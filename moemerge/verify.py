@@ -292,7 +292,7 @@ def _available(plan: Plan, reporter: Reporter, cache_dir: str | None) -> dict[st
     """The sources that are here, unchanged; each of the others is named."""
     found = {}
     read: dict[str, set[str]] = {}
-    known: set[str] = set()
+    known: dict[str, Path] = {}
     for one in (one for tensor in plan.tensors for one in recipe.reads(tensor.recipe)):
         read.setdefault(one.source, set()).add(one.tensor)
     for source in plan.sources:
@@ -312,7 +312,7 @@ def _available(plan: Plan, reporter: Reporter, cache_dir: str | None) -> dict[st
     return found
 
 
-def _reopen(source: Source, cache_dir: str | None, known: set[str]) -> Checkpoint:
+def _reopen(source: Source, cache_dir: str | None, known: dict[str, Path]) -> Checkpoint:
     directory = Path(source.directory) if source.directory else None
     if directory is None and not source.repo:
         raise SourceProblem("it was a directory where the merge was made", "")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moemerge.checkpoint import Donor, fetch_vocabulary
+from moemerge.checkpoint import Donor
 from moemerge.checkpoint.reference import places
 from moemerge.config import MergeConfig
 from moemerge.errors import Findings, nearest
@@ -46,7 +46,6 @@ def choose(
     base: Donor,
     donors: Sequence[Donor | None],
     findings: Findings,
-    cache_dir: str | None = None,
 ) -> Vocabulary:
     """The vocabulary that the config asks for; what is wrong with it is recorded.
 
@@ -70,7 +69,7 @@ def choose(
     if owner is None or len(findings.problems) > refused:
         return plain
     experts = [donor for donor in donors if donor]
-    choice = _Choice(config, base, experts, findings, cache_dir)
+    choice = _Choice(config, base, experts, findings)
     if owner is base and config.tokenizer != UNION and not config.extra_tokens:
         return choice.padded(plain) if config.pad_vocabulary > 1 else plain
     try:
@@ -155,10 +154,8 @@ class _Choice:
         base: Donor,
         experts: list[Donor],
         findings: Findings,
-        cache_dir: str | None,
     ):
         self.config, self.base, self.experts, self.findings = config, base, experts, findings
-        self.cache_dir = cache_dir
         self.known: dict[Path, Tokens] = {}
 
     def made(self, owner: Donor, extra: list[Token] | Tokens) -> Vocabulary:
@@ -191,7 +188,6 @@ class _Choice:
     def _tokens(self, donor: Donor) -> Tokens:
         directory = donor.model.directory
         if directory not in self.known:
-            fetch_vocabulary(donor.model, self.cache_dir)
             try:
                 self.known[directory] = read_tokens(directory)
             except ValueError as error:

@@ -116,6 +116,7 @@ class Flow:
     cached_by_plan: set[str]
     cached: set[str]
     asked_offline: int
+    tokenizers_sent: dict[str, int]
 
 
 FULL = pytest.param("transformers4", marks=pytest.mark.full)
@@ -141,6 +142,8 @@ def flow(
         return done.stdout, sent
 
     planned, sent_by_plan = step(online, "plan", config, "--json")
+    repositories = ("lab/base", "lab/coder")
+    tokenizers = {repo: hub.sent(repo, "tokenizer.json") for repo in repositories}
     cached_by_plan = _cached(home)
     _, sent_by_merge = step(online, config, tmp / "out")
     cached = _cached(home)
@@ -154,7 +157,7 @@ def flow(
     return Flow(
         tmp / "out", tmp / "again", tmp / "offline", without_transfer(planned),
         without_transfer(planned_offline), verified, sent_by_plan, sent_by_merge, sent_by_again,
-        cached_by_plan, cached, asked,
+        cached_by_plan, cached, asked, tokenizers,
     )  # fmt: skip
 
 
@@ -205,6 +208,13 @@ def test_only_shards_with_needed_tensors_are_downloaded(flow: Flow) -> None:
         "models--lab--coder/model-mlp.safetensors",
         "models--lab--adapter/adapter_model.safetensors",
     }
+
+
+def test_a_tokenizer_that_two_models_have_is_downloaded_once(flow: Flow) -> None:
+    base, coder = flow.tokenizers_sent.values()
+    assert base and not coder
+    names = {f"models--lab--{name}/tokenizer.json" for name in ("base", "coder")}
+    assert names <= flow.cached_by_plan
 
 
 def test_a_second_run_downloads_nothing(flow: Flow) -> None:

@@ -2,7 +2,7 @@
 
 from moemerge.checkpoint.donor import Donor, Opener
 from moemerge.checkpoint.lora import Adapter
-from moemerge.checkpoint.model import Checkpoint, fetch, fetch_vocabulary, streamed
+from moemerge.checkpoint.model import Checkpoint, fetch, streamed
 from moemerge.checkpoint.model_config import normalise
 from moemerge.checkpoint.tensors import (
     FLOATS,
@@ -24,7 +24,6 @@ __all__ = [
     "Location",
     "Opener",
     "fetch",
-    "fetch_vocabulary",
     "normalise",
     "numpy_dtype",
     "read_bytes",

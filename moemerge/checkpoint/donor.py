@@ -43,7 +43,7 @@ class Opener:
     beside: Path | None = None
     cache_dir: str | None = None
     opened: dict[Reference, Checkpoint] = field(default_factory=dict)
-    vocabularies: set[str] = field(default_factory=set)
+    vocabularies: dict[str, Path] = field(default_factory=dict)
 
     def donor(self, text: str, where: str, name: str = "") -> Donor | None:
         """Open the source `text`; on a problem, record it and return None."""

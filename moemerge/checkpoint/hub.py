@@ -48,10 +48,10 @@ class Snapshot:
     note: str = ""
 
 
-def open_snapshot(reference: Reference, cache_dir: str | None, known: set[str]) -> Snapshot:
+def open_snapshot(reference: Reference, cache_dir: str | None, known: dict[str, Path]) -> Snapshot:
     """The repository's cached folder, its small files downloaded, at the commit it stands at now.
 
-    Of its `VOCABULARIES`, those with an etag in `known`, to which its own are added, are left out.
+    Those of its `VOCABULARIES` whose etag is in `known` are taken from there; its own are added.
     Offline (`HF_HUB_OFFLINE=1`, or the Hub does not answer) it is what the cache holds, however
     little that is; finding it loads no HTTP library.
 
@@ -73,8 +73,7 @@ def open_snapshot(reference: Reference, cache_dir: str | None, known: set[str]) 
                 if status(error) not in _BUSY or attempt == _ASKED_AGAIN:
                     break
                 time.sleep(retry_after(error) or FIRST_WAIT * 2**attempt)
-    cache = Path(os.path.expanduser(cache_dir or constants.HF_HUB_CACHE))  # noqa: PTH111
-    folder = _cached(reference, cache)
+    folder = _cached(reference, cache_dir)
     if folder is None:
         raise HubError(
             f"is neither a directory nor in the Hub's cache, and {reason}",
@@ -132,7 +131,9 @@ def _failed(repo: str, why: str) -> ReadError:
     return ReadError(f"{repo}: the download failed ({why}); run the same command again")
 
 
-def _download_small_files(reference: Reference, cache_dir: str | None, known: set[str]) -> Snapshot:
+def _download_small_files(
+    reference: Reference, cache_dir: str | None, known: dict[str, Path]
+) -> Snapshot:
     """Ask the Hub for the commit and its files, and download the small ones.
 
     The download is by the revision's name, not the commit's: so the cache learns what the name
@@ -146,6 +147,12 @@ def _download_small_files(reference: Reference, cache_dir: str | None, known: se
         )
 
     info = ask(reference.revision)
+    blobs = _repository(reference, cache_dir) / "blobs"
+    for one in _listed(reference, info):
+        if one.file in VOCABULARIES and one.etag in known:
+            with suppress(OSError):  # it is there, or cannot be linked: then it is downloaded
+                blobs.mkdir(parents=True, exist_ok=True)
+                os.link(known[one.etag].resolve(), blobs / one.etag)
     with progress_bars(False):
         folder = Path(
             snapshot_download(
@@ -153,23 +160,18 @@ def _download_small_files(reference: Reference, cache_dir: str | None, known: se
                 revision=reference.revision,
                 cache_dir=cache_dir,
                 allow_patterns=SMALL_FILES,
-                ignore_patterns=[
-                    one.file
-                    for one in _listed(reference, info)
-                    if one.file in VOCABULARIES and one.etag in known
-                ],
             )
         )
     if folder.name != info.sha:  # pushed to between the two questions
         info = ask(folder.name)
     files = {one.file: one for one in _listed(reference, info)}
-    known |= {one.etag for one in files.values() if one.file in VOCABULARIES and one.etag}
+    here = {files[name].etag: folder / name for name in VOCABULARIES if name in files}
+    known.update({etag: path for etag, path in here.items() if etag and path.exists()})
     return Snapshot(folder, folder.name, files)
 
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-"""Megabytes each, and the fine-tunes of one base have the same: of those that a config names, the
-first, which is the base, has its own."""
+"""Megabytes each, and the fine-tunes of one base have the same: the cache has them once."""
 
 
 def _listed(reference: Reference, info: Any) -> list[Remote]:
@@ -227,14 +229,24 @@ def progress_bars(wanted: bool) -> Iterator[None]:
         enable_progress_bars()
 
 
-def _cached(reference: Reference, cache: Path) -> Path | None:
-    """The snapshot that the cache holds, complete or not, by the cache's documented layout
-    (https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
+def _repository(reference: Reference, cache_dir: str | None) -> Path:
+    """The repository's folder in the cache, by its documented layout
+    (https://huggingface.co/docs/huggingface_hub/guides/manage-cache): `refs` has the commit that a
+    name stands for, `blobs` each content by its etag, `snapshots` links to these by name.
+    """
+    from huggingface_hub import constants
+
+    cache = Path(os.path.expanduser(cache_dir or constants.HF_HUB_CACHE))  # noqa: PTH111
+    return cache / f"models--{reference.repo.replace('/', '--')}"
+
+
+def _cached(reference: Reference, cache_dir: str | None) -> Path | None:
+    """The snapshot that the cache holds, complete or not.
 
     `snapshot_download(local_files_only=True)` refuses one with a file missing, and a merge
     downloads only the shards that it reads.
     """
-    repository = cache / f"models--{reference.repo.replace('/', '--')}"
+    repository = _repository(reference, cache_dir)
     commit = revision = reference.revision or "main"
     with suppress(OSError, UnicodeDecodeError):  # else it is a commit, or the cache has nothing
         commit = (repository / "refs" / revision).read_text(encoding="utf-8").strip()

@@ -23,9 +23,8 @@ from moemerge.errors import ReadError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One source, opened. `absent` are weight files that are on the Hub alone, `unread` those of
-    its tokenizer, because an earlier source has the same; a `partial` one is what the Hub's cache
-    holds, opened without a network.
+    """One source, opened. `absent` are weight files that are on the Hub alone; a `partial` one
+    is what the Hub's cache holds, opened without a network.
 
     `views` are those of `tensors` that are parts of tensors of its files.
 
@@ -43,7 +42,6 @@ class Checkpoint:
     absent: dict[str, Remote] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     views: dict[str, View] = field(default_factory=dict)
-    unread: dict[str, Remote] = field(default_factory=dict)
     partial: bool = False
 
     @property
@@ -58,7 +56,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    reference: Reference, cache_dir: str | None = None, known: set[str] | None = None
+    reference: Reference, cache_dir: str | None = None, known: dict[str, Path] | None = None
 ) -> Checkpoint:
     """Open a model or adapter: read its config and headers.
 
@@ -70,7 +68,7 @@ def open_checkpoint(
     try:
         if reference.directory:
             return _open(reference, reference.directory, None)
-        snapshot = hub.open_snapshot(reference, cache_dir, set() if known is None else known)
+        snapshot = hub.open_snapshot(reference, cache_dir, {} if known is None else known)
         return _open(reference, snapshot.directory, snapshot)
     except ReadError as error:
         raise SourceProblem(str(error), "check that its files are whole") from error
@@ -113,16 +111,6 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -
     if doubted:
         _confirm(checkpoint, tensors, "run it again")
     return dataclasses.replace(checkpoint, tensors=tensors, absent=absent)
-
-
-def fetch_vocabulary(checkpoint: Checkpoint, cache_dir: str | None) -> None:
-    """Download the files of its tokenizer that are on the Hub alone.
-
-    Raises:
-        ReadError: the download failed.
-    """
-    if any(not (checkpoint.directory / name).exists() for name in checkpoint.unread):
-        hub.fetch(checkpoint.unread.values(), cache_dir)
 
 
 def streamed(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
@@ -221,11 +209,6 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     absent = {file: on_hub[file] for file in weights.files if not (directory / file).exists()}
     if not adapter:
         notes += claims.settle(config, shown, absent, weights.index or {})
-    unread = {
-        name: on_hub[name]
-        for name in hub.VOCABULARIES
-        if name in on_hub and not (directory / name).exists()
-    }
     return Checkpoint(
         reference=reference,
         directory=directory,
@@ -236,7 +219,6 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         modified=None if snapshot else newest,
         absent=absent,
         notes=tuple(filter(None, notes)),
-        unread=unread,
         views=views,
         partial=folder.partial,
     )
