@@ -99,7 +99,7 @@ def _write_ranges(
 
     def copy(piece: tuple[Location, int, int, int]) -> None:
         location, first, nbytes, offset = piece
-        local = location.remote is None
+        local = location.remote is None and not location.negative
         if not (
             local and output.copy_range(location.file, location.offset + first, nbytes, offset)
         ):

@@ -191,9 +191,16 @@ THINGS = {
     "builds a module": (Call(torch.nn.Linear, 1, 1), "torch.nn.modules.linear.Linear"),
     "loads another file": (Call(torch.load, "x"), "torch.serialization.load"),
     "rebuilds from numpy": (np.ones(2), "numpy"),
-    "makes a set": ({1, 2}, "set"),
-    "makes bytes": (bytearray(5), "bytearray"),
+    "makes a set": ({1, 2}, "no dict of tensors"),
+    "makes bytes": (bytearray(5), "no dict of tensors"),
     "makes a dict of pairs": (Call(OrderedDict, [("a", 1)]), "TypeError"),
+    "holds a set": ({"w": {1, 2}}, "'w' is not a plain tensor"),
+    "calls what gives a tensor its kind": (
+        Call(torch._tensor._rebuild_from_type_v2, eval, torch.Tensor, ("1",), {}), ".eval"
+    ),
+    "gives a kind to no tensor": (
+        {"w": Call(torch._tensor._rebuild_from_type_v2, 5, torch.Tensor, (), {})}, "malformed"
+    ),
     "holds text": ({"w": "text"}, "'w' is not a plain tensor"),
     "holds a state in a state": ({"model": {"w": tensor()}}, "'model' is not a plain tensor"),
     "holds a number": ({"epoch": 3}, "'epoch' is not a plain tensor"),
@@ -475,5 +482,5 @@ def test_a_modules_state_dict_is_found_to_the_byte(tmp_path: Path) -> None:
 
 def test_a_transposed_tensor_is_refused_and_not_read_wrong(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2, 3).T}, tmp_path / "x.bin")
-    with pytest.raises(ValueError, match="'w' is not contiguous; save the model as safetensors"):
+    with pytest.raises(ValueError, match="'w' is not contiguous"):
         torch_file.read_header(tmp_path / "x.bin")

@@ -98,7 +98,7 @@ def _alike(one: Location, two: Location) -> bool:
 
 def _same_place(one: Location, two: Location) -> bool:
     """Whether they are one stretch of a file, as tied tensors are in most `.bin` files."""
-    return (one.file, one.offset) == (two.file, two.offset)
+    return (one.file, one.offset, one.negative) == (two.file, two.offset, two.negative)
 
 
 def _found(at: Location, absent: Mapping[str, Remote]) -> Location:

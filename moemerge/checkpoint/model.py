@@ -245,7 +245,15 @@ def _read_header(path: Path, snapshot: hub.Snapshot | None) -> dict[str, Locatio
             with open_remote(snapshot.files[path.name]) as remote:
                 if is_pointer(remote):
                     raise SourceProblem(f"{path.name} is {POINTER}", IN_REPOSITORY) from error
-        raise SourceProblem(f"{path.name}: {error}", "download or save the model again") from error
+        raise SourceProblem(f"{path.name}: {error}", _repair(path)) from error
+
+
+def _repair(path: Path) -> str:
+    """What to do about a weight file that cannot be read."""
+    if path.suffix == ".safetensors":
+        return "download or save the model again"
+    saved = "from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
+    return f"download it again if it is damaged, or save the model as safetensors: {saved}"
 
 
 def _read_local_header(path: Path) -> dict[str, Location]:

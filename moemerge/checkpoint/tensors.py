@@ -32,7 +32,8 @@ class Location:
     """A tensor's bytes: `nbytes` at `offset` of `file`, row-major, little-endian.
 
     `stamp` is the file's size and modification time (ns) when its header was read. With `remote`,
-    the file is on the Hub, and its bytes are read there.
+    the file is on the Hub, and its bytes are read there. Of a `negative` one they are the numbers
+    with the other sign.
     """
 
     file: Path
@@ -41,6 +42,7 @@ class Location:
     shape: tuple[int, ...]
     stamp: tuple[int, int] | None = None
     remote: Remote | None = None
+    negative: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +73,7 @@ def read_into(location: Location, start: int, view: memoryview) -> None:
         except HubError as error:
             raise ReadError(f"{location.remote.repo}: {error.what}; {error.fix}") from error
         return
+    whole = view
     try:
         with location.file.open("rb", buffering=0) as file:
             file.seek(location.offset + start)
@@ -88,6 +91,16 @@ def read_into(location: Location, start: int, view: memoryview) -> None:
             f"{location.file}: ends at byte {stat.st_size}, its header promises more; "
             "it is truncated: copy or download it again"
         )
+    _resign(location, start, whole)
+
+
+def _resign(location: Location, start: int, view: memoryview) -> None:
+    """Turn the sign of what was read from byte `start`, if it is stored with the other one."""
+    if location.negative:
+        import numpy as np
+
+        size = ITEMSIZE[location.dtype]
+        np.frombuffer(view, np.uint8)[(size - 1 - start) % size :: size] ^= 0x80
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
