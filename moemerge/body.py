@@ -8,8 +8,8 @@ from itertools import pairwise
 from typing import Any
 
 from moemerge.checkpoint import Donor
-from moemerge.checkpoint.claims import EMBEDDING, HEAD
 from moemerge.recipe import Cut, Join, Mean, Recipe, of_donor
+from moemerge.slots import EMBEDDING, HEAD
 from moemerge.vocabulary import Vocabulary
 
 VOCABULARY = (EMBEDDING, HEAD)

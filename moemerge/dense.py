@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from moemerge import arithmetic, recipe
 from moemerge.checkpoint import Location
-from moemerge.checkpoint.claims import EMBEDDING, HEAD
 from moemerge.checkpoint.model_config import DEFAULTS
 from moemerge.options import Options
 from moemerge.recipe import Recipe, Sources
+from moemerge.slots import EMBEDDING, HEAD, LAYER
 
 if TYPE_CHECKING:
     import torch
 
 NORM = "model.norm.weight"
-LAYER = "model.layers.{layer}."
 
 _BEYOND_DEFAULTS = (
     "model_type", "head_dim", "rope_scaling", "rope_parameters", "original_max_position_embeddings"

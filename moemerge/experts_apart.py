@@ -20,6 +20,7 @@ from moemerge.errors import Findings, InputError, Problem, RunError
 from moemerge.moe import Moe, Part
 from moemerge.options import Options
 from moemerge.reporting import Reporter, size
+from moemerge.slots import HEAD
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +54,19 @@ def memory_of(moe: Moe, four_bits: bool) -> int:
     """The bytes of its weights in memory; in NF4 all matrices but embeddings, head and routers."""
     total = 0.0
     for part in moe.parts:
+        if _is_again(part, moe):
+            continue
         count = 1
         for length in part.shape:
             count *= length
         small = four_bits and _is_quantised(part)
         total += count * (_FOUR_BITS if small else 4 if part.dtype == "F32" else 2)
     return round(total)
+
+
+def _is_again(part: Part, moe: Moe) -> bool:
+    """Whether it is the head that is the embeddings, which memory holds once."""
+    return part.name == HEAD and bool(moe.dense["tie_word_embeddings"])
 
 
 def _is_quantised(part: Part) -> bool:
@@ -97,6 +105,8 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
     unplaced, misfits = [], []
     places: dict[str, list[tuple[str, Part]]] = {}
     for part in moe.parts:
+        if _is_again(part, moe):
+            continue
         name = next((one for one in _names_in_memory(part, moe) if one in names), None)
         if name is None:
             unplaced.append(part.name)
@@ -105,7 +115,7 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
         else:
             places.setdefault(part.layer, []).append((name, part))
     if moe.dense["tie_word_embeddings"]:
-        names.pop("lm_head.weight", None)
+        names.pop(HEAD, None)
     refuse_weights(moe.text, names, misfits, unplaced)
 
     def fill(layer: str, *_: object) -> None:

@@ -142,7 +142,7 @@ def _named(config: MergeConfig, base: Donor, mixture: Mixture, findings: Finding
 def _best(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings) -> Host | None:
     model = base.model.config
     family = str(model.get("model_type"))
-    fitting: list[tuple[bool, bool, int, int, str]] = []
+    fitting: list[tuple[bool, int, bool, int, str]] = []
     refused: list[tuple[str, str]] = []
     for name in architectures.names():
         host = architectures.find(name)
@@ -155,7 +155,7 @@ def _best(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings
         spare = bool(host.SHARED) and not mixture.shared
         odd = host.SCORES != "softmax" and not asked
         exact = readers(host, model, mixture)
-        fitting.append((odd, spare, -len(exact), len(host.FAMILIES), name))
+        fitting.append((odd, -len(exact), spare, len(host.FAMILIES), name))
     if not fitting:
         _refuse(config, base, family, refused, findings)
         return None

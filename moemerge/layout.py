@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from moemerge import recipe
 from moemerge.body import VOCABULARY, Body
 from moemerge.checkpoint import FLOATS, ITEMSIZE, Checkpoint, Donor
-from moemerge.checkpoint.claims import HEAD, TIED
+from moemerge.checkpoint.claims import TIED
 from moemerge.config import MergeConfig
 from moemerge.errors import Findings, nearest
 from moemerge.hosts import Host
@@ -18,6 +18,7 @@ from moemerge.options import Options, ShardSize
 from moemerge.plan import ROUTERS, Plan, PlannedTensor, Source, make_shards
 from moemerge.recipe import Recipe
 from moemerge.slots import (
+    HEAD,
     Constant,
     FromBody,
     FromExpert,

@@ -62,7 +62,9 @@ def regate(
 
 def _prepared(out: Path, config: MergeConfig, options: Options, manifest: Manifest) -> Prepared:
     """The merge of the new config, with the shards that are there."""
-    ready = prepare(config, options)
+    chosen = config.architecture or manifest.plan.architecture  # what is chosen may change
+    ready = prepare(dataclasses.replace(config, architecture=chosen), options)
+    ready = dataclasses.replace(ready, config=config)
     if ready.cutting:
         what, fix = "is a split, whose routers belong to its slices", "split the model anew"
         raise InputError([Problem(str(out), what, fix)])
@@ -120,6 +122,8 @@ def _check_same_weights(new: Plan, old: Plan, out: Path) -> None:
         return {t.name: (t.shape, t.dtype, t.recipe) for t in tensors}
 
     ours, theirs = weights(new), weights(old)
+    if new.tied_head and not old.tied_head:  # as it was written once
+        del ours[new.tied_head.name]
     differ = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
     before = {source.reference: source.fingerprint for source in old.sources}
     changed = [s.reference for s in new.sources if before.get(s.reference) != s.fingerprint]

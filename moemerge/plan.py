@@ -13,6 +13,7 @@ from typing import Any
 from moemerge import recipe
 from moemerge.checkpoint import ITEMSIZE
 from moemerge.recipe import Recipe
+from moemerge.slots import HEAD
 
 ROUTERS = ""
 """The source that router tensors are read from: made by a gate mode, never named by a config."""
@@ -104,9 +105,16 @@ class Plan:
         return (tensor for shard in self.shards for tensor in shard.tensors)
 
     @property
+    def tied_head(self) -> PlannedTensor | None:
+        """The head that is a copy of the embeddings, if there is one."""
+        tied = self.config.get("tie_word_embeddings")
+        return next((one for one in self.tensors if tied and one.name == HEAD), None)
+
+    @property
     def parameters(self) -> int:
-        """The parameters of the whole model."""
-        return sum(tensor.parameters for tensor in self.tensors)
+        """The parameters of the whole model, those of a tied head once."""
+        again = self.tied_head
+        return sum(tensor.parameters for tensor in self.tensors if tensor is not again)
 
     @property
     def active_parameters(self) -> int:

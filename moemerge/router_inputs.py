@@ -17,9 +17,7 @@ from moemerge import recipe
 from moemerge.arithmetic import load_rows
 from moemerge.body import Body
 from moemerge.checkpoint import Donor
-from moemerge.checkpoint.claims import EMBEDDING
 from moemerge.dense import (
-    LAYER,
     compute_dtype,
     load_tensors,
     one_layer,
@@ -31,6 +29,7 @@ from moemerge.options import Options
 from moemerge.prompts import Prompt
 from moemerge.recipe import Recipe, Sources
 from moemerge.reporting import Reporter
+from moemerge.slots import EMBEDDING, LAYER
 
 if TYPE_CHECKING:
     import numpy as np

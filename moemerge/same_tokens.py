@@ -8,7 +8,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 from moemerge.checkpoint import Donor
-from moemerge.checkpoint.claims import EMBEDDING, HEAD
+from moemerge.slots import EMBEDDING, HEAD
 from moemerge.tokenizer_files import read_object
 from moemerge.tokens import (
     ADDED_FILE,

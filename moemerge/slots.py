@@ -13,6 +13,7 @@ from typing import Any
 ALL = -1
 """In the place of one expert's number: every expert has an equal part of the tensor."""
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = "model.layers.{layer}."
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 
@@ -106,23 +107,20 @@ def whole(
     mlp: Callable[[int], Iterator[Slot]],
     qkv_bias: bool | None = None,
     o_bias: bool | None = None,
-    own_head: bool = False,
 ) -> Iterator[Slot]:
     """Embeddings, layers, final norm, and head; `mlp` yields each layer's experts.
 
     Where the architecture has biases that the dense model has not, they are zeros. A tied head is
-    written only with `own_head`, for readers that know none: a copy of the embeddings.
+    a copy of the embeddings, for some readers look for it in the file.
     """
     hidden, vocab = config["hidden_size"], config["vocab_size"]
-    yield same("model.embed_tokens.weight", (vocab, hidden))
+    yield same(EMBEDDING, (vocab, hidden))
     for layer in range(config["num_hidden_layers"]):
         yield from _attention(config, LAYER.format(layer=layer), qkv_bias, o_bias)
         yield from mlp(layer)
     yield same("model.norm.weight", (hidden,))
-    if not config["tie_word_embeddings"]:
-        yield same("lm_head.weight", (vocab, hidden))
-    elif own_head:
-        yield Slot("lm_head.weight", (vocab, hidden), FromBody("model.embed_tokens.weight"))
+    head = EMBEDDING if config["tie_word_embeddings"] else HEAD
+    yield Slot(HEAD, (vocab, hidden), FromBody(head))
 
 
 def _attention(
@@ -206,7 +204,7 @@ def joined(name: str, parts: Sequence[Slot], axis: int = 0) -> Slot:
 
 
 def dense_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the dense model, with its shape."""
+    """Every tensor of the dense model, with its shape; a tied head is none of its own."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
 
     def mlp(layer: int) -> Iterator[Slot]:
@@ -214,7 +212,8 @@ def dense_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shape = (hidden, inner) if which == DOWN else (inner, hidden)
             yield same(dense(layer, which), shape)
 
-    return {slot.name: slot.shape for slot in whole(config, mlp)}
+    slots = whole(config, mlp)
+    return {slot.name: slot.shape for slot in slots if slot.of == FromBody(slot.name)}
 
 
 def dense(layer: int, which: str) -> str:

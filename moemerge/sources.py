@@ -12,7 +12,6 @@ from typing import Any
 
 from moemerge import recipe
 from moemerge.body import Body
-from moemerge.checkpoint.claims import EMBEDDING
 from moemerge.config import parse_config
 from moemerge.dense import available_memory, compute_dtype, pick_device, whole_model
 from moemerge.errors import InputError
@@ -23,7 +22,7 @@ from moemerge.recipe import Recipe
 from moemerge.reporting import Reporter, size
 from moemerge.routers import Tensors, fetch
 from moemerge.same_tokens import other_ids, shared_rows
-from moemerge.slots import dense_shapes
+from moemerge.slots import EMBEDDING, dense_shapes
 
 
 @dataclass(frozen=True)

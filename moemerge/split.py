@@ -15,14 +15,13 @@ from moemerge.arithmetic import generator, load
 from moemerge.body import Body
 from moemerge.calibration import documents_of
 from moemerge.config import Expert, MergeConfig, held
-from moemerge.dense import LAYER
 from moemerge.errors import Findings, nearest
 from moemerge.options import Options
 from moemerge.prompts import PIECE_TOKENS, Prompt, open_encoder
 from moemerge.recipe import Sources
 from moemerge.reporting import Reporter
 from moemerge.router_inputs import Passage, layer_inputs
-from moemerge.slots import DOWN, GATE, UP, dense
+from moemerge.slots import DOWN, GATE, LAYER, UP, dense
 from moemerge.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint import Donor
-from moemerge.checkpoint.claims import EMBEDDING, HEAD
 from moemerge.recipe import Join, Mean, Recipe, of_donor, rows
+from moemerge.slots import EMBEDDING, HEAD
 from moemerge.tokenizer_files import chat_template
 from moemerge.tokens import TOKENIZER_FILE, read_content
 

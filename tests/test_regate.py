@@ -278,3 +278,16 @@ def test_the_command_says_what_came_of_it(config: Path, tmp_path: Path) -> None:
     assert "routers: " in result.stdout and "chance 33%" in result.stdout
     quiet = CliRunner().invoke(app, ["regate", str(out), str(new), "--quiet"])
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def test_it_stays_the_class_that_it_is(tmp_path: Path, babies: dict[str, Path]) -> None:
+    """Where the config names none, whatever a merge of it would choose by now."""
+    base, first, second = babies.values()
+    said = "gate_mode: random\narchitecture: granitemoe"
+    out = tmp_path / "out"
+    merge(write_config(tmp_path / "c.yaml", simple_config(base, [first, second], said)), out, SMALL)
+    text = simple_config(base, [first, second], "gate_mode: zeros  # for now")
+    done = regate(out, write_config(tmp_path / "new.yaml", text))
+    assert done.plan.architecture == done.plan.config["model_type"] == "granitemoe"
+    assert output.read_manifest(out).config == text
+    verify_checkpoint(out)

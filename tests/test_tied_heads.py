@@ -21,8 +21,9 @@ from test_laws import all_tensors, logits
 
 from moemerge import InputError, make_plan, merge
 from moemerge.checkpoint import tensors
-from moemerge.checkpoint.claims import EMBEDDING, HEAD, TIED, UNTIED
+from moemerge.checkpoint.claims import TIED, UNTIED
 from moemerge.config import parse_config
+from moemerge.slots import EMBEDDING, HEAD
 from moemerge.take_apart import drop, extract, repair
 
 ROOT = Path(__file__).parents[1]

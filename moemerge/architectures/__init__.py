@@ -93,7 +93,8 @@ def common(
 def no_biases(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
     """The refusals of an architecture without any bias."""
     if config["qkv_bias"] or config["o_bias"]:
-        yield f"has attention biases, which a {name} has no place for", "a qwen2_moe could hold it"
+        what = f"has attention biases, which a {name} has no place for"
+        yield what, "a granitemoehybrid could hold it"
     yield from one_kind(config)
 
 

@@ -81,7 +81,7 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
     """The dense tensors under their own names, routers, biases, experts and shared ones."""
-    return whole(config, lambda layer: experts(config, mixture, layer), own_head=True)
+    return whole(config, lambda layer: experts(config, mixture, layer))
 
 
 def experts(config: dict[str, Any], mixture: Mixture, layer: int) -> Iterator[Slot]:

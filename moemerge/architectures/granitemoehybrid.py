@@ -26,7 +26,7 @@ refusals = granitemoe.refusals
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
     """A granitemoe's in llama.cpp; mlx-lm's granitemoehybrid.py was measured, November 2026."""
-    yield from (one for one in granitemoe.caveats(config, mixture) if one[0] != "mlx-lm")
+    yield from granitemoe.caveats_of_llama_cpp(config)
     if config["rope_scaling"]:
         kind = config["rope_scaling"]["rope_type"]
         yield "mlx-lm", f"mlx-lm ignores its rope scaling ({kind}): expect other text from it"

@@ -24,6 +24,7 @@ refusals = granitemoe.refusals
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
     """A granitemoe's, of the readers that it has."""
     yield from granitemoe.caveats_of_llama_cpp(config)
+    yield from granitemoe.caveats_of_vllm(config, "granitemoeshared")
 
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:

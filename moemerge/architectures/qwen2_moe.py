@@ -86,7 +86,7 @@ def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
         gate = Made("shared gate") if mixture.gated else Constant(_HALF)
         yield Slot(f"{block}shared_expert_gate.weight", (1, hidden), gate)
 
-    return whole(config, mlp, qkv_bias=True, own_head=True)
+    return whole(config, mlp, qkv_bias=True)
 
 
 def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:

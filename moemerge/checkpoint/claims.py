@@ -8,9 +8,8 @@ from typing import Any
 
 from moemerge.checkpoint.remote import Remote
 from moemerge.checkpoint.tensors import Location, read_bytes
+from moemerge.slots import EMBEDDING, HEAD
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 TIED = "tie_word_embeddings"
 
 UNTIED = (

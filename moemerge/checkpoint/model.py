@@ -19,6 +19,7 @@ from moemerge.checkpoint.reference import Reference
 from moemerge.checkpoint.remote import HubError, Remote, open_remote
 from moemerge.checkpoint.tensors import Location
 from moemerge.errors import ReadError
+from moemerge.slots import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -
         ReadError: the download failed, or what came is not what the plan was made from.
     """
     names = set(names)
-    doubted = claims.EMBEDDING in names and _is_doubtful(checkpoint)
+    doubted = EMBEDDING in names and _is_doubtful(checkpoint)
     if doubted:
-        names.add(claims.HEAD)
+        names.add(HEAD)
     files = {checkpoint.tensors[name].file.name for name in names} & set(checkpoint.absent)
     if not files:
         return checkpoint
@@ -123,7 +124,7 @@ def streamed(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
         name: dataclasses.replace(at, remote=checkpoint.absent.get(at.file.name))
         for name, at in checkpoint.tensors.items()
     }
-    if claims.EMBEDDING in names and _is_doubtful(checkpoint):
+    if EMBEDDING in names and _is_doubtful(checkpoint):
         _confirm(checkpoint, tensors, "run it again without --stream")
     return dataclasses.replace(checkpoint, tensors=tensors)
 
@@ -134,7 +135,7 @@ def _is_doubtful(checkpoint: Checkpoint) -> bool:
 
 def _confirm(checkpoint: Checkpoint, tensors: dict[str, Location], fix: str) -> None:
     """Refuse a head that is not the embeddings after all; the samples did not show it."""
-    if not claims.is_equal(tensors[claims.EMBEDDING], tensors[claims.HEAD]):
+    if not claims.is_equal(tensors[EMBEDDING], tensors[HEAD]):
         raise ReadError(f"{checkpoint.reference.text}: {claims.UNTIED}; {fix}")
 
 

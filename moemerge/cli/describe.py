@@ -30,6 +30,11 @@ def plan_lines(ready: Any, options: Options) -> Iterator[str]:
         f"{size(made.nbytes)} in {len(made.shards)} shards; {len(copied)} of {len(tensors)} "
         "tensors are copied byte for byte, the others computed"
     )
+    if head := made.tied_head:
+        yield (
+            f"{head.name} ({size(head.nbytes)}) is a copy of the tied embeddings, for the programs "
+            "that look for it in the files"
+        )
     yield f"about {size(expected_peak(ready, options))} of memory at the peak"
     hub = transfer(ready, options)
     if hub.files or hub.cached:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moemerge.checkpoint import Donor
+from moemerge.checkpoint.claims import TIED
 from moemerge.checkpoint.lora import open_adapter
 from moemerge.checkpoint.model import open_checkpoint
 from moemerge.checkpoint.not_a_model import SourceProblem
@@ -16,6 +17,7 @@ from moemerge.options import Options
 from moemerge.rebuild import Built, Edit, build
 from moemerge.recipe import adapted
 from moemerge.reporting import Reporter, Silent
+from moemerge.slots import EMBEDDING, HEAD
 
 
 def merge_adapter(
@@ -28,7 +30,8 @@ def merge_adapter(
     """Write the mixture `old` with a LoRA adapter's deltas into `out`.
 
     The adapter has the names of the mixture's files, as `moemerge tune --lora` writes it, or it was
-    trained with PEFT on experts that transformers 5 had stacked (`target_parameters`).
+    trained with PEFT on experts that transformers 5 had stacked (`target_parameters`). One that
+    changes the embeddings or the head of a tied mixture alone unties them, as PEFT does.
 
     Raises:
         InputError: either cannot be read, or they do not fit; nothing was written.
@@ -50,22 +53,26 @@ def merge_adapter(
     findings.refuse()
     for note in findings.notes:
         reporter.say(note)
-    names = {part.name for part in moe.parts}
+    old_parts, config = list(moe.parts), moe.config
+    if lora.untied:
+        config = {**config, TIED: False}
+        if HEAD not in moe.checkpoint.tensors:
+            old_parts += [replace(one, name=HEAD) for one in moe.parts if one.name == EMBEDDING]
+    names = {part.name for part in old_parts}
     for lost in sorted(lora.changes - names)[:1]:
         what = f"changes {lost}, which is no tensor of its own in {moe.text}"
         findings.problem(adapter, what, "merge it with PEFT")
-    if lora.untied:
-        what = f"changes the embeddings or the head alone, which {moe.text} ties"
-        findings.problem(adapter, what, "train it with ensure_weight_tying")
     for tensor, (what, fix) in lora.obstacles.items():
         findings.problem(adapter, f"{tensor}: {what}", fix)
     findings.refuse()
+    if lora.untied:
+        reporter.say("its embeddings and its head are two from now on, as the adapter has them")
     for note in lora.notes:
         reporter.say(f"{adapter}: {note}")
     text = opened.reference.text
-    parts = [replace(part, recipe=adapted(lora, part.name, part.recipe)) for part in moe.parts]
+    parts = [replace(part, recipe=adapted(lora, part.name, part.recipe)) for part in old_parts]
     name = Path(text).name
     donor = Donor(adapter, name, moe.checkpoint, lora)
     story = f"{Path(moe.text).name} with the adapter {name} merged into it."
-    edit = Edit(moe, parts, moe.config, moe.names, moe.per_token, story, (donor,))
+    edit = Edit(moe, parts, config, moe.names, moe.per_token, story, (donor,))
     return build(edit, Path(out), options, reporter, findings)
