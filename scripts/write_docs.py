@@ -8,6 +8,7 @@ A test fails while the docs on disk are not what this would write.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -39,7 +40,11 @@ def documents() -> dict[Path, str]:
     hosts = ROOT / "docs/architectures.md"
     return {
         readme: text,
-        hosts: _replace(hosts.read_text(encoding="utf-8"), "architectures", _architectures()),
+        hosts: _replace(
+            _replace(hosts.read_text(encoding="utf-8"), "architectures", _architectures()),
+            "readers",
+            _readers(),
+        ),
         ROOT / "docs/commands.md": _commands(),
     }
 
@@ -97,6 +102,28 @@ def _architectures() -> str:
     rows = listing()
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _readers() -> str:
+    """What each reader makes of each host; tests/test_readers_table.py holds the readers to it."""
+    table = json.loads((ROOT / "tests/readers/table.json").read_text(encoding="utf-8"))
+    columns = [
+        f"{reader.partition(' ')[0]} {table['versions'][reader]}" for reader in table["versions"]
+    ]
+    lines, messages = [["host", "body", *columns], ["---"] * (len(columns) + 2)], list[str]()
+    for host, kinds in table["hosts"].items():
+        for kind, cells in kinds.items():
+            if isinstance(cells, str):
+                cells = dict.fromkeys(columns, f"moemerge: {cells}")
+            row = []
+            for cell in cells.values():
+                if cell not in ("right", "wrong"):
+                    messages += [cell] * (cell not in messages)
+                    cell = f"refused ({messages.index(cell) + 1})"
+                row.append("wrong, said" if cell == "wrong" else cell)
+            lines.append([host, kind, *row])
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([*rows, "", *(f"{n}. {one}" for n, one in enumerate(messages, start=1))])
 
 
 def _commands() -> str:

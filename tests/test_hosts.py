@@ -49,7 +49,7 @@ def problems_of(base: Path, head: str = "", tail: str = "") -> list[str]:
         ("mistral window", ALWAYS, "qwen2_moe"),
         ("llama head_dim", ALWAYS, "glm4_moe"),
         ("qwen2 window", ALWAYS, "qwen2_moe"),
-        ("qwen3", ALWAYS, "dots1"),
+        ("qwen3", ALWAYS, "glm4_moe"),
         ("qwen3 biases", ALWAYS, "dots1"),
         ("granite", ALWAYS, GRANITE),
         ("llama", GATED, "qwen2_moe"),

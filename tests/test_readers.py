@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,17 @@ READERS = {
     "transformers 4.57": ("transformers4", "read_transformers.py"),
     "llama.cpp": ("readers", "read_llamacpp.py"),
     "mlx-lm": ("readers", "read_mlx.py"),
+    "transformers 4.36": ("transformers4_36", "read_transformers.py"),
+    "transformers newest": ("transformers_newest", "read_transformers.py"),
+    "vLLM": ("vllm", "read_vllm.py"),
+    "mistral.rs": ("mistralrs", "read_mistralrs.py"),
 }
+OLDEST = "transformers 4.36"
+"""It cannot read the tokenizer, so it is asked with ids alone."""
+
+IN_FULL = [*READERS][4:]
+"""Those whose environments `scripts/test --full` alone makes."""
+EACH = [pytest.param(one, marks=[pytest.mark.full] * (one in IN_FULL)) for one in READERS]
 PROMPTS = [
     "The capital of France is",
     "def fibonacci(n):",
@@ -104,7 +115,7 @@ def dense(smollm2: Path) -> dict[str, Any]:
     return said
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", [one for one in EACH if one.values[0] != OLDEST])
 def test_a_real_model_says_what_the_dense_one_says(
     reader: str, real_identity: Path, dense: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -206,20 +217,31 @@ def test_the_real_model_verifies_and_its_adapters_merge(smollm2: Path, tmp_path:
     assert checked.compared == checked.tensors - merged.plan.config["num_hidden_layers"]
 
 
-WIDE = {"vocab_size": 49152, "hidden_size": 64, "intermediate_size": 96, "eos_token_id": 2}
-"""Babies that llama.cpp takes: they have SmolLM2's tokenizer, which its converter knows."""
+WIDE = {
+    "vocab_size": 49152, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "intermediate_size": 96, "eos_token_id": 2,
+}  # fmt: skip
+"""Babies that every reader takes: they have SmolLM2's tokenizer, which llama.cpp's converter knows,
+and heads of 64, the least that vLLM knows."""
+
+SHORT, LONG = ([1.0 + i / step for i in range(32)] for step in (16, 4))
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LONGROPE = {
-    "rope_type": "longrope", "short_factor": [1.0 + i / 4 for i in range(8)],
-    "long_factor": [1.0 + i for i in range(8)], "original_max_position_embeddings": 16,
+    "rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG,
+    "original_max_position_embeddings": 16,
 }  # fmt: skip
 WIDER: dict[str, dict[str, Any]] = {
     "llama yarn": {"rope_scaling": YARN},
-    "qwen3 yarn": {"family": "qwen3", "head_dim": 16, "rope_scaling": YARN},
-    "qwen3 longrope": {"family": "qwen3", "head_dim": 16, "rope_scaling": LONGROPE},
+    "qwen3 yarn": {"family": "qwen3", "head_dim": 64, "rope_scaling": YARN},
+    "qwen3 longrope": {"family": "qwen3", "head_dim": 64, "rope_scaling": LONGROPE},
     "phi3 longrope": {**BODIES["phi3 longrope"], "rope_scaling": LONGROPE},
 }
+TEXTS = [
+    "The capital of France is a city that lies on a river, and of it they say that whoever has "
+    "seen it once will come again, for nowhere else are bridges so old and evenings so long.",
+    "def fibonacci(n):",
+]
 FEATURES = [
     "llama tied", "llama llama3 rope", "llama linear rope", "llama yarn", "llama head_dim",
     "phi3 longrope", "mistral window", "qwen2", "qwen2 window", "qwen3 head_dim", "qwen3 biases",
@@ -231,7 +253,7 @@ def wide(body: str) -> dict[str, Any]:
     """The settings of a wide model of that body."""
     settings = {**WIDE, **{**BODIES, **WIDER}[body]}
     if body not in WIDER and "head_dim" in settings:
-        settings["head_dim"] *= 2
+        settings["head_dim"] *= 8
     return settings
 
 
@@ -293,35 +315,72 @@ def cases() -> list[Case]:
 
 ELSEWHERE = {"llama.cpp", "mlx-lm"}
 CASES = cases()
+Found = dict[tuple[Case, str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def wide_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, Path]]:
+    """Every case's mixture; they are large."""
+    root = tmp_path_factory.mktemp("wide")
+    yield {case: case.write(root) for case in CASES}
+    shutil.rmtree(root)
+
+
+@pytest.fixture(scope="module")
+def asked(smollm2: Path) -> dict[str, Any]:
+    """What is asked of each: ids of texts, for mistral.rs takes none but those that it reads so."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    return {"token_ids": [tokenizer(text).input_ids for text in TEXTS], "new_tokens": 16}
+
+
+def found_by(
+    reader: str, models: dict[Case, Path], asked: dict[str, Any], work: Path
+) -> dict[tuple[Case, str], dict[str, Any]]:
+    """What a reader makes of each case whose architecture names it."""
+    takes = [case for case in CASES if reader in architectures.find(case.architecture).READERS]
+    made = read_all(reader, [models[case] for case in takes], work, **asked)
+    return {(case, reader): one for case, one in zip(takes, made, strict=True)}
 
 
 @pytest.fixture(scope="module")
 def elsewhere(
-    smollm2: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[Case, str], dict[str, Any]]:
-    """What each reader that a case's architecture names makes of it."""
-    root = tmp_path_factory.mktemp("wide")
-    models = {case: case.write(root) for case in CASES}
-    asked = {"token_ids": [[1, *range(300, 340)], [5, 77, 1000, 2000]], "new_tokens": 16}
-    found = {}
-    for reader in ("transformers 5", *sorted(ELSEWHERE)):
-        takes = [case for case in CASES if reader in architectures.find(case.architecture).READERS]
-        paths = [models[case] for case in takes]
-        read = read_all(reader, paths, root / reader.replace(" ", "-"), **asked)
-        found |= {(case, reader): one for case, one in zip(takes, read, strict=True)}
+    wide_models: dict[Case, Path], asked: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Found:
+    """What each reader makes of them."""
+    root, found = tmp_path_factory.mktemp("elsewhere"), Found()
+    for number, reader in enumerate(("transformers 5", *sorted(ELSEWHERE))):
+        found |= found_by(reader, wide_models, asked, root / str(number))
     return found
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_reader_says_the_same_or_plan_says_that_it_does_not(
-    elsewhere: dict[tuple[Case, str], dict[str, Any]], case: Case
+def test_a_reader_says_the_same_or_plan_says_that_it_does_not(elsewhere: Found, case: Case) -> None:
+    for reader in ELSEWHERE:
+        says_the_same_or_is_said(elsewhere, case, reader)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("reader", ["mistral.rs", "vLLM"])
+def test_so_does_a_reader_of_an_environment_of_its_own(
+    reader: str,
+    elsewhere: Found,
+    wide_models: dict[Case, Path],
+    asked: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
-    expected = elsewhere[case, "transformers 5"]
+    found = elsewhere | found_by(reader, wide_models, asked, tmp_path / "w")
+    for case in CASES:
+        says_the_same_or_is_said(found, case, reader)
+
+
+def says_the_same_or_is_said(found: Found, case: Case, reader: str) -> None:
+    """Hold a reader, if the case's architecture names it, to transformers 5 and the caveats."""
+    expected, one = found[case, "transformers 5"], found.get((case, reader))
     assert fits(expected)
     assert case.caveats is not None
-    for reader in ELSEWHERE & set(architectures.find(case.architecture).READERS):
-        found = elsewhere[case, reader]
-        same = fits(found) and found["generated"] == expected["generated"]
-        assert same != (reader in case.caveats), (reader, case.caveats, found)
-        if "cannot" in case.caveats.get(reader, ""):
-            assert not fits(found)
+    if one is None:
+        return
+    same = fits(one) and one["generated"] == expected["generated"]
+    assert same != (reader in case.caveats), (case.name, reader, case.caveats, one)
+    if "cannot" in case.caveats.get(reader, ""):
+        assert not fits(one)

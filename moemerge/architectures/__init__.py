@@ -126,6 +126,15 @@ def no_loading(config: dict[str, Any], name: str, *readers: str) -> Iterator[tup
             yield reader, f"{reader} cannot load it: its {name} has no attention biases"
 
 
+def drops_biases(config: dict[str, Any], name: str, *readers: str) -> Iterator[tuple[str, str]]:
+    """The caveat of readers whose class is built without some biases, and that pass over those in
+    the file."""
+    if config["qkv_bias"] or config["o_bias"]:
+        for reader in readers:
+            what = f"drops attention biases of a {name}: expect other text from it"
+            yield reader, f"{reader} {what}"
+
+
 def other_rope(
     config: dict[str, Any], reader: str, known: Collection[str] = ()
 ) -> Iterator[tuple[str, str]]:

@@ -36,7 +36,7 @@ from moemerge.slots import (
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "seed_oss")
 SHARED = "always"
 SCORES = "sigmoid"
-READERS = ("transformers 4.57", "transformers 5", "mlx-lm", "vLLM")
+READERS = ("transformers 4.57", "transformers 5", "mlx-lm", "vLLM", "mistral.rs")
 ALIASES = ()
 TRAINING: dict[str, Any] = {}
 
@@ -76,6 +76,7 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
     """Measured in November 2026; llama.cpp's converter wants GLM's own vocabulary."""
     yield from other_rope(config, "mlx-lm")
+    yield from other_rope(config, "mistral.rs")
     yield from one_alone(mixture)
 
 

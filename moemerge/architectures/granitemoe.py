@@ -11,6 +11,7 @@ from typing import Any
 from moemerge.architectures import (
     LLAMA_CPP_ROPE,
     common,
+    drops_biases,
     long_factors,
     no_head_dim,
     no_window,
@@ -52,7 +53,7 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
     """Measured in November 2026."""
     yield from caveats_of_llama_cpp(config)
-    yield from caveats_of_vllm(config, "granitemoe")
+    yield from drops_biases(config, "granitemoe", "vLLM")
     yield from long_factors(config)
 
 
@@ -61,12 +62,6 @@ def caveats_of_llama_cpp(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if (config["rope_scaling"] or {}).get("rope_type") == "llama3":
         yield "llama.cpp", "llama.cpp cannot convert it: its granite has no rope of type llama3"
     yield from other_rope(config, "llama.cpp", LLAMA_CPP_ROPE | {"llama3"})
-
-
-def caveats_of_vllm(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
-    """Its class, and SGLang's, is built without biases, and passes over those in the file."""
-    if biases(config)[0]:
-        yield "vLLM", f"vLLM drops a {name}'s attention biases: expect other text from it"
 
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:

@@ -22,7 +22,7 @@ from moemerge.slots import DOWN, GATE, LAYER, UP, Mixture, Slot, projection, rou
 FAMILIES = ("llama", "mistral")
 SHARED = ""
 SCORES = "softmax"
-READERS = ("transformers 4.57", "transformers 5", "llama.cpp", "mlx-lm", "vLLM")
+READERS = ("transformers 4.57", "transformers 5", "llama.cpp", "mlx-lm", "vLLM", "mistral.rs")
 ALIASES = ()
 TRAINING = {
     "output_router_logits": False, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0
@@ -40,9 +40,11 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
     """Measured in November 2026."""
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
-        head = config["head_dim"]
-        yield "mlx-lm", f"mlx-lm cannot load it: its Mixtral has no head_dim ({head} here)"
+        for reader in ("mlx-lm", "mistral.rs"):
+            what = f"cannot load it: its Mixtral has no head_dim ({config['head_dim']} here)"
+            yield reader, f"{reader} {what}"
     yield from other_rope(config, "mlx-lm")
+    yield from other_rope(config, "mistral.rs")
     yield from other_rope(config, "llama.cpp", LLAMA_CPP_ROPE | {"llama3"})
     yield from beyond_window(config, "mlx-lm", "llama.cpp")
 

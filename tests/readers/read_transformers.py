@@ -1,4 +1,4 @@
-"""transformers, 4.57 or 5, as a reader: what a user of that version gets from a checkpoint."""
+"""transformers, of any version, as a reader: what a user of that version gets from a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def read(model_dir: Path, request: Request, work: Path) -> Response:
     torch.set_num_threads(1)  # threads that wait for each other are slow where tests share cores
     warnings = _Warnings()
     logging.getLogger("transformers").addHandler(warnings)
+    dtype = {"torch_dtype" if transformers.__version__ < "4.56" else "dtype": torch.float32}
     model, info = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        model_dir, **dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     model.eval()
     response = Response(

@@ -4,52 +4,50 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import traceback
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from reader import Request, Response, main
-
-SETTINGS = {
+os.environ |= {  # before vLLM is imported
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CACHE_ROOT": tempfile.mkdtemp(),
     "OMP_NUM_THREADS": "1",  # threads that wait for each other are slow where tests share cores
 }
 
+from reader import Request, Response, main
+from vllm import LLM, SamplingParams
+
 
 def read(model_dir: Path, request: Request, work: Path) -> Response:
-    os.environ.update(SETTINGS, VLLM_CACHE_ROOT=str(work / "cache"))
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
     child = context.Process(target=_run, args=(model_dir, request, answers))
     child.start()
-    error, generated = answers.get()
+    error, generated, lengths = answers.get()
     child.join()
     if error:
         raise RuntimeError(error)
-    lengths = [len(prompt) for prompt in request.prompts]
-    return Response(f"vLLM {_version()}", generated=generated, prompt_lengths=lengths)
-
-
-def _version() -> str:
-    return version("vllm-cpu")
+    return Response(f"vLLM {version('vllm-cpu')}", generated=generated, prompt_lengths=lengths)
 
 
 def _run(model_dir: Path, request: Request, answers: Any) -> None:
-    """Put the error, or the greedy tokens of each prompt, into `answers`."""
+    """Put the error, or each prompt's greedy tokens and its length, into `answers`."""
     try:
-        answers.put(("", _generated(model_dir, request)))
+        made = _generated(model_dir, request)
+        tokens = [list(one.outputs[0].token_ids) for one in made]
+        answers.put(("", tokens, [len(one.prompt_token_ids) for one in made]))
     except BaseException:
-        answers.put((traceback.format_exc(), []))
+        answers.put((traceback.format_exc(), [], []))
 
 
-def _generated(model_dir: Path, request: Request) -> list[list[int]]:
-    from vllm import LLM, SamplingParams
-
+def _generated(model_dir: Path, request: Request) -> list[Any]:
+    texts = all(isinstance(prompt, str) for prompt in request.prompts)
     model = LLM(
         str(model_dir),
         dtype="float32",
@@ -57,13 +55,11 @@ def _generated(model_dir: Path, request: Request) -> list[list[int]]:
         max_model_len=128,
         max_num_seqs=2,
         max_num_batched_tokens=256,
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not texts,
     )
-    count = request.new_tokens
-    greedy = SamplingParams(temperature=0, min_tokens=count, max_tokens=count, ignore_eos=True)
-    prompts: Any = [{"prompt_token_ids": prompt} for prompt in request.prompts]
-    made = model.generate(prompts, greedy, use_tqdm=False)
-    return [list(one.outputs[0].token_ids) for one in made]
+    greedy = SamplingParams(temperature=0, max_tokens=request.new_tokens, ignore_eos=True)
+    key = "prompt" if texts else "prompt_token_ids"
+    return model.generate([{key: one} for one in request.prompts], greedy, use_tqdm=False)
 
 
 if __name__ == "__main__":
