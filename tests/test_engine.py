@@ -298,6 +298,25 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         assert held
 
 
+def test_a_lock_whose_file_was_removed_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever had it removes the file, and the directory, just when another has opened it."""
+    fcntl = pytest.importorskip("fcntl")
+    real, path = fcntl.flock, tmp_path / "state" / "lock"
+
+    def late(handle: int, kind: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        path.unlink()
+        path.parent.rmdir()
+        real(handle, kind)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with hold(path, wait=False) as held, hold(path, wait=False) as second:
+        assert held and not second
+        assert path.exists()
+
+
 def test_shares_written_one_after_another_complete_the_output(config: Path, tmp_path: Path) -> None:
     options = {"shard_size": SMALL}
     merge(config, tmp_path / "whole", Options(**options))

@@ -13,12 +13,22 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from moemerge import InputError, Options, merge, output, top_k, verify_checkpoint
+from moemerge import (
+    InputError,
+    Options,
+    RunError,
+    merge,
+    output,
+    regate,
+    top_k,
+    verify_checkpoint,
+)
 from moemerge.cli import app
 from moemerge.errors import Findings
 from moemerge.experts_apart import load, memory_of, name_in_files
 from moemerge.moe import open_moe
 from moemerge.reporting import Silent
+from moemerge.training.beginning import begin
 from moemerge.training.routers import mean_loss
 from moemerge.training.text import divide, passages_of
 from moemerge.training.tune import tune, undo
@@ -160,6 +170,51 @@ def test_with_a_teacher_balance_and_four_bits(tmp_path: Path, data: str) -> None
     options = Options(load_in_4bit=True)
     done = tune(out, tuning(data, distil=0.5, balance=0.01, steps=4), options)
     assert len(done.trained.curve) > 1
+
+
+def test_a_second_tuning_is_refused_before_it_reads_what_the_first_replaces(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = made(tmp_path)
+    first = output.read_manifest(out).plan.shards[0].file
+    changing: list[object] = [
+        lambda: tune(out, tuning(data)),
+        lambda: undo(out),
+        lambda: top_k(str(out), 1),
+        lambda: regate(out, tmp_path / "c.yaml"),
+    ]
+    read, refused = begin, []
+
+    def meanwhile(*args: Any) -> Any:
+        for change in changing:
+            with pytest.raises(RunError, match="another moemerge is at work there"):
+                change()  # type: ignore[operator]
+            refused.append(change)
+        return read(*args)
+
+    before = (out / first).read_bytes()
+    monkeypatch.setattr("moemerge.training.tune.begin", meanwhile)
+    tune(out, tuning(data))
+    assert refused == changing
+    assert (out / first).read_bytes() != before
+    verify_checkpoint(out)
+
+
+def test_undo_leaves_what_else_was_changed(tmp_path: Path, data: str) -> None:
+    out = made(tmp_path)
+    before = files(out)
+    tune(out, tuning(data))
+    top_k(str(out), 1)
+    undo(out)
+    verify_checkpoint(out)
+    assert json.loads((out / "config.json").read_text())["num_experts_per_tok"] == 1
+    top_k(str(out), 2)
+    weights = {name for name in before if name.endswith(".safetensors")}
+    assert {name: files(out)[name] for name in weights} == {name: before[name] for name in weights}
+    tune(out, tuning(data))
+    regate(out, tmp_path / "c.yaml")
+    assert not (out / output.BEFORE_TUNING).exists()  # of routers that are no more
+    verify_checkpoint(out)
 
 
 def test_bad_input_is_told_and_nothing_written(tmp_path: Path, data: str) -> None:
