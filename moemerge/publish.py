@@ -62,6 +62,9 @@ def _push(out: Path, repo: str, private: bool, reporter: Reporter) -> str:
     verify_checkpoint(out, reporter)
     manifest = read_manifest(out)
     content = leaving(manifest, lambda name: out / name)
+    written = (INDEX_FILE, CONFIG_FILE, MANIFEST_FILE)
+    for name in [n for n, what in content.items() if isinstance(what, bytes) and n not in written]:
+        reporter.say(f"{out / name}: is pushed without the paths of this machine in it")
     if others := stays(out, content):
         reporter.say(f"{out}: {', '.join(others)} stays here, for it is no part of the model")
     target = Repository(repo, bars=True)

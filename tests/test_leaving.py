@@ -216,6 +216,7 @@ def test_a_push_tells_nothing_of_this_machine(name: str, desk: Desk) -> None:
     check(desk, repo)
     if name == "an edited card":
         assert "notes.txt stays here" in ran.said
+        assert "README.md: is pushed without the paths of this machine in it" in ran.said
         pushed = desk.hub.repositories[repo].find("main")
         assert pushed and "Made from ./m1, see" in pushed.files["README.md"].read_text()
 
