@@ -144,11 +144,12 @@ def other_rope(
         yield reader, f"{reader} ignores its rope scaling ({kind}): expect other text from it"
 
 
-def long_factors(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The caveat of mlx-lm where it knows longrope: it has no short sequences."""
+def long_factors(config: dict[str, Any], *readers: str) -> Iterator[tuple[str, str]]:
+    """The caveat of readers that know longrope, but no short sequences."""
     if (config["rope_scaling"] or {}).get("rope_type") == "longrope":
-        what = "takes longrope's long factors at every length: expect other text from it"
-        yield "mlx-lm", f"mlx-lm {what}"
+        for reader in readers:
+            what = "takes longrope's long factors at every length: expect other text from it"
+            yield reader, f"{reader} {what}"
 
 
 def lonely(mixture: Mixture, name: str) -> Iterator[tuple[str, str]]:

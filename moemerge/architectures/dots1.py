@@ -35,7 +35,7 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
     """Measured in November 2026; llama.cpp refuses grouped queries."""
     yield from no_loading(config, "dots1", "mlx-lm")
-    yield from long_factors(config)
+    yield from long_factors(config, "mlx-lm")
     yield from one_alone(mixture)
     yield from beyond_window(config, "mlx-lm")
 

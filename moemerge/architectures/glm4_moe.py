@@ -14,6 +14,7 @@ from typing import Any
 from moemerge.architectures import (
     common,
     lonely,
+    long_factors,
     no_window,
     one_alone,
     one_kind,
@@ -77,6 +78,7 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
     """Measured in November 2026; llama.cpp's converter wants GLM's own vocabulary."""
     yield from other_rope(config, "mlx-lm")
     yield from other_rope(config, "mistral.rs")
+    yield from long_factors(config, "vLLM")
     yield from one_alone(mixture)
 
 

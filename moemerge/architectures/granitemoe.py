@@ -54,7 +54,7 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
     """Measured in November 2026."""
     yield from caveats_of_llama_cpp(config)
     yield from drops_biases(config, "granitemoe", "vLLM")
-    yield from long_factors(config)
+    yield from long_factors(config, "mlx-lm", "vLLM")
 
 
 def caveats_of_llama_cpp(config: dict[str, Any]) -> Iterator[tuple[str, str]]:

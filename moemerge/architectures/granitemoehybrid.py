@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moemerge.architectures import granitemoe, granitemoeshared
+from moemerge.architectures import granitemoe, granitemoeshared, long_factors
 from moemerge.slots import Constant, Mixture, Slot
 
 FAMILIES = granitemoe.FAMILIES
@@ -27,6 +27,7 @@ refusals = granitemoe.refusals
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
     """A granitemoe's in llama.cpp; mlx-lm's granitemoehybrid.py was measured, November 2026."""
     yield from granitemoe.caveats_of_llama_cpp(config)
+    yield from long_factors(config, "vLLM")
     if config["rope_scaling"]:
         kind = config["rope_scaling"]["rope_type"]
         yield "mlx-lm", f"mlx-lm ignores its rope scaling ({kind}): expect other text from it"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moemerge.architectures import drops_biases, granitemoe
+from moemerge.architectures import drops_biases, granitemoe, long_factors
 from moemerge.slots import DOWN, GATE, LAYER, UP, Mixture, Slot, joined, shared, whole
 
 FAMILIES = granitemoe.FAMILIES
@@ -25,6 +25,7 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
     """A granitemoe's, of the readers that it has."""
     yield from granitemoe.caveats_of_llama_cpp(config)
     yield from drops_biases(config, "granitemoeshared", "vLLM")
+    yield from long_factors(config, "vLLM")
 
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:

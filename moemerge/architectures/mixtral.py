@@ -14,6 +14,7 @@ from moemerge.architectures import (
     LLAMA_CPP_ROPE,
     beyond_window,
     common,
+    long_factors,
     no_biases,
     other_rope,
 )
@@ -45,6 +46,7 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
             yield reader, f"{reader} {what}"
     yield from other_rope(config, "mlx-lm")
     yield from other_rope(config, "mistral.rs")
+    yield from long_factors(config, "vLLM")
     yield from other_rope(config, "llama.cpp", LLAMA_CPP_ROPE | {"llama3"})
     yield from beyond_window(config, "mlx-lm", "llama.cpp")
 

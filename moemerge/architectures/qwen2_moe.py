@@ -14,6 +14,7 @@ from moemerge.architectures import (
     LLAMA_CPP_ROPE,
     beyond_window,
     common,
+    long_factors,
     no_head_dim,
     one_kind,
     other_rope,
@@ -62,6 +63,7 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
             yield reader, f"{reader} {what}"
         yield from beyond_window(config, reader)
     yield from other_rope(config, "llama.cpp", LLAMA_CPP_ROPE)
+    yield from long_factors(config, "vLLM")
     if config["rope_scaling"]:
         yield "mlx-lm", "mlx-lm cannot load it: its qwen2_moe knows no rope scaling"
     if config["sliding_window"]:

@@ -10,6 +10,7 @@ from moemerge.architectures import (
     beyond_window,
     common,
     drops_biases,
+    long_factors,
     no_loading,
     one_kind,
     other_rope,
@@ -35,6 +36,7 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
     yield from drops_biases(config, "qwen3_moe", "vLLM", "mistral.rs")
     yield from other_rope(config, "mlx-lm")
     yield from other_rope(config, "mistral.rs")
+    yield from long_factors(config, "vLLM")
     yield from other_rope(config, "llama.cpp", LLAMA_CPP_ROPE)
     yield from beyond_window(config, "mlx-lm", "llama.cpp")
 
