@@ -61,7 +61,7 @@ def evaluate(
     if not manifest:
         reporter.say(f"{out}: holds no {MANIFEST_FILE}, so only the mixture is evaluated")
     texts, tasks = _checked(out, config_of(out), wanted, options, reporter)
-    sources = sources_of(manifest, options, reporter)
+    sources = sources_of(manifest, options, reporter, out)
     taken = _Taken(out, texts, tasks, options, reporter)
     measured = [taken.through("mixture", load_mixture(out, options, reporter), out)]
     known: dict[tuple[object, ...], _Measured] = {}

@@ -10,6 +10,7 @@ from moemerge import recipe
 from moemerge.body import VOCABULARY, Body
 from moemerge.checkpoint import FLOATS, ITEMSIZE, Checkpoint, Donor
 from moemerge.checkpoint.claims import TIED
+from moemerge.checkpoint.reference import Reference
 from moemerge.config import MergeConfig
 from moemerge.errors import Findings, nearest
 from moemerge.hosts import Host
@@ -27,6 +28,7 @@ from moemerge.slots import (
     Slot,
     dense_shapes,
 )
+from moemerge.vocabulary_choice import BASE
 
 _DTYPES = {**FLOATS, "bf16": "BF16", "fp16": "F16", "fp32": "F32", "half": "F16", "float": "F32"}
 _LONG_NAMES = {short: long for long, short in FLOATS.items()}
@@ -73,7 +75,8 @@ def lay_out(made: Layout, opened: Iterable[Checkpoint], findings: Findings) -> P
         )
         for slot in slots
     ]
-    sources = tuple(map(source_of, opened))
+    speak = _speakers(made)
+    sources = tuple(source_of(one, one.reference in speak) for one in opened)
     tensors_of = {checkpoint.reference.text: checkpoint.tensors for checkpoint in opened}
     needs = _needs(made, slots)
     _check_sources(needs, made, tensors_of, findings)
@@ -142,8 +145,17 @@ def _recipe(slot: Slot, made: Layout, dtype: str) -> Recipe:
     return recipe.Join(tuple(row for row in rows for _ in range(times)))
 
 
-def source_of(checkpoint: Checkpoint) -> Source:
-    """What a plan says of an opened model or adapter."""
+def _speakers(made: Layout) -> set[Reference]:
+    """The models whose tokenizers the mixture depends on."""
+    found = [made.parts.body.base, *made.parts.body.experts]
+    if made.config.tokenizer != BASE or "experts" in made.uses:
+        found += [*made.donors, *made.shared]
+    adapters = {donor.adapter.checkpoint.reference for donor in found if donor.adapter}
+    return adapters | {donor.model.reference for donor in found}
+
+
+def source_of(checkpoint: Checkpoint, speaks: bool = False) -> Source:
+    """What a plan says of an opened model or adapter; of its tokenizer too, if it `speaks`."""
     reference = checkpoint.reference
     return Source(
         reference=reference.text,
@@ -152,6 +164,7 @@ def source_of(checkpoint: Checkpoint) -> Source:
         repo=reference.repo or None,
         commit=checkpoint.commit,
         modified=checkpoint.modified,
+        tokens=checkpoint.tokens if speaks and not checkpoint.commit else None,
     )
 
 

@@ -33,6 +33,7 @@ from moemerge.errors import Findings, InputError, nearest
 from moemerge.output import MANIFEST_FILE, Manifest, read_manifest
 from moemerge.plan import PlannedTensor
 from moemerge.recipe import Join, Read, Recipe, reads
+from moemerge.shard_file import is_shard
 from moemerge.slots import dense_shapes
 
 PER_TOKEN = "num_experts_per_tok"
@@ -434,6 +435,10 @@ def _manifest(directory: Path, text: str, findings: Findings) -> Manifest | None
             told += [read.source, read.tensor]
         if not all(isinstance(one, str) for one in told):
             raise ValueError("it names what is no text")
+        for shard in manifest.plan.shards:
+            path = directory / shard.file
+            if path.is_file() and not is_shard(path, shard):
+                raise ValueError(f"{shard.file} is not the file that it tells of")
     except (OSError, ValueError, RecursionError) as error:
         findings.note(f"{text}: its {MANIFEST_FILE} is not used: {error}")
         return None

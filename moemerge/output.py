@@ -18,7 +18,7 @@ from typing import Any
 
 from moemerge.errors import DiskFull, Findings, ReadError, WriteError
 from moemerge.options import Options
-from moemerge.plan import INDEX_FILE, Plan
+from moemerge.plan import INDEX_FILE, Plan, digest_of
 from moemerge.reporting import size
 from moemerge.state import STATE_DIRECTORY, State, as_json, is_inside, read_json
 from moemerge.tokenizer_files import GENERATION_FILE
@@ -84,29 +84,60 @@ def read_manifest(out: Path) -> Manifest:
         ValueError: it is not one, or was changed; says how.
         OSError: it cannot be read.
     """
-    data = json.loads((out / MANIFEST_FILE).read_text(encoding="utf-8"))
     try:
-        plan = Plan.from_json({**data["plan"], "sources": data["sources"]})
-        files = {name: dict(entry) for name, entry in data["files"].items()}
-        if not all(map(is_inside, [*files, *(shard.file for shard in plan.shards)])):
-            raise ValueError("it names a file outside its directory")
-        for shard in plan.shards:
-            if files[shard.file].get("bytes") != shard.nbytes:
-                raise ValueError(f"its entry of {shard.file} is not the plan's")
-        if plan.digest != data["plan_digest"]:
+        data = json.loads((out / MANIFEST_FILE).read_text(encoding="utf-8"))
+        said = {**data["plan"], "sources": data["sources"]}
+        if digest_of(Plan.without_places(said)) != data["plan_digest"]:
             raise ValueError("its plan is not the one its digest was made from")
+        plan = Plan.from_json(said)
+        _check_types(data, plan)
         return Manifest(
             data["config"],
             plan,
-            files,
-            dict(data.get("routing", {})),
+            data["files"],
+            data.get("routing", {}),
             data.get("folder"),
             data["moemerge"],
-            dict(data.get("card", {})),
-            dict(data.get("tuned", {})),
+            data.get("card", {}),
+            data.get("tuned", {}),
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"it lacks or mistypes {error}") from error
+    except KeyError as error:
+        raise ValueError(f"it lacks {error}") from error
+    except (TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"it is damaged ({error})") from error
+
+
+def _check_types(data: dict[str, Any], plan: Plan) -> None:
+    """Refuse, by their names, entries beside the plan that are not what they must be."""
+    files = data["files"]
+    kinds: dict[str, tuple[object, object]] = {
+        "moemerge": (data["moemerge"], str),
+        "config": (data["config"], str),
+        "folder": (data.get("folder"), str | None),
+        "files": (files, dict),
+        **{key: (data.get(key, {}), dict) for key in ("routing", "card", "tuned")},
+    }
+    for source in plan.sources:
+        for name in ("directory", "repo", "commit", "tokens"):
+            kinds[f"{name} of {source.reference}"] = (getattr(source, name), str | None)
+        kinds[f"modified of {source.reference}"] = (source.modified, int | None)
+    for name, entry in files.items() if isinstance(files, dict) else ():
+        kinds[f"entry of {name}"] = (entry, dict)
+    for name, (value, kind) in kinds.items():
+        if not isinstance(value, kind):  # type: ignore[arg-type]
+            raise ValueError(f"its {name} is {value!r}")
+    shards = {shard.file: shard.nbytes for shard in plan.shards}
+    if not all(map(is_inside, [*files, *shards])):
+        raise ValueError("it names a file outside its directory")
+    if lost := sorted(shards.keys() - files.keys()):
+        raise ValueError(f"it has no entry of {lost[0]}")
+    for name, entry in files.items():
+        size, digest = entry.get("bytes"), entry.get("xxh3")
+        whole = name in shards or digest is not None or not entry
+        if entry and not (type(size) is int and size >= 0 and isinstance(digest, str | None)):
+            raise ValueError(f"its entry of {name} is {entry!r}")
+        if not whole or (name in shards and size != shards[name]):
+            raise ValueError(f"its entry of {name} is not what was written")
 
 
 def carried_files(vocabulary: Vocabulary, copy_tokenizer: bool) -> tuple[Path, ...]:
@@ -197,10 +228,13 @@ def check(
         if not overwrite and not (goes_on and plan and is_finished(out, plan)):
             findings.problem(where, "holds a finished model", "pass --overwrite to replace it")
     elif started and plan and started.get("run") != plan.run_digest and not overwrite:
+        what, fix = "of another config", "go on with that config, "
+        if changed := _changed(started, plan):
+            what, fix = f"that began before {' and '.join(changed)} changed", ""
         findings.problem(
             where,
-            "holds an unfinished merge of another config, or of sources that changed since",
-            "go on with that config, pass --overwrite to start over, or name another directory",
+            f"holds an unfinished merge {what}",
+            f"{fix}pass --overwrite to start over, or name another directory",
         )
     elif (
         MANIFEST_FILE in ours
@@ -224,6 +258,13 @@ def check(
         )
 
 
+def _changed(started: dict[str, Any], plan: Plan) -> list[str]:
+    """The plan's sources that are not what they were when an unfinished merge began."""
+    before, now = started.get("sources"), plan.contents
+    before = before if isinstance(before, dict) else {}
+    return [name for name in now.keys() & before.keys() if now[name] != before[name]]
+
+
 def nbytes_at_once(plan: Plan | None, options: Options) -> int:
     """The most bytes of shards that stand in the output together."""
     sizes = sorted(shard.nbytes for shard in plan.shards) if plan else []
@@ -240,7 +281,7 @@ def begin(out: Path, plan: Plan, files: Iterable[str], options: Options) -> None
     with writing(out), state.claim("begin", wait=True):
         if options.overwrite or not state.started():
             old = _listed(out)
-            state.start(plan.run_digest, {*old, *files})
+            state.start(plan.run_digest, {*old, *files}, plan.contents)
             for name in (CONFIG_FILE, INDEX_FILE, *old):
                 (out / name).unlink(missing_ok=True)
             for name in old:
@@ -249,7 +290,7 @@ def begin(out: Path, plan: Plan, files: Iterable[str], options: Options) -> None
                         (out / name).parent.rmdir()
             if not options.shards:
                 state.clear(all=True)
-            state.start(plan.run_digest, files)
+            state.start(plan.run_digest, files, plan.contents)
         elif not options.shards:
             state.clear(all=False)
 

@@ -69,8 +69,9 @@ class Shard:
 class Source:
     """A model or adapter that tensors are read from: a `directory`, or the Hub's repo at `commit`.
 
-    `fingerprint` is the commit, or a digest of the files' sizes and headers; `modified` (ns) is
-    when the files of a directory last changed.
+    `fingerprint` is the commit, or a digest of headers, config and some of every tensor; `modified`
+    (ns) is when the files of a directory last changed, `tokens` a digest of its tokenizer where
+    the mixture depends on that.
     """
 
     reference: str
@@ -79,6 +80,7 @@ class Source:
     repo: str | None = None
     commit: str | None = None
     modified: int | None = None
+    tokens: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,19 +133,40 @@ class Plan:
     @property
     def digest(self) -> str:
         """Equal for two plans exactly when they make the same files of the same sources."""
-        data = self.to_json()
-        for source in data["sources"]:
-            del source["directory"], source["modified"]
-        return digest_of(data)
+        return digest_of(self.without_places(self.to_json()))
+
+    @staticmethod
+    def without_places(data: dict[str, Any]) -> dict[str, Any]:
+        """A plan's plain data but for where its sources lie and when they were changed.
+
+        Raises:
+            TypeError, AttributeError: it is none.
+        """
+        places = ("directory", "modified")
+        kept = [{k: v for k, v in one.items() if k not in places} for one in data["sources"]]
+        return {**data, "sources": kept}
+
+    def remembered(self, source: Source) -> Source:
+        """A source, opened again, with what this plan knew of its content."""
+        old = next((one for one in self.sources if one.reference == source.reference), source)
+        return dataclasses.replace(source, fingerprint=old.fingerprint, modified=old.modified)
 
     @property
     def run_digest(self) -> str:
         """Equal for two runs that may share unfinished files: no source has changed between."""
         return digest_of([self.digest, [source.modified for source in self.sources]])
 
+    @property
+    def contents(self) -> dict[str, list[Any]]:
+        """What is known of each source's content, by its reference; as JSON has it."""
+        return {one.reference: [one.fingerprint, one.tokens, one.modified] for one in self.sources}
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
         data = dataclasses.asdict(dataclasses.replace(self, shards=()))
+        for source in data["sources"]:
+            if source["tokens"] is None:
+                del source["tokens"]
         data["shards"] = [
             {
                 "file": shard.file,

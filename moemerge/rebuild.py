@@ -28,6 +28,7 @@ from moemerge.output import Manifest
 from moemerge.plan import Plan, PlannedTensor, Shard, cut, shards_of
 from moemerge.recipe import Cut, Join, LowRank, Mean, Noise, Read, Recipe, Renew, Scale
 from moemerge.reporting import Reporter
+from moemerge.shard_file import is_shard
 from moemerge.state import PART_SUFFIX, STATE_DIRECTORY, State
 from moemerge.verify import is_whole, verify_shards
 from moemerge.vocabulary import Vocabulary
@@ -84,6 +85,8 @@ def _plan(edit: Edit, options: Options) -> tuple[Plan, tuple[Shard, ...]]:
     read = {read.source for group in said for t in group for read in recipe.reads(t.recipe)}
     known = {one.reference: one for one in before.plan.sources} if before else {}
     opened = {one.reference.text: source_of(one) for one in _checkpoints(edit)}
+    if before:  # else one that it knows would not be what the old shards are made of
+        opened = {n: s if n == moe.text else before.plan.remembered(s) for n, s in opened.items()}
     sources = tuple(source for name, source in {**known, **opened}.items() if name in read)
     inputs = before.plan.gate_inputs if before else ""
     shards = shards_of(said, sources, inputs)
@@ -245,13 +248,11 @@ def _is_all_of(shard: Shard, file: Path, sources: dict[str, dict[str, Location]]
 
 def _copied(old: Path, shard: Shard, out: Path) -> bool:
     """Copy a whole file within the kernel; False if it will not, or the file is not the shard."""
-    header = shard.header()
     part = out / STATE_DIRECTORY / f"{shard.file}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}"
     with output.writing(out):
         try:
-            with old.open("rb") as file:
-                if file.read(len(header)) != header or old.stat().st_size != shard.nbytes:
-                    return False
+            if not is_shard(old, shard):
+                return False
             made = OutputFile(part, shard.nbytes, direct=False)
             if not made.copy_range(old, 0, shard.nbytes, 0):
                 return False

@@ -73,7 +73,7 @@ def report(
         others = () if factor else {1, 2, per_token + 1, len(experts)}
         routed, measured = reading.run(out, manifest, others)
     elif manifest and manifest.config:
-        routed, measured = _held_out(manifest, options, reporter), {}
+        routed, measured = _held_out(out, manifest, options, reporter), {}
     else:
         told = f"has no config in its {MANIFEST_FILE}" if manifest else f"holds no {MANIFEST_FILE}"
         what, fix = f"{told}, so its prompts are not known", "name texts: --text"
@@ -81,9 +81,9 @@ def report(
     return _assemble(out.name, routed, experts, per_token, measured, held_out=not texts)
 
 
-def _held_out(manifest: Manifest, options: Options, reporter: Reporter) -> list[Routed]:
+def _held_out(out: Path, manifest: Manifest, options: Options, reporter: Reporter) -> list[Routed]:
     """The config's prompts by routers that are made anew without each."""
-    ready = prepared(manifest, options)
+    ready = prepared(manifest, options, out)
     made = run_gate(ready, fetch(ready, options, reporter), options, reporter)
     found = routing_stats.held_out(made, ready.encoder)
     if not found:
@@ -123,7 +123,7 @@ class _Reading:
         del model
         measured: dict[str, Any] = {"by_experts_per_token": by_count, "sources": {}, "experts": {}}
         ids = {one for of_one in self.passages.values() for p in of_one for one in p.ids}
-        for source in sources_of(manifest, self.options, self.reporter):
+        for source in sources_of(manifest, self.options, self.reporter, out):
             if why := source.why_not(ids):
                 self.reporter.say(f"{source.name} is not compared: {why}")
                 continue

@@ -57,6 +57,17 @@ class ShardFile:
             begin, at = stop, at + 1
 
 
+def is_shard(path: Path, shard: Shard) -> bool:
+    """Whether a file has the shard's header and size; its bytes are not looked at.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    header = shard.header()
+    with path.open("rb") as file:
+        return file.read(len(header)) == header and path.stat().st_size == shard.nbytes
+
+
 def fill_tensor(view: memoryview, start: int, tensor: PlannedTensor, sources: Sources) -> None:
     """Fill `view` with a tensor's bytes from its byte `start`; see `arithmetic.fill`."""
     arithmetic.fill(view, start, tensor.name, tensor.shape, tensor.dtype, tensor.recipe, sources)

@@ -16,13 +16,14 @@ from moemerge.config import parse_config
 from moemerge.dense import available_memory, compute_dtype, pick_device, whole_model
 from moemerge.errors import InputError
 from moemerge.options import Options
-from moemerge.output import Manifest
+from moemerge.output import MANIFEST_FILE, Manifest
 from moemerge.prepare import Prepared, prepare
 from moemerge.recipe import Recipe
 from moemerge.reporting import Reporter, size
 from moemerge.routers import Tensors, fetch
 from moemerge.same_tokens import other_ids, shared_rows
 from moemerge.slots import EMBEDDING, dense_shapes
+from moemerge.verify import check_sources
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,17 @@ class Source:
             return whole_model(self.config, self.recipe_of, self.tensors, options)
 
 
-def sources_of(manifest: Manifest | None, options: Options, reporter: Reporter) -> list[Source]:
-    """The base, each expert, and the experts' average.
+def sources_of(
+    manifest: Manifest | None, options: Options, reporter: Reporter, out: Path
+) -> list[Source]:
+    """The base, each expert, and the experts' average, of the mixture in `out`.
 
     Of a split the base alone. None where they are not known, or not at hand, which is said.
     """
     if manifest is None or not manifest.config:
         return []
     try:
-        ready = prepared(manifest, options)
+        ready = prepared(manifest, options, out)
     except InputError as error:
         reporter.say(f"the sources are not compared: {error.problems[0]}")
         return []
@@ -107,14 +110,18 @@ def sources_of(manifest: Manifest | None, options: Options, reporter: Reporter) 
     return [*found, Source("average", "average", average.config, average.recipe, tensors)]
 
 
-def prepared(manifest: Manifest, options: Options) -> Prepared:
-    """The merge that the manifest tells of, made ready again from its sources.
+def prepared(manifest: Manifest, options: Options, out: Path) -> Prepared:
+    """The merge that the manifest of `out` tells of, made ready again from its sources.
 
     Raises:
         InputError: they are not what they were, or not at hand.
     """
     folder = Path(manifest.folder) if manifest.folder else None
-    config = dataclasses.replace(parse_config(manifest.config), folder=folder)
+    config = dataclasses.replace(
+        parse_config(manifest.config, str(out / MANIFEST_FILE)), folder=folder
+    )
     # what was merged may be looked at
     options = dataclasses.replace(options, seed=manifest.plan.seed, allow_crimes=True)
-    return prepare(config, options)
+    ready = prepare(config, options)
+    check_sources(manifest.plan, ready.checkpoints, out)
+    return ready

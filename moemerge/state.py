@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -40,13 +40,17 @@ class State:
         return self.directory / ROUTERS_FILE
 
     def started(self) -> dict[str, Any]:
-        """The merge that began here and has not ended: its `run` digest and `files`; or empty."""
+        """The merge that began here and has not ended: its `run` digest, its `files`, and its
+        `sources` as they were; or empty."""
         return read_json(self.directory / _STARTED)
 
-    def start(self, run: str, files: Iterable[str]) -> None:
+    def start(
+        self, run: str, files: Iterable[str], sources: Mapping[str, Any] | None = None
+    ) -> None:
         """Note that a merge begins, before it touches anything else."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(self.directory / _STARTED, {"run": run, "files": sorted(files)})
+        told = {"run": run, "files": sorted(files), "sources": dict(sources or {})}
+        write_json(self.directory / _STARTED, told)
 
     def clear(self, all: bool) -> None:
         """Remove an earlier run's unfinished parts; with `all`, forget what it finished too."""

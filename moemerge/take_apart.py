@@ -30,6 +30,7 @@ from moemerge.runnable import (
     weighed,
 )
 from moemerge.slots import dense_shapes
+from moemerge.verify import changed_sources
 
 _CLASSES = {
     "granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
@@ -207,6 +208,9 @@ def add(
     check_groups(moe, moe.experts + 1, findings)
     if donor and not findings.problems:
         _check_donor(moe, donor, options, findings)
+    if moe.manifest:
+        opened = {reference.text: one for reference, one in opener.opened.items()}
+        findings.problems += changed_sources(moe.manifest.plan, opened, Path(moe.text))
     findings.refuse()
     assert donor is not None
     for note in findings.notes:

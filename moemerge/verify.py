@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from moemerge import recipe
 from moemerge.change import settle
-from moemerge.checkpoint import numpy_dtype, read_bytes
+from moemerge.checkpoint import Location, numpy_dtype, read_bytes
 from moemerge.checkpoint.model import Checkpoint, open_checkpoint, with_rows
 from moemerge.checkpoint.not_a_model import SourceProblem
 from moemerge.checkpoint.reference import Reference
@@ -114,7 +114,7 @@ def verify_checkpoint(
     _check_json(out / INDEX_FILE, weight_index(plan))
     _check_strays(out, manifest)
     _check_routers(plan, out)
-    sources = _available(plan, reporter, cache_dir)
+    sources, newer = _available(plan, reporter, cache_dir)
     compared = {
         tensor.name
         for tensor in plan.tensors
@@ -124,18 +124,27 @@ def verify_checkpoint(
     _say_how_long(plan, out, sources, compared, size, reporter)
     if not all("xxh3" in manifest.files[shard.file] for shard in plan.shards):
         reporter.say("it was written with --no-checksum: sizes and sources are all there is")
+    changed: dict[str, PlannedTensor] = {}
     with reporter.progress("verifying", size, "B") as advance:
         rounded = set[str]()
         for shard in plan.shards:
-            rounded |= _check_shard(shard, out, manifest, sources, compared, advance)
+            otherwise, differ = _check_shard(
+                shard, out, manifest, sources, compared, newer, advance
+            )
+            rounded |= otherwise
+            for tensor in differ:
+                compared.discard(tensor.name)
+                changed |= {r.source: tensor for r in recipe.reads(tensor.recipe)}
         for name in manifest.files.keys() - {shard.file for shard in plan.shards}:
-            _check_small_file(name, out, manifest)
-            advance((out / name).stat().st_size if (out / name).is_file() else 0)
+            advance(_check_small_file(name, out, manifest))
     if rounded:
         reporter.say(
             f"{len(rounded)} computed tensors ({min(rounded)}) differ from their sources in the "
             "last bits alone: an earlier version of moemerge rounded them"
         )
+    for name in newer & changed.keys():
+        what = f"it changed since the merge: {changed[name].name} is not what it was"
+        reporter.say(f"{name}: {what}; the output is whole, by its own checksums")
     return Verified(size, len(compared), len(list(plan.tensors)), time.monotonic() - begun)
 
 
@@ -183,6 +192,33 @@ def open_manifest(out: Path) -> Manifest:
         raise InputError([Problem(str(out), what, "check its permissions")]) from error
     except ValueError as error:
         raise VerifyError(f"{out / MANIFEST_FILE}: {error}; merge again") from error
+
+
+def check_sources(plan: Plan, opened: Mapping[str, Checkpoint], out: Path) -> None:
+    """Refuse to go on with sources that are no longer what the mixture in `out` was made of.
+
+    Raises:
+        InputError: some changed; names each.
+    """
+    if problems := changed_sources(plan, opened, out):
+        raise InputError(problems)
+
+
+def changed_sources(plan: Plan, opened: Mapping[str, Checkpoint], out: Path) -> list[Problem]:
+    """A problem for each source that changed; `opened` are those at hand, by their references."""
+    fix = "give back what it was, or merge anew"
+    return [
+        Problem(source.reference, f"{what} changed since {out} was made of it", fix)
+        for source in plan.sources
+        if source.reference in opened and (what := _changed(source, opened[source.reference]))
+    ]
+
+
+def _changed(source: Source, now: Checkpoint) -> str:
+    """What of a source is not what it was; empty if it is the same."""
+    if not now.is_still(source.fingerprint):
+        return "it"
+    return "its tokenizer" if source.tokens not in (None, now.tokens) else ""
 
 
 def _check_strays(out: Path, manifest: Manifest) -> None:
@@ -244,13 +280,16 @@ def _check_shard(
     manifest: Manifest,
     sources: Sources,
     compared: set[str],
+    newer: set[str],
     advance: Callable[[int], object],
-) -> set[str]:
+) -> tuple[set[str], list[PlannedTensor]]:
     """Read a shard once: every byte into its checksum, and tensors against their recipes.
 
-    Returns the tensors that are rounded otherwise.
+    Returns the tensors that are rounded otherwise, and those that are not what their sources give
+    where the shard is what was written, and one of their sources is newer than that.
     """
     file, path, rounded = ShardFile(shard, sources), out / shard.file, set[str]()
+    differ: dict[str, PlannedTensor] = {}
 
     def check(at: tuple[int, int]) -> bytes:
         found, expected = read_chunk(path, *at), buffer(1)[: at[1]]
@@ -260,8 +299,8 @@ def _check_shard(
             if tensor is None or tensor.name not in compared:
                 continue
             if not _is_made(have, want, tensor):
-                raise _differs(path, tensor)
-            if have != want:
+                differ[tensor.name] = tensor
+            elif have != want:
                 rounded.add(tensor.name)
         return chunk_digest(found)
 
@@ -271,26 +310,42 @@ def _check_shard(
         for digest in pool.map(check, chunks(file.nbytes)):
             digests.append(digest)
             advance(min(CHUNK_BYTES, file.nbytes - (len(digests) - 1) * CHUNK_BYTES))
-    if checksum(digests) != manifest.files[shard.file].get("xxh3", checksum(digests)):
+    written = manifest.files[shard.file].get("xxh3")
+    for tensor in differ.values():
+        if written != checksum(digests) or newer.isdisjoint(
+            read.source for read in recipe.reads(tensor.recipe)
+        ):
+            raise _differs(path, tensor)
+    if written not in (None, checksum(digests)):
         raise VerifyError(f"{path}: its checksum is not the manifest's; merge or copy it again")
-    return rounded
+    return rounded - differ.keys(), list(differ.values())
 
 
-def _check_small_file(name: str, out: Path, manifest: Manifest) -> None:
-    expected = manifest.files[name]
-    if not expected:
-        return
+def _check_small_file(name: str, out: Path, manifest: Manifest) -> int:
+    """Check a file that has a checksum; others may be edited, or removed. Returns its size."""
+    expected = manifest.files[name].get("xxh3")
+    if expected is None and not (out / name).exists():
+        return 0
     try:
-        found = file_checksum(out / name)
+        size = (out / name).stat().st_size
+        found = file_checksum(out / name) if expected else None
     except OSError as error:
-        raise VerifyError(f"{out / name}: cannot be read ({error.strerror})") from error
-    if found != expected["xxh3"]:
+        what = "is gone" if isinstance(error, FileNotFoundError) else "cannot be read"
+        fix = "copy it back, or merge again"
+        raise VerifyError(f"{out / name}: {what} ({error.strerror}); {fix}") from error
+    if found != expected:
         raise VerifyError(f"{out / name}: is not what was written; it was changed after the merge")
+    return size
 
 
-def _available(plan: Plan, reporter: Reporter, cache_dir: str | None) -> dict[str, dict]:  # type: ignore[type-arg]
-    """The sources that are here, unchanged; each of the others is named."""
-    found = {}
+def _available(
+    plan: Plan, reporter: Reporter, cache_dir: str | None
+) -> tuple[dict[str, dict[str, Location]], set[str]]:
+    """The sources that are here, unchanged; each of the others is named.
+
+    And which of them have another time than at the merge: copied, touched, or changed after all.
+    """
+    found, newer = dict[str, dict[str, Location]](), set[str]()
     read: dict[str, set[str]] = {}
     known: dict[str, Path] = {}
     for one in (one for tensor in plan.tensors for one in recipe.reads(tensor.recipe)):
@@ -301,15 +356,17 @@ def _available(plan: Plan, reporter: Reporter, cache_dir: str | None) -> dict[st
         except SourceProblem as error:
             reporter.say(f"{source.reference}: not compared ({error.what})")
             continue
-        if opened.fingerprint != source.fingerprint:
-            reporter.say(f"{source.reference}: not compared (it changed since the merge)")
+        if what := _changed(source, opened):
+            line = f"{source.reference}: {what} changed since the merge, so it is not compared"
+            reporter.say(f"{line}: the output is checked by its own checksums")
             continue
+        newer |= {source.reference} if opened.modified != source.modified else set()
         found[source.reference] = {
             name: at for name, at in opened.tensors.items() if at.file.name not in opened.absent
         }
         if opened.tensors and not found[source.reference]:
             reporter.say(f"{source.reference}: not compared (the Hub's cache has no weights of it)")
-    return found
+    return found, newer
 
 
 def _reopen(source: Source, cache_dir: str | None, known: dict[str, Path]) -> Checkpoint:

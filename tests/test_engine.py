@@ -256,7 +256,8 @@ def test_a_changed_config_or_source_is_refused_or_started_over(
     if change == "source":
         state = load_file(expert / "model.safetensors")
         save_weights(expert, {name: tensor + 1 for name, tensor in state.items()})
-    with pytest.raises(InputError, match="unfinished merge of another config"):
+    words = f"that began before {expert} changed" if change == "source" else "of another config"
+    with pytest.raises(InputError, match=f"unfinished merge {words}"):
         merge(config, out, Options(**options))
     assert files(out) == before
     merge(config, out, Options(**options, overwrite=True))

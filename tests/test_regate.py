@@ -161,7 +161,7 @@ def test_a_source_that_changed_is_refused(tmp_path: Path, babies: dict[str, Path
     before = files(out)
     (other / "model.safetensors").unlink()
     make_model(other, seed=8, shards=2)
-    with pytest.raises(InputError, match=f"{other} is not what it was made of"):
+    with pytest.raises(InputError, match=f"{other}: it changed since {out} was made of it"):
         regate(out, config)
     assert files(out) == before
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from moemerge.checkpoint import claims, hub, safetensors_file, torch_file
+from moemerge.checkpoint import claims, fingerprint, hub, safetensors_file, torch_file
 from moemerge.checkpoint.folder import IN_REPOSITORY, POINTER, Folder, is_pointer, read_json
 from moemerge.checkpoint.fused import View, rows_named, views_of, with_views
 from moemerge.checkpoint.model_config import normalise
@@ -21,6 +20,9 @@ from moemerge.checkpoint.tensors import Location
 from moemerge.errors import ReadError
 from moemerge.slots import EMBEDDING, HEAD
 
+_SMALL_BYTES = 1 << 28
+"""An adapter of no more is known by all its bytes."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -30,7 +32,8 @@ class Checkpoint:
     `views` are those of `tensors` that are parts of tensors of its files.
 
     `fingerprint` tells this source's content from another's: the Hub's commit, or a digest of
-    sizes, times and headers. `notes` are lines that a person should read.
+    headers, config and some of every tensor; `headers` is what it was in earlier versions. `notes`
+    are lines that a person should read.
     """
 
     reference: Reference
@@ -38,6 +41,7 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, Location]
     fingerprint: str
+    headers: str
     commit: str | None = None
     modified: int | None = None
     absent: dict[str, Remote] = field(default_factory=dict)
@@ -54,6 +58,16 @@ class Checkpoint:
     def is_adapter(self) -> bool:
         """Whether this is a PEFT adapter and not a whole model."""
         return "peft_type" in self.config
+
+    @property
+    def tokens(self) -> str:
+        """A digest of its tokenizer."""
+        return fingerprint.of_files(self.directory / name for name in hub.VOCABULARIES)
+
+    def is_still(self, its: str) -> bool:
+        """Whether this is the source that had that fingerprint, by what that looked at."""
+        sampled = self.commit or its.startswith(fingerprint.SAMPLED)
+        return its == (self.fingerprint if sampled else self.headers)
 
 
 def open_checkpoint(
@@ -177,13 +191,7 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     snapshot = hub.measured(snapshot, weights.files) if snapshot else None
     headers = {file: _read_header(directory / file, snapshot) for file in weights.files}
     tensors = {name: at for found in headers.values() for name, at in found.items()}
-    newest = 0
-    digest = hashlib.blake2b(digest_size=16)
-    for file, found in headers.items():
-        for name, at in found.items():
-            size, modified = at.stamp or (0, 0)
-            digest.update(repr((file, size, name, at.dtype, at.shape, at.offset)).encode())
-            newest = max(newest, modified)
+    newest = max((at.stamp[1] for at in tensors.values() if at.stamp), default=0)
     notes = [snapshot.note if snapshot else "", weights.note, weights.compare(headers)]
     if not adapter and sum(0 in at.shape for at in tensors.values()) * 2 > len(tensors):
         what = (
@@ -205,7 +213,7 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
             raise SourceProblem(str(error), fix) from error
     shown = with_views(tensors, views)
     commit = snapshot.commit if snapshot else None
-    fingerprint = commit or digest.hexdigest()
+    small = adapter and sum(at.nbytes for at in tensors.values()) <= _SMALL_BYTES
     on_hub = snapshot.files if snapshot else {}
     absent = {file: on_hub[file] for file in weights.files if not (directory / file).exists()}
     if not adapter:
@@ -215,7 +223,8 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         directory=directory,
         config=config,
         tensors=shown,
-        fingerprint=fingerprint,
+        fingerprint=commit or fingerprint.of_content(headers, said, small),
+        headers=fingerprint.of_headers(headers),
         commit=commit,
         modified=None if snapshot else newest,
         absent=absent,
