@@ -195,7 +195,9 @@ def _routing(ready: Prepared, routing: dict[str, Any], told: Told, picture: str)
         collisions = [{**one, "texts": []} for one in routing["collisions"]]
         routing = {**routing, "collisions": collisions}
     yield "## Routing"
-    yield "\n".join(f"- {shown(line, 300)}" for line in verdict(routing, names))
+    yield "\n".join(
+        f"- {shown(line, 300)}" for line in verdict(routing, names, ready.plan.gate_mode)
+    )
     yield "Each row: where the tokens of one expert's prompts go first, over all layers."
     titles = ["prompts of", *map(shown, names)]
     rows = zip(names, routing["confusion"], strict=True)

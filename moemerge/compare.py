@@ -66,10 +66,8 @@ def compare(
                 "such attentions have no average: use body: base",
             )
         elif not (key == "vocab_size" and vocabulary and vocabulary.has_rows_of(expert)):
-            findings.note(
-                f"{expert.name}: {key} is {_short(theirs.get(key))}, the base model's is "
-                f"{_short(ours.get(key))}; {why}"
-            )
+            its, own = _short(theirs.get(key)), _short(ours.get(key))
+            findings.note_of(expert.name, f"{key} is {its}, the base model's is {own}; {why}")
     vocabulary = vocabulary or Vocabulary(base, base.model.directory)
     _compare_vocabularies(base, expert, vocabulary, where, findings, runs)
 
@@ -89,16 +87,17 @@ def _compare_vocabularies(
         found = compare_contents(read_content(ours), read_content(theirs))
     except ValueError as error:
         found = Comparison()
-        findings.note(f"{expert.name}: its tokens cannot be compared with the base's: {error}")
+        line = f"its tokens cannot be compared with the base's: {error}"
+        findings.note_of(expert.name, line)
     if found:
         stays = vocabulary.directory == ours and not vocabulary.written
         kept = "; prompts and text are the base's" if stays else ""
         if stays and found.more:
             kept += " (tokenizer: union would have its tokens too)"
-        findings.note(f"{expert.name}: {found}{kept}")
+        findings.note_of(expert.name, f"{found}{kept}")
     template = chat_template(theirs)
     if template and template != vocabulary.template:
-        findings.note(f"{expert.name}: its chat template is another than the mixture's")
+        findings.note_of(expert.name, "its chat template is another than the mixture's")
     if moved := _moved(vocabulary, expert) if runs else ():
         what = f"{len(moved)} tokens have other ids than in the mixture ({shown(moved)})"
         fix = "its text would be read as another: use gate_mode: ridge with prompts"

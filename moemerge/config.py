@@ -242,9 +242,23 @@ def parse_config(text: str, file: str = "config") -> MergeConfig:
     reader = Reader(file, findings)
     root = compose(text, file, findings)
     findings.refuse()
+    _refuse_dense_merges(root, file, findings)
     config: MergeConfig = reader.mapping(root, MergeConfig, "")
     findings.refuse()
     return replace(config, text=text, file=file, lines=reader.lines)
+
+
+def _refuse_dense_merges(root: yaml.Node | None, file: str, findings: Findings) -> None:
+    """Say once of a config of mergekit-yaml that it is one, and nothing of its keys."""
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    for key, _ in pairs:
+        if key.value in ("merge_method", "slices", "models", "modules"):
+            findings.problem(
+                f"{file}:{key.start_mark.line + 1}: {key.value}",
+                "is a key of mergekit-yaml, which merges models into one dense model",
+                "run mergekit-yaml with it; a mixture's config has base_model and experts",
+            )
+            findings.refuse()
 
 
 def check_values(config: MergeConfig, findings: Findings) -> None:
@@ -283,7 +297,7 @@ def check_values(config: MergeConfig, findings: Findings) -> None:
             findings.problem(config.where(f"{at}.body_weight"), what, "a weight is 0 or more")
         elif expert.body_weight != 1 and (config.body == "base" or "shared" in at):
             why = "it is shared" if "shared" in at else "body is base"
-            findings.note(f"{at}.body_weight has no effect: {why}")
+            findings.without_effect(f"{at}.body_weight", f": {why}")
         if not 0 <= expert.renew <= 1:
             what = f"is {expert.renew:g}"
             findings.problem(config.where(f"{at}.renew"), what, "a share is from 0 to 1")

@@ -11,8 +11,10 @@ MoemergeError        something a person can act on; anything else that escapes i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+_SHOWN = 4
 
 
 class MoemergeError(Exception):
@@ -72,6 +74,7 @@ class Findings:
     def __init__(self) -> None:
         self.problems: list[Problem] = []
         self.notes: list[str] = []
+        self._groups: dict[str, tuple[list[str], str]] = {}
 
     def problem(self, where: str, what: str, fix: str) -> None:
         """Record one problem, once."""
@@ -84,10 +87,41 @@ class Findings:
         if line not in self.notes:
             self.notes.append(line)
 
+    def note_of(self, who: str, what: str) -> None:
+        """Record a line about somebody; what is said of several is said once, of all."""
+        self._grouped(what, who, lambda names: f"{listed(names)}: {what}")
+
+    def without_effect(self, what: str, why: str) -> None:
+        """Record what a person said in vain; what is in vain for one reason is one line."""
+        self._grouped(f"no effect{why}", what, lambda names: no_effect(names, why))
+
+    def _grouped(self, key: str, name: str, line: Callable[[list[str]], str]) -> None:
+        names, before = self._groups.get(key, ([], ""))
+        names = [*names, *([] if name in names else [name])]
+        now = line(names)
+        if before in self.notes:
+            self.notes[self.notes.index(before)] = now
+        else:
+            self.note(now)
+        self._groups[key] = names, now
+
     def refuse(self) -> None:
         """Raise `InputError` with every problem so far; do nothing if there is none."""
         if self.problems:
             raise InputError(self.problems)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    if len(names) <= _SHOWN:
+        return ", ".join(names)
+    return f"{', '.join(names[:_SHOWN])} and {len(names) - _SHOWN} more"
+
+
+def no_effect(names: Sequence[str], why: str) -> str:
+    """The line about what a person said in vain; `why` begins with what stands after it."""
+    several = len(names) > 1 or names[0] == "prompts"
+    return f"{listed(names)} {'have' if several else 'has'} no effect{why}"
 
 
 def one_line(text: str) -> str:

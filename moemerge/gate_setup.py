@@ -112,9 +112,9 @@ def read_prompts(
     none = tuple(ExpertPrompts() for _ in config.experts)
     if gate is None or not {"prompts", "any prompts"} & gate.USES:
         if gate and any(e.positive_prompts or e.negative_prompts for e in config.experts):
-            findings.note(f"prompts have no effect with gate_mode: {config.mode}")
+            findings.without_effect("prompts", f" with gate_mode: {config.mode}")
         if gate and any(expert.calibration for expert in config.experts):
-            findings.note(f"calibration has no effect with gate_mode: {config.mode}")
+            findings.without_effect("calibration", f" with gate_mode: {config.mode}")
         return None, none
     if "prompts" in gate.USES:
         check_prompts(config, findings)
@@ -180,7 +180,7 @@ def _check_beginnings(
         try:
             others = sorted(ids & other_ids(vocabulary, donor))
         except ValueError as error:
-            findings.note(f"{donor.name}: its tokens are taken for the mixture's: {error}")
+            findings.note_of(donor.name, f"its tokens are taken for the mixture's: {error}")
             continue
         if others:
             names = shown(encoder.spelled(others[:4]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from moemerge import architectures
 from moemerge.architectures import Architecture
 from moemerge.checkpoint import Donor
 from moemerge.checkpoint.model_config import DEFAULTS
+from moemerge.checkpoint.moe_names import COUNTS, names_of
 from moemerge.config import MergeConfig, held
 from moemerge.errors import Findings, nearest
 from moemerge.slots import Mixture
@@ -37,8 +39,18 @@ NO_HOST = {
     "deepseek_v2": "it is a mixture already, with latent attention",
     "deepseek_v3": "it is a mixture already, with latent attention",
     "minicpm3": "its attention is latent",
+    "bloom": "its MLPs have no gate, and its attention has a bias by distance",
+    "mpt": "its MLPs have no gate, and its attention has a bias by distance",
+    "opt": "its MLPs have no gate, and positions are learnt",
+    "gptj": "its attention and MLP are parallel, and its MLPs have no gate",
+    "gpt_bigcode": "its MLPs have no gate, and positions are learnt",
+    "nemotron": "its MLPs have no gate",
+    "mamba": "it has no MLPs",
+    "mamba2": "it has no MLPs",
 }
 """Families that no mixture class reproduces, and why."""
+
+_COUNTS = (*COUNTS, "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,41 @@ def find_host(
         for _, line in host.architecture.caveats(base.model.config, host.mixture):
             findings.note(line)
     return host
+
+
+def no_host(config: dict[str, Any], known_alone: bool = False) -> tuple[str, str]:
+    """What a model is of which no mixture can be made, and what to use; two empty texts if one can.
+
+    With `known_alone` nothing is said of a family that nothing is known of.
+    """
+    family = config.get("model_type")
+    if family in DEFAULTS:
+        return "", ""
+    fix = f"use a model of type {', '.join(sorted(DEFAULTS))}"
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    ffn = config.get("ffn_config")  # where DBRX says it
+    said = [config, inner, ffn if isinstance(ffn, dict) else {}]
+    counts = [one[key] for one in said for key in _COUNTS if type(one.get(key)) is int]
+    more = [key for key in config if re.fullmatch(r"(vision|audio|vq|image)\w*_config", key)]
+    if more or text:
+        what = f"it reads more than text ({more[0]})" if more else "its text model is a part of it"
+        kind = inner.get("model_type")
+        if kind in DEFAULTS:
+            fix = f"save its text model, a {kind!r}, as a model of its own, and name that"
+    elif counts and max(counts) > 1:
+        what = "it is a mixture already"
+        if names_of(family, ()):
+            fix = (
+                "make a dense model of one expert, `moemerge extract MOE OUT --expert 0`: name OUT"
+            )
+    elif config.get("is_encoder_decoder"):
+        what = "it is an encoder and a decoder"
+    elif known_alone and family not in NO_HOST:
+        return "", ""
+    else:
+        what = "no mixture class is known to reproduce it"
+    return f"is a {family!r} model: {NO_HOST.get(str(family), what)}", fix
 
 
 def listing() -> list[dict[str, str]]:
@@ -133,10 +180,31 @@ def _named(config: MergeConfig, base: Donor, mixture: Mixture, findings: Finding
     if name != str(config.architecture).lower():
         findings.note(f"architecture: {config.architecture} is written as a {name}")
     host = architectures.find(name)
-    found = list(refusals(host, name, base.model.config, mixture))
+    model = base.model.config
+    found = list(refusals(host, name, model, mixture))
     for what, fix in found:
-        findings.problem(base.where, what, fix)
+        where = base.where
+        if model.get("model_type") not in host.FAMILIES:
+            where, fix = config.where("architecture"), _others(model, mixture)
+        findings.problem(where, what, fix)
     return None if found else Host(name, host, _with_options(config, name, mixture, findings))
+
+
+def _others(model: dict[str, Any], mixture: Mixture) -> str:
+    """Which architecture a config could name for this base model."""
+    named = {name: architectures.find(name) for name in architectures.names()}
+    fit = [name for name, host in named.items() if not [*refusals(host, name, model, mixture)]]
+    best = min(fit, key=lambda name: _rank(name, named[name], model, mixture), default="")
+    return f"write {best} for this base model, or leave the key out" if best else "leave it out"
+
+
+def _rank(
+    name: str, host: Architecture, model: dict[str, Any], mixture: Mixture, asked: bool = False
+) -> tuple[bool, int, bool, int, str]:
+    """The less the better: as simple as it can be, exact in many programs."""
+    spare = bool(host.SHARED) and not mixture.shared
+    odd = host.SCORES != "softmax" and not asked
+    return odd, -len(readers(host, model, mixture)), spare, len(host.FAMILIES), name
 
 
 def _best(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings) -> Host | None:
@@ -152,10 +220,7 @@ def _best(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings
         if why or (asked and not (hasattr(host, "Settings") and asked <= known)):
             refused += why if family in host.FAMILIES else []
             continue
-        spare = bool(host.SHARED) and not mixture.shared
-        odd = host.SCORES != "softmax" and not asked
-        exact = readers(host, model, mixture)
-        fitting.append((odd, -len(exact), spare, len(host.FAMILIES), name))
+        fitting.append(_rank(name, host, model, mixture, bool(asked)))
     if not fitting:
         _refuse(config, base, family, refused, findings)
         return None
@@ -183,11 +248,7 @@ def _refuse(
             where, what = config.where("architecture_options"), "fit no architecture for this model"
             findings.problem(where, what, "see `moemerge architectures`")
         return
-    families = ", ".join(sorted(DEFAULTS))
-    why = NO_HOST.get(family, "no mixture class is known to reproduce it")
-    findings.problem(
-        base.where, f"is a {family!r} model: {why}", f"use a base model of type {families}"
-    )
+    findings.problem(base.where, *no_host(base.model.config))
 
 
 def _with_options(config: MergeConfig, name: str, mixture: Mixture, findings: Findings) -> Mixture:

@@ -256,7 +256,7 @@ def _note_what_is_narrowed(
     for name, dtypes in narrowed.items():
         kinds = " and ".join(sorted(_LONG_NAMES.get(kind, "float64") for kind in dtypes))
         keep = "the widest there is" if dtype == "F32" else "set dtype: float32 to keep them"
-        findings.note(f"{name}: {kinds} tensors are written as {_LONG_NAMES[dtype]}; {keep}")
+        findings.note_of(name, f"{kinds} tensors are written as {_LONG_NAMES[dtype]}; {keep}")
 
 
 def _check_left_over(tensors: list[PlannedTensor], made: Layout, findings: Findings) -> None:
@@ -273,9 +273,8 @@ def _check_left_over(tensors: list[PlannedTensor], made: Layout, findings: Findi
         unused = sum(recipe.Read(text, name) not in used for name in names)
         if unused:
             why = "(MLPs): those parts are the experts'" if donor is base else body_only
-            findings.note(
-                f"{donor.name}: {unused} of the adapter's {len(names)} changes are not used {why}"
-            )
+            what = f"{unused} of the adapter's {len(names)} changes are not used {why}"
+            findings.note_of(donor.name, what)
     body = {read.tensor for read in used if read.source == base.model.reference.text}
     if base.adapter:
         body |= {*base.adapter.deltas, *base.adapter.replacements}

@@ -27,7 +27,7 @@ from moemerge.checkpoint.moe_names import (
     names_of,
 )
 from moemerge.checkpoint.not_a_model import SourceProblem
-from moemerge.checkpoint.reference import parse_source
+from moemerge.checkpoint.reference import NoSource, parse_source
 from moemerge.config import parse_config
 from moemerge.errors import Findings, InputError, nearest
 from moemerge.output import MANIFEST_FILE, Manifest, read_manifest
@@ -114,6 +114,8 @@ class Moe:
     @property
     def is_misnamed(self) -> bool:
         """Whether some of its tensors go by names that not every reader knows."""
+        if self.checkpoint.renamed:
+            return True
         own = self.tensors
         usual = (own.uppers[0], own.lowers[0]) if own.stacked else ()
         return any(not view.of.endswith(usual) for view in self.checkpoint.views.values())
@@ -137,12 +139,13 @@ def open_moe(text: str, cache_dir: str | None, findings: Findings) -> Moe | None
     try:
         reference, on_top = parse_source(text)
         if on_top:
-            raise ValueError("a mixture with an adapter on top cannot be taken apart")
+            what = "a mixture with an adapter on top cannot be taken apart"
+            raise NoSource(what, "name a mixture's directory, or user/name")
         if reference.directory:
             settle(reference.directory)
         opened = open_checkpoint(reference, cache_dir)
-    except ValueError as error:
-        findings.problem(text, str(error), "name a mixture's directory, or user/name")
+    except NoSource as error:
+        findings.problem(text, str(error), error.fix)
         return None
     except SourceProblem as error:
         findings.problem(text, error.what, error.fix)

@@ -15,7 +15,7 @@ from moemerge.compare import compare
 from moemerge.config import Expert, MergeConfig, check_values
 from moemerge.errors import Findings
 from moemerge.gates import GateMode
-from moemerge.hosts import Host
+from moemerge.hosts import Host, no_host
 from moemerge.layout import Layout, check_dtype, lay_out
 from moemerge.members import factor_of, host_of, parts_of
 from moemerge.options import Options
@@ -84,13 +84,15 @@ class _Preparation:
         self.config, self.options = config, options
         self.findings = Findings()
         self.opener = Opener(self.findings, config.folder, options.cache_dir)
+        self.refused: set[str] = set()
 
     def run(self, out: Path | None) -> Prepared:
         config, options, findings = self.config, self.options, self.findings
         check_values(config, findings)
         gate = gate_setup.find_mode(config, findings)
         settings = gate_setup.settings_of(config, gate, findings)
-        base = self.opener.donor(config.base_model, config.where("base_model"), "base")
+        said = config.base_model
+        base = self._dense(said, self.opener.donor(said, config.where("base_model"), "base"), True)
         self.split = splits.of_config(config, findings)
         if self.split and base and gate:
             inner = base.model.config.get("intermediate_size")
@@ -210,7 +212,7 @@ class _Preparation:
         shared = [shared_rows(base, donor) for donor in donors]
         for donor, found, weight in zip(donors, shared, weights, strict=True):
             if found.left and weight:
-                self.findings.note(f"body: {donor.name}: {found.left}")
+                self.findings.note_of(donor.name, found.left)
         total = sum(weights)
         rows = tuple(found.rows for found in shared)
         return Body(base, tuple(donors), tuple(w / total for w in weights), rows)
@@ -220,7 +222,8 @@ class _Preparation:
         taken = {expert.name for expert in experts}
         for index, expert in enumerate(experts):
             where = self.config.where(f"{key}[{index}].source_model")
-            donor = self.opener.donor(expert.source_model, where, expert.name)
+            source = expert.source_model
+            donor = self._dense(source, self.opener.donor(source, where, expert.name))
             if donor:
                 name, number = donor.name, 2
                 while name in taken and not expert.name:
@@ -230,6 +233,19 @@ class _Preparation:
             donors.append(donor)
         return donors
 
+    def _dense(self, said: str, donor: Donor | None, is_base: bool = False) -> Donor | None:
+        """The donor, if it is of a kind that mixtures are made of; else a problem, once a model.
+
+        An expert of a family that nothing is known of may be another by another name.
+        """
+        if donor is None:
+            return None
+        what, fix = no_host(donor.model.config, known_alone=not is_base)
+        if what and said not in self.refused:
+            self.findings.problem(donor.where, what, fix)
+            self.refused.add(said)
+        return None if what else donor
+
     def _check_ray(self) -> None:
         if self.options.ray and importlib.util.find_spec("ray") is None:
             self.findings.problem("--ray", "Ray is not installed", "pip install 'moemerge[ray]'")
@@ -237,27 +253,29 @@ class _Preparation:
     def _note_what_has_no_effect(
         self, gate: GateMode, base: Donor, donors: list[Donor | None]
     ) -> None:
-        note, flags, mode = self.findings.note, self.options.flags, self.config.mode
+        idle, flags, mode = self.findings.without_effect, self.options.flags, self.config.mode
         if "model" not in gate.USES:
             for option in ("lazy", "device", "load_in_4bit", "load_in_8bit"):
                 if option in flags:
-                    note(f"{flags[option]} has no effect: gate_mode: {mode} runs no model")
+                    idle(flags[option], f": gate_mode: {mode} runs no model")
         noise = self.config.draws
         if "seed" in flags and "seed" not in gate.USES and not noise:
             without = "without noise_scale or renew"
-            note(f"--seed has no effect: gate_mode: {mode} {without} draws nothing")
+            idle("--seed", f": gate_mode: {mode} {without} draws nothing")
         opened = self.opener.opened
         if "cache_dir" in flags and all(reference.directory for reference in opened):
-            note("--cache-dir has no effect: no source is on the Hub")
+            idle("--cache-dir", ": no source is on the Hub")
         if self.options.stream and not any(one.absent for one in opened.values()):
-            note("--stream has no effect: every source is on this disk")
+            idle("--stream", ": every source is on this disk")
         families = {d.model.config.get("model_type") for d in [base, *donors] if d}
         if self.options.allow_crimes and len(families) == 1:
-            note("--allow-crimes has no effect: all models are of one family")
+            idle("--allow-crimes", ": all models are of one family")
         same = {donor.identity for donor in donors if donor}
         alike = len(donors) > 1 and len(same) == 1 and not noise and not self.split
         if alike and not self.options.untrained_ok:
-            note("all experts are the same model: useful only if you train the result")
+            self.findings.note(
+                "all experts are the same model: useful only if you train the result"
+            )
 
     def _check_output(self, out: Path | None, plan: Plan | None, carried: tuple[Path, ...]) -> None:
         if out is None:

@@ -78,7 +78,8 @@ def report(
         told = f"has no config in its {MANIFEST_FILE}" if manifest else f"holds no {MANIFEST_FILE}"
         what, fix = f"{told}, so its prompts are not known", "name texts: --text"
         raise InputError([Problem(str(out), what, fix)])
-    return _assemble(out.name, routed, experts, per_token, measured, held_out=not texts)
+    mode = manifest.plan.gate_mode if manifest else ""
+    return _assemble(out.name, routed, experts, per_token, measured, mode if not texts else "")
 
 
 def _held_out(out: Path, manifest: Manifest, options: Options, reporter: Reporter) -> list[Routed]:
@@ -153,9 +154,12 @@ def _assemble(
     experts: Sequence[str],
     per_token: int,
     measured: dict[str, Any],
-    held_out: bool,
+    mode: str,
 ) -> dict[str, Any]:
-    """The report as plain data; the page's and the card's source."""
+    """The report as plain data; the page's and the card's source.
+
+    `mode` is the gate mode that the routers were made by, where prompts were held out.
+    """
     summary = routing_stats.summary(routed, experts, per_token)
     texts = routing_stats.texts_of(routed, per_token)
     by_count = measured.get("by_experts_per_token", {})
@@ -172,8 +176,8 @@ def _assemble(
         k: math.exp(sum(by_count[k].values()) / len(by_count[k])) for k in sorted(by_count, key=int)
     }
     verdicts = [*_expert_verdicts(texts, experts), *_whole_verdicts(overall, per_token, measured)]
-    if held_out:
-        verdicts = list(routing_stats.verdict(summary, experts))
+    if mode:
+        verdicts = list(routing_stats.verdict(summary, experts, mode))
     else:
         verdicts += routing_stats.troubles(summary, experts)
     return {
@@ -181,7 +185,7 @@ def _assemble(
         "experts": list(experts),
         "experts_per_token": per_token,
         "layers": int(routed[0].logits.shape[0]),
-        "held_out": held_out,
+        "held_out": bool(mode),
         "verdicts": verdicts,
         "texts": texts,
         "summary": summary,

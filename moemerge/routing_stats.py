@@ -114,8 +114,11 @@ def summary(routed: Sequence[Routed], experts: Sequence[str], per_token: int) ->
     return found
 
 
-def verdict(found: dict[str, Any], experts: Sequence[str]) -> Iterator[str]:
-    """A summary in words: the routers' accuracy held out, and what would help where it is poor."""
+def verdict(found: dict[str, Any], experts: Sequence[str], mode: str) -> Iterator[str]:
+    """A summary in words: the routers' accuracy held out, and what would help where it is poor.
+
+    `mode` is the gate mode that made them.
+    """
     if found.get("t1") is None:
         return
     yield (
@@ -123,7 +126,12 @@ def verdict(found: dict[str, Any], experts: Sequence[str]) -> Iterator[str]:
         f"prompt is held out (chance {1 / len(experts):.0%})"
     )
     yield from troubles(found, experts)
-    if found["t1"] < POOR:
+    if found["t1"] < POOR and mode == "self":
+        yield (
+            "what would help: positive_prompts for the experts' texts to begin with, calibration "
+            "texts, more samples, or `moemerge tune --only routers` with text of each kind"
+        )
+    elif found["t1"] < POOR:
         yield (
             "what would help: whole sentences in the style of the expert's own text instead of "
             "keywords, more of them, or gate_mode: self, where experts write their own"

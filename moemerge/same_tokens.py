@@ -67,11 +67,11 @@ def shared_rows(base: Donor, expert: Donor) -> Shared:
     left = size - sum(map(len, rows))
     why = f"other tokens ({shown})" if shown else f"it has {len(both)} rows"
     which = f"{left} row{'s' * (left > 1)} of embeddings and head"
-    return Shared(rows, f"{which} not in the mean: {why}" if left else "")
+    return Shared(rows, f"{which} not in the body's mean: {why}" if left else "")
 
 
 def _none(why: str) -> Shared:
-    return Shared((), f"embeddings and head not in the mean: {why}")
+    return Shared((), f"embeddings and head not in the body's mean: {why}")
 
 
 def other_ids(vocabulary: Vocabulary, donor: Donor) -> frozenset[int]:

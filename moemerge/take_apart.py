@@ -12,7 +12,8 @@ from moemerge.checkpoint import FLOATS, Donor, Opener
 from moemerge.checkpoint.moe_names import MLP
 from moemerge.compare import compare
 from moemerge.config import Expert, MergeConfig, parse_config
-from moemerge.errors import Findings, InputError
+from moemerge.errors import Findings, InputError, no_effect
+from moemerge.hosts import no_host
 from moemerge.moe import Moe, Part, open_moe
 from moemerge.options import Options
 from moemerge.rebuild import Built, Edit, build, build_in_place
@@ -92,8 +93,8 @@ def top_k(
     edit = _choosing(moe, per_token, out is None, findings)
     if out is not None:
         return build(edit, Path(out), options, reporter, findings)
-    for flag in options.flags.values():
-        reporter.say(f"{flag} has no effect: only config.json changes")
+    if flags := [*options.flags.values()]:
+        reporter.say(no_effect(flags, ": only config.json changes"))
     with held(moe.checkpoint.directory) as change:
         moe = _opened(old, options, findings, Silent())  # again, now that nobody else changes it
         return build_in_place(_choosing(moe, per_token, True, findings), change, reporter)
@@ -206,7 +207,10 @@ def add(
         if name:
             findings.problem("--name", f"{name} is there already", "choose another")
     check_groups(moe, moe.experts + 1, findings)
-    if donor and not findings.problems:
+    what, fix = no_host(donor.model.config, known_alone=True) if donor else ("", "")
+    if what:
+        findings.problem("SOURCE", what, fix)
+    elif donor and not findings.problems:
         _check_donor(moe, donor, options, findings)
     if moe.manifest:
         opened = {reference.text: one for reference, one in opener.opened.items()}

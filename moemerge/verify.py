@@ -16,7 +16,7 @@ from moemerge.change import settle
 from moemerge.checkpoint import Location, numpy_dtype, read_bytes
 from moemerge.checkpoint.model import Checkpoint, open_checkpoint, with_rows
 from moemerge.checkpoint.not_a_model import SourceProblem
-from moemerge.checkpoint.reference import Reference
+from moemerge.checkpoint.reference import Reference, nearest_directory
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.disk import CHUNK_BYTES, buffer
 from moemerge.errors import InputError, Problem, VerifyError
@@ -185,7 +185,8 @@ def open_manifest(out: Path) -> Manifest:
     try:
         return read_manifest(out)
     except (FileNotFoundError, NotADirectoryError) as error:
-        what, fix = f"holds no {MANIFEST_FILE}", "name a directory that moemerge finished"
+        near = "" if out.exists() else nearest_directory(str(out), None)
+        what, fix = f"holds no {MANIFEST_FILE}", near or "name a directory that moemerge finished"
         raise InputError([Problem(str(out), what, fix)]) from error
     except OSError as error:
         what = f"{MANIFEST_FILE} cannot be read ({error.strerror})"

@@ -194,7 +194,7 @@ APART: dict[str, tuple[Tokens, set[int], str]] = {
     # what the expert's tokenizer is: (how it came to be, the rows that are others', what is said)
     "one token renamed": (
         lambda m: edit(m / "tokenizer.json", lambda d: spelled(d, "code", "<|im_start|>")),
-        {CODE}, "1 row of embeddings and head not in the mean: other tokens "
+        {CODE}, "1 row of embeddings and head not in the body's mean: other tokens "
         "(id 4 is 'code' in the base, '<|im_start|>' in it)",
     ),
     "two tokens exchanged": (
@@ -224,8 +224,8 @@ APART: dict[str, tuple[Tokens, set[int], str]] = {
     ),
     "no tokenizer.json": (
         lambda m: (m / "tokenizer.json").rename(m / "tokenizer.model"),
-        {*range(64)}, "embeddings and head not in the mean: its tokens cannot be compared with "
-        "the base's (there is no tokenizer.json)",
+        {*range(64)}, "embeddings and head not in the body's mean: its tokens cannot be compared "
+        "with the base's (there is no tokenizer.json)",
     ),
     "a tokenizer.json that cannot be read": (
         lambda m: (m / "tokenizer.json").write_text("{"), {*range(64)}, "(its tokenizer.json cannot"
@@ -249,7 +249,7 @@ def test_rows_of_other_tokens_are_no_part_of_the_mean(
         out = tmp_path / str(weights[-1])
         config = write_config(tmp_path / "c.yaml", weighted(base, experts, weights))
         done = merge(config, out)
-        assert any(n.startswith("body: other: ") and words in n for n in done.notes), done.notes
+        assert any(n.startswith("other: ") and words in n for n in done.notes), done.notes
         assert verify(out).compared == len(tensors(out)) - 2
         made, whose = body_of(out), [body_of(one) for one in (base, *experts)]
         for name in VOCABULARY & made.keys():

@@ -9,7 +9,7 @@ from pathlib import Path
 from moemerge.checkpoint.lora import Adapter, open_adapter
 from moemerge.checkpoint.model import Checkpoint, open_checkpoint
 from moemerge.checkpoint.not_a_model import SourceProblem
-from moemerge.checkpoint.reference import Reference, parse_source
+from moemerge.checkpoint.reference import NoSource, Reference, parse_source
 from moemerge.errors import Findings
 
 
@@ -49,8 +49,8 @@ class Opener:
         """Open the source `text`; on a problem, record it and return None."""
         try:
             reference, on_top = parse_source(text, self.beside)
-        except ValueError as error:
-            self.findings.problem(where, str(error), "check the path, or write user/name")
+        except NoSource as error:
+            self.findings.problem(where, str(error), error.fix)
             return None
         opening = reference
         try:

@@ -16,6 +16,7 @@ from typing import Any
 from moemerge.checkpoint.reference import Reference
 from moemerge.checkpoint.remote import (
     FIRST_WAIT,
+    NOWHERE,
     TIMEOUT,
     HubError,
     Remote,
@@ -76,7 +77,7 @@ def open_snapshot(reference: Reference, cache_dir: str | None, known: dict[str, 
     folder = _cached(reference, cache_dir)
     if folder is None:
         raise HubError(
-            f"is neither a directory nor in the Hub's cache, and {reason}",
+            f"{NOWHERE} in the Hub's cache, and {reason}",
             "check the name, or download it where there is a network",
         ) from failure
     note = f"{reason}, so what the cache holds of it is used" if failure else ""

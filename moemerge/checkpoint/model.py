@@ -12,10 +12,12 @@ from typing import Any
 from moemerge.checkpoint import claims, fingerprint, hub, safetensors_file, torch_file
 from moemerge.checkpoint.folder import IN_REPOSITORY, POINTER, Folder, is_pointer, read_json
 from moemerge.checkpoint.fused import View, rows_named, views_of, with_views
-from moemerge.checkpoint.model_config import normalise
+from moemerge.checkpoint.model_config import DEFAULTS, normalise
+from moemerge.checkpoint.moe_names import names_of
 from moemerge.checkpoint.not_a_model import GATHER, ORIGINALS, SourceProblem
-from moemerge.checkpoint.reference import Reference
-from moemerge.checkpoint.remote import HubError, Remote, open_remote
+from moemerge.checkpoint.prefixes import usual
+from moemerge.checkpoint.reference import Reference, nearest_directory
+from moemerge.checkpoint.remote import NOWHERE, HubError, Remote, open_remote
 from moemerge.checkpoint.tensors import Location
 from moemerge.errors import ReadError
 from moemerge.slots import EMBEDDING, HEAD
@@ -29,7 +31,8 @@ class Checkpoint:
     """One source, opened. `absent` are weight files that are on the Hub alone; a `partial` one
     is what the Hub's cache holds, opened without a network.
 
-    `views` are those of `tensors` that are parts of tensors of its files.
+    `views` are those of `tensors` that are parts of tensors of its files; `renamed` are the names
+    of `tensors` by those in the files where they are others.
 
     `fingerprint` tells this source's content from another's: the Hub's commit, or a digest of
     headers, config and some of every tensor; `headers` is what it was in earlier versions. `notes`
@@ -48,6 +51,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     views: dict[str, View] = field(default_factory=dict)
     partial: bool = False
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @property
     def lost_its_tokenizer(self) -> bool:
@@ -88,7 +92,10 @@ def open_checkpoint(
     except ReadError as error:
         raise SourceProblem(str(error), "check that its files are whole") from error
     except HubError as error:
-        raise SourceProblem(error.what, error.fix) from error
+        missing = error.what.startswith(NOWHERE)
+        near = nearest_directory(reference.text, reference.beside) if missing else ""
+        fix = f"{near} Else {error.fix}" if near else error.fix
+        raise SourceProblem(error.what, fix) from error
     except OSError as error:
         what = f"{error.filename or reference.text} cannot be read ({error.strerror})"
         raise SourceProblem(what, "check the path and its permissions") from error
@@ -113,6 +120,7 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -
         path = checkpoint.directory / file
         try:
             found = _read_local_header(path)
+            found = {checkpoint.renamed.get(name, name): at for name, at in found.items()}
             parts = checkpoint.views.items()
             found |= {name: view.at(found[view.of]) for name, view in parts if view.of in found}
         except (OSError, ValueError) as error:
@@ -193,13 +201,19 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     tensors = {name: at for found in headers.values() for name, at in found.items()}
     newest = max((at.stamp[1] for at in tensors.values() if at.stamp), default=0)
     notes = [snapshot.note if snapshot else "", weights.note, weights.compare(headers)]
+    renamed: dict[str, str] = {}
+    if not adapter:
+        renamed, told = usual(tensors)
+        tensors = {renamed.get(name, name): at for name, at in tensors.items()}
+        notes.append(told)
     if not adapter and sum(0 in at.shape for at in tensors.values()) * 2 > len(tensors):
         what = (
             f"{weights.files[0]} has empty tensors, as DeepSpeed ZeRO-3 leaves what it holds apart"
         )
         raise SourceProblem(what, GATHER)
     layers, count = config.get("num_hidden_layers"), max(len(tensors), len(weights.index or ()))
-    if isinstance(layers, int) and layers > count:  # a claim that would cost memory to follow
+    known = family in DEFAULTS or names_of(family, tensors)
+    if known and isinstance(layers, int) and layers > count:  # it would cost memory to follow
         raise SourceProblem(
             f"config.json: num_hidden_layers is {layers}, its weights are {count} tensors",
             "use the weights and the config.json of one and the same model",
@@ -217,7 +231,8 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     on_hub = snapshot.files if snapshot else {}
     absent = {file: on_hub[file] for file in weights.files if not (directory / file).exists()}
     if not adapter:
-        notes += claims.settle(config, shown, absent, weights.index or {})
+        index = [renamed.get(name, name) for name in weights.index or ()]
+        notes += claims.settle(config, shown, absent, index)
     return Checkpoint(
         reference=reference,
         directory=directory,
@@ -231,6 +246,7 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         notes=tuple(filter(None, notes)),
         views=views,
         partial=folder.partial,
+        renamed=renamed,
     )
 
 

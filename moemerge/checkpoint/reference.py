@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w.-]*")
 
 
+class NoSource(ValueError):
+    """A text that means neither a directory nor a Hub id, and how to `fix` it."""
+
+    def __init__(self, what: str, fix: str):
+        super().__init__(what)
+        self.fix = fix
+
+
 @dataclass(frozen=True)
 class Reference:
-    """One model or adapter: `directory` where it is local, else the Hub's `repo` at `revision`."""
+    """One model or adapter: `directory` where it is local, else the Hub's `repo` at `revision`.
+
+    It may have been meant relative to `beside`.
+    """
 
     text: str
     directory: Path | None = None
     repo: str = ""
     revision: str | None = None
+    beside: Path | None = field(default=None, compare=False)
 
     @property
     def short(self) -> str:
@@ -51,7 +65,7 @@ def parse_source(text: str, beside: Path | None = None) -> tuple[Reference, Refe
     the working directory or else to `beside` (the config file's folder).
 
     Raises:
-        ValueError: a part is neither a directory nor a Hub id; the message says which and why.
+        NoSource: a part is neither a directory nor a Hub id; the message says which and why.
     """
     text = text.strip()
     if _directory(text, beside):
@@ -69,12 +83,38 @@ def _reference(text: str, beside: Path | None) -> Reference:
         return Reference(text, directory=directory)
     repo, at, revision = text.partition("@")
     if directory := _directory(repo, beside):
-        raise ValueError(f"{directory} is a directory, which has no revision {revision!r}")
+        what = f"{directory} is a directory, which has no revision {revision!r}"
+        raise NoSource(what, f"write {repo!r}")
+    check = "check the path, or write user/name"
     if text[:1] in ("", ".", "/", "~") or Path(repo).is_absolute() or repo.count("/") > 1:
-        raise ValueError(f"there is no directory {text!r}")
+        raise NoSource(f"there is no directory {text!r}", nearest_directory(text, beside) or check)
     if not _HUB_ID.fullmatch(repo) or ".." in repo or (at and not revision):
-        raise ValueError(f"{text!r} is neither a directory nor a Hub id `user/name[@revision]`")
-    return Reference(text, repo=repo, revision=revision or None)
+        what = f"{text!r} is neither a directory nor a Hub id `user/name[@revision]`"
+        raise NoSource(what, nearest_directory(text, beside) or check)
+    first = repo.partition("/")[0]
+    if repo != first and not at and _directory(first, beside):
+        fix = nearest_directory(text, beside) or "check the path"
+        what = f"there is no directory {text!r}, though there is a {first!r}"
+        raise NoSource(what, f"{fix}; if the Hub's is meant, write {repo}@main")
+    return Reference(text, repo=repo, revision=revision or None, beside=beside)
+
+
+def nearest_directory(text: str, beside: Path | None) -> str:
+    """Which directory a path that leads nowhere was probably meant to be; empty if none."""
+    typed = Path(os.path.expanduser(text))  # noqa: PTH111
+    for base in (Path(), *([beside] if beside else [])):
+        there, gone = base / typed, list[str]()
+        with suppress(OSError, ValueError):
+            while there.name and not there.is_dir():
+                there, gone = there.parent, [there.name, *gone]
+            names = {path.name.lower(): path.name for path in there.iterdir() if path.is_dir()}
+            close = difflib.get_close_matches(gone[0].lower(), names, n=1) if gone else []
+            for rest in (gone[1:], []) if close and len(gone) <= len(typed.parts) else ():
+                head = typed.parts[: len(typed.parts) - len(gone)]
+                found = Path(*head, names[close[0]], *rest)
+                if (base / found).is_dir():
+                    return f"did you mean {str(found)!r}?"
+    return ""
 
 
 def _directory(text: str, beside: Path | None) -> Path | None:

@@ -16,6 +16,9 @@ _LONGEST_WAIT = 30.0  # seconds
 _TRIES = 6
 _BLOCK = 1 << 16
 
+NOWHERE = "is neither a directory nor"
+"""How the errors begin that tell of a source that is not to be found."""
+
 
 @dataclass(frozen=True)
 class Remote:
@@ -164,7 +167,7 @@ def explain(error: Exception) -> tuple[str, str] | None:
         return "is gated", "accept its licence on the Hub and log in with `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            "is neither a directory nor a repository on the Hub that you can see",
+            f"{NOWHERE} a repository on the Hub that you can see",
             "check the name, or log in with `hf auth login` if it is private",
         )
     if isinstance(error, errors.RevisionNotFoundError):

@@ -25,7 +25,7 @@ from moemerge.cli.options import (
     with_options,
 )
 from moemerge.cli.terminal import Terminal, explained, peak_memory, show
-from moemerge.errors import InputError, Problem
+from moemerge.errors import InputError, Problem, no_effect
 from moemerge.options import Options
 from moemerge.reporting import count, size
 from moemerge.version import __version__
@@ -122,8 +122,8 @@ def plan(
     ready = make_plan(config, options)
     made = ready.plan
     without_effect = [flag for name, flag in options.flags.items() if name in MERGE_ALONE]
-    for flag in [*without_effect, *["--verbose"] * terminal.verbose]:
-        terminal.say(f"{flag} has no effect: plan writes nothing")
+    if idle := [*without_effect, *["--verbose"] * terminal.verbose]:
+        terminal.say(no_effect(idle, ": plan writes nothing"))
     if as_json:
         totals = {
             "parameters": made.parameters,

@@ -76,7 +76,7 @@ def router_lines(merged: Any) -> Iterator[str]:
     from moemerge import gates
     from moemerge.routing_stats import verdict
 
-    lines = list(verdict(merged.routing, merged.plan.experts))
+    lines = list(verdict(merged.routing, merged.plan.experts, merged.plan.gate_mode))
     if lines:
         yield from lines
     elif merged.plan.gate_mode == "zeros":

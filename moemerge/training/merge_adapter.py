@@ -10,7 +10,7 @@ from moemerge.checkpoint.claims import TIED
 from moemerge.checkpoint.lora import open_adapter
 from moemerge.checkpoint.model import open_checkpoint
 from moemerge.checkpoint.not_a_model import SourceProblem
-from moemerge.checkpoint.reference import parse_source
+from moemerge.checkpoint.reference import NoSource, parse_source
 from moemerge.errors import Findings
 from moemerge.moe import open_moe
 from moemerge.options import Options
@@ -46,8 +46,8 @@ def merge_adapter(
         lora = open_adapter(opened, moe.checkpoint)
         for note in opened.notes:
             findings.note(f"{adapter}: {note}")
-    except ValueError as error:
-        findings.problem(adapter, str(error), "name an adapter's directory, or user/name")
+    except NoSource as error:
+        findings.problem(adapter, str(error), error.fix)
     except SourceProblem as error:
         findings.problem(adapter, error.what, error.fix)
     findings.refuse()
