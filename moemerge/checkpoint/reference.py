@@ -78,14 +78,13 @@ def parse_source(text: str, beside: Path | None = None) -> tuple[Reference, Refe
 
 
 def _reference(text: str, beside: Path | None) -> Reference:
-    text = text.strip()
+    text, check = text.strip(), "check the path, or write user/name"
     if directory := _directory(text, beside):
         return Reference(text, directory=directory)
     repo, at, revision = text.partition("@")
     if directory := _directory(repo, beside):
         what = f"{directory} is a directory, which has no revision {revision!r}"
-        raise NoSource(what, f"write {repo!r}")
-    check = "check the path, or write user/name"
+        raise NoSource(what, check)
     if text[:1] in ("", ".", "/", "~") or Path(repo).is_absolute() or repo.count("/") > 1:
         raise NoSource(f"there is no directory {text!r}", nearest_directory(text, beside) or check)
     if not _HUB_ID.fullmatch(repo) or ".." in repo or (at and not revision):
