@@ -133,7 +133,7 @@ def settle(out: Path) -> None:
         RunError: another run is just at it.
         WriteError: it cannot be completed here.
     """
-    if (State(out).directory / COMMITTED).is_dir():
+    if os.path.isdir(State(out).directory / COMMITTED):  # noqa: PTH112 (it raises nothing)
         with held(out):
             pass
 
