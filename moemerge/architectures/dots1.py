@@ -36,6 +36,9 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
     """Measured in November 2026; llama.cpp refuses grouped queries."""
     yield from no_loading(config, "dots1", "mlx-lm")
     yield from long_factors(config, "mlx-lm")
+    for _ in long_factors(config, "vLLM"):
+        what = "takes longrope's long factors for short sequences too in a batch with a long one"
+        yield "vLLM", f"vLLM {what}: expect other text from it"
     yield from one_alone(mixture)
     yield from beyond_window(config, "mlx-lm")
 
