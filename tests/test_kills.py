@@ -131,9 +131,7 @@ def check(one: Command, at: int, way: str, tmp: Path) -> str:
     found, decided = content(one.out), at > one.commit_point
     kind = "old" if found == one.old else "new" if found == one.after else "resumable"
     if one.name.startswith("merge") and kind == "resumable" and not decided:
-        assert not {"config.json", "model.safetensors.index.json"} & found.keys() or (
-            found["config.json"] == one.old.get("config.json")
-        ), where
+        assert "config.json" not in found, where  # no model for anybody
         verified = one.do("verify", one.out)
         assert verified.rc in (1, 2) and "Traceback" not in verified.said, f"{where}: {verified}"
     elif way == "verify" and (one.before or decided):
