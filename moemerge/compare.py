@@ -18,6 +18,7 @@ _MAY_DIFFER = {
     "num_attention_heads": _ATTENTION_STAYS,
     "num_key_value_heads": _ATTENTION_STAYS,
     "head_dim": _ATTENTION_STAYS,
+    "partial_rotary_factor": _ATTENTION_STAYS,
     "sliding_window": _ATTENTION_STAYS,
     "rms_norm_eps": "the base's applies",
 }

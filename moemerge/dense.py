@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moemerge import arithmetic, recipe
 from moemerge.checkpoint import Location
 from moemerge.checkpoint.model_config import DEFAULTS
+from moemerge.checkpoint.rope import PARTIAL, TRAINED
 from moemerge.options import Options
 from moemerge.recipe import Recipe, Sources
 from moemerge.slots import EMBEDDING, HEAD, LAYER
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
 NORM = "model.norm.weight"
 
 _BEYOND_DEFAULTS = (
-    "model_type", "head_dim", "rope_scaling", "rope_parameters", "original_max_position_embeddings"
+    "model_type", "head_dim", "rope_scaling", "rope_parameters", TRAINED, PARTIAL
 )  # fmt: skip
+_FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}  # fmt: skip
 
 
 def available_memory() -> int | None:
@@ -77,10 +82,20 @@ def load_tensors(
     """
     memory = {} if memory is None else memory
     for name in names:
-        made = recipe_of(prefix + name)
+        made = _recipe(prefix + name, recipe_of)
         shape = recipe.shape_of(made, sources)
         memory[name] = arithmetic.load(prefix + name, shape, made, sources, into=memory.get(name))
     return {name: memory[name].to(dtype) for name in names}
+
+
+def _recipe(name: str, recipe_of: Callable[[str], Recipe]) -> Recipe:
+    """How a tensor of transformers' class is made; a phi3's fused ones of their parts."""
+    head, _, leaf = name.rpartition(".")
+    for whole, parts in _FUSED.items():
+        if head.endswith(whole):
+            own = (f"{head.removesuffix(whole)}{part}.{leaf}" for part in parts)
+            return recipe.Join(tuple(recipe_of(one) for one in own))
+    return recipe_of(name)
 
 
 def one_layer(config: dict[str, Any]) -> Any:
@@ -163,6 +178,8 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """Of a config.json only what describes the model: the rest are its saver's wishes."""
     known = (*DEFAULTS[config["model_type"]], *_BEYOND_DEFAULTS)
     settings = {key: config[key] for key in known if key in config}
+    if config[PARTIAL] != 1:  # a mistral turns whole heads
+        settings["model_type"] = config["saved_as"]
     return settings | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 

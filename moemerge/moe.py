@@ -28,6 +28,7 @@ from moemerge.checkpoint.moe_names import (
 )
 from moemerge.checkpoint.not_a_model import SourceProblem
 from moemerge.checkpoint.reference import NoSource, parse_source
+from moemerge.checkpoint.rope import PARTIAL
 from moemerge.config import parse_config
 from moemerge.errors import Findings, InputError, nearest
 from moemerge.output import MANIFEST_FILE, Manifest, read_manifest
@@ -50,9 +51,13 @@ _NEEDED = (
     "rms_norm_eps", "vocab_size",
 )  # fmt: skip
 _KEPT = (
-    "dtype", "original_max_position_embeddings", "pad_token_id", "rope_parameters",
+    "dtype", "original_max_position_embeddings", "pad_token_id", PARTIAL, "rope_parameters",
     "rope_scaling", "torch_dtype",
 )  # fmt: skip
+
+
+TURNED = {"glm4_moe": 0.5}
+"""How much of each head a class turns where its config.json does not say."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +321,8 @@ def _dense(
         return {}
     own = {key: config[key] for key in (*DEFAULTS[kind], "head_dim", *_KEPT) if key in config}
     own |= _windows(config, family)
+    if own.get(PARTIAL) is None and family in TURNED:
+        own[PARTIAL] = TURNED[family]
     if own.get("head_dim") is None:  # families differ in what they then assume
         own["head_dim"] = _head_dim(opened, config["num_attention_heads"])
     own["attention_bias"] = any(name.endswith("self_attn.o_proj.bias") for name in opened.tensors)

@@ -11,8 +11,9 @@ from typing import Any
 from moemerge import architectures
 from moemerge.checkpoint import FLOATS
 from moemerge.checkpoint.moe_names import COUNTS, MLP, SPLIT_FACTOR
+from moemerge.checkpoint.rope import PARTIAL
 from moemerge.errors import Findings
-from moemerge.moe import PER_TOKEN, Moe, Part
+from moemerge.moe import PER_TOKEN, TURNED, Moe, Part
 from moemerge.recipe import Scale
 from moemerge.tokenizer_files import read_object
 
@@ -41,10 +42,8 @@ def is_wrong(moe: Moe) -> bool:
 def config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:
     """The mixture's config.json with other numbers, in words that transformers 4 and 5 know."""
     dense, config = moe.dense, moe.config
-    part = config.get("partial_rotary_factor")
-    rope = dict(dense["rope_parameters"])
-    part = rope.get("partial_rotary_factor", part)
-    partial = {} if part is None else {"partial_rotary_factor": part}
+    rope, part = dense["rope_parameters"], dense[PARTIAL]
+    partial = {PARTIAL: part} if part != 1 or moe.family in TURNED else {}
     long = config.get("dtype") or config.get("torch_dtype") or long_name(moe.parts[0].dtype)
     types, counts = layer_kinds(moe), [key for key in COUNTS if key in config]
     if moe.family in ("flex_olmo", "qwen2_moe", "qwen3_moe"):  # each version has one of the two

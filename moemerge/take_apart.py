@@ -10,6 +10,7 @@ from moemerge import architectures, recipe
 from moemerge.change import held
 from moemerge.checkpoint import FLOATS, Donor, Opener
 from moemerge.checkpoint.moe_names import MLP
+from moemerge.checkpoint.rope import PARTIAL
 from moemerge.compare import compare
 from moemerge.config import Expert, MergeConfig, parse_config
 from moemerge.errors import Findings, InputError, no_effect
@@ -37,7 +38,7 @@ _CLASSES = {
     "granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
     "olmo2": "Olmo2ForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
 }  # fmt: skip
-_OURS = ("o_bias", "post_norm", "qk_norm", "qkv_bias", "saved_as")
+_OURS = (PARTIAL, "o_bias", "post_norm", "qk_norm", "qkv_bias", "saved_as")
 """What `normalise` adds to a config for this program alone."""
 
 
@@ -355,10 +356,9 @@ def _is_made_of(moe: Moe, family: str) -> bool:
 def _no_dense(moe: Moe) -> Iterator[str]:
     """Why the mixture's body is not a dense model's, as far as no tensor tells."""
     config, kind = moe.config, moe.dense["model_type"]
-    partial = moe.dense["rope_parameters"].get("partial_rotary_factor", 1.0)
     if not _is_made_of(moe, kind):
         yield f"is a {moe.family}, whose body is no {kind}'s"
-    if config.get("partial_rotary_factor", partial) not in (1, None):
+    if moe.dense[PARTIAL] != 1:
         yield "turns a part of each head only"
     if len(set(moe.dense.get("layer_types") or ["one"])) > 1:
         yield "mixes kinds of attention by layer"

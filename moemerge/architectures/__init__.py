@@ -98,8 +98,16 @@ def no_biases(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
     yield from one_kind(config)
 
 
-def one_kind(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What no architecture holds: biases in MLPs, and several kinds of attention by layer."""
+def one_kind(config: dict[str, Any], in_part: bool = False) -> Iterator[tuple[str, str]]:
+    """What no architecture holds: biases in MLPs, several kinds of attention by layer; and heads
+    that are turned in part, but for one that does so."""
+    part, family = config["partial_rotary_factor"], config.get("saved_as", config["model_type"])
+    if part != 1 and family != "phi3":
+        what = f"says partial_rotary_factor: {part:g}, which programs read differently in a"
+        yield f"{what} {family}", "use a model that turns whole heads"
+    elif part != 1 and not in_part:
+        what = f"turns a part of each head (partial_rotary_factor: {part:g})"
+        yield what, "a glm4_moe could hold it"
     if config["mlp_bias"]:
         yield "has MLP biases, which no mixture has a place for", "use a model without them"
     if len(set(config.get("layer_types") or ["one"])) > 1:
@@ -108,8 +116,14 @@ def one_kind(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def no_window(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
     """The refusal of an architecture without sliding windows."""
-    if config["sliding_window"]:
+    if window_of(config):
         yield f"has a sliding window, which a {name} does not know", "a mixtral knows it"
+
+
+def window_of(config: dict[str, Any]) -> int | None:
+    """The sliding window, if it is shorter than the model's context."""
+    window: int | None = config["sliding_window"]
+    return window if window and window < config["max_position_embeddings"] else None
 
 
 def no_head_dim(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
@@ -167,7 +181,6 @@ def one_alone(mixture: Mixture) -> Iterator[tuple[str, str]]:
 
 def beyond_window(config: dict[str, Any], *readers: str) -> Iterator[tuple[str, str]]:
     """The caveat of readers that attend to everything."""
-    if config["sliding_window"]:
-        window = config["sliding_window"]
+    if window := window_of(config):
         for reader in readers:
             yield reader, f"{reader} attends beyond its sliding window ({window} tokens)"

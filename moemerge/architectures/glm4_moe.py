@@ -20,6 +20,7 @@ from moemerge.architectures import (
     one_kind,
     other_rope,
 )
+from moemerge.checkpoint.rope import PARTIAL
 from moemerge.slots import (
     DOWN,
     GATE,
@@ -66,12 +67,13 @@ class Settings:
 
 
 def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """No bias on the attention's output, no sliding window, no expert alone."""
+    """No bias on the attention's output, no sliding window, no expert alone; a part of each head
+    may be turned."""
     if config["o_bias"]:
         yield "has a bias on o_proj, which a glm4_moe has no place for", "use another model"
     yield from no_window(config, "glm4_moe")
     yield from lonely(mixture, "glm4_moe")
-    yield from one_kind(config)
+    yield from one_kind(config, in_part=True)
 
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
@@ -103,14 +105,18 @@ def experts(config: dict[str, Any], mixture: Mixture, layer: int) -> Iterator[Sl
 
 
 def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
-    """Every layer is a mixture, the whole head is turned, and no extra token is predicted."""
+    """Every layer is a mixture, and no extra token is predicted; how much of a head is turned
+    stands wherever a program looks for it."""
+    part = {PARTIAL: config[PARTIAL]}
+    scaling = config["rope_scaling"]
     return {
         "architectures": ["Glm4MoeForCausalLM"],
         "model_type": "glm4_moe",
         **routing(config, mixture, dtype),
         "num_nextn_predict_layers": 0,
-        "partial_rotary_factor": 1.0,
-        "rope_parameters": {**config["rope_parameters"], "partial_rotary_factor": 1.0},
+        **part,
+        "rope_parameters": {**config["rope_parameters"], **part},
+        "rope_scaling": scaling and {**scaling, **part},
         "use_qk_norm": config["qk_norm"] is not None,
     }
 

@@ -95,12 +95,13 @@ def experts(config: dict[str, Any], mixture: Mixture, layer: int) -> Iterator[Sl
 
 def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
     """A Granite's own multipliers; in other families the ones that change nothing."""
+    own = config if config["model_type"] == "granite" else {}
     plain = {**MULTIPLIERS, "attention_multiplier": config["head_dim"] ** -0.5}
     return {
         "architectures": ["GraniteMoeForCausalLM"],
         "model_type": "granitemoe",
         **common(config, mixture, dtype, TRAINING),
-        **{key: config.get(key, value) for key, value in plain.items()},
+        **{key: own.get(key, value) for key, value in plain.items()},
         "attention_bias": biases(config)[0],
         "intermediate_size": mixture.inner,
         "num_local_experts": mixture.experts,

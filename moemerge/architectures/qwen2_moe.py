@@ -18,6 +18,7 @@ from moemerge.architectures import (
     no_head_dim,
     one_kind,
     other_rope,
+    window_of,
 )
 from moemerge.slots import (
     DOWN,
@@ -66,7 +67,7 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
     yield from long_factors(config, "vLLM")
     if config["rope_scaling"]:
         yield "mlx-lm", "mlx-lm cannot load it: its qwen2_moe knows no rope scaling"
-    if config["sliding_window"]:
+    if window_of(config):
         what = "loses a qwen2_moe's sliding window as it generates: say use_cache=False"
         yield "transformers 4.57", f"transformers 4.57 {what}"
 

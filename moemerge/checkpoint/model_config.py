@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from moemerge.checkpoint import rope
+from moemerge.checkpoint.rope import is_number
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": None, "hidden_act": "silu",
@@ -51,15 +54,18 @@ _WHOLE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings", "head_dim",
 )  # fmt: skip
-_NUMBERS = ("rms_norm_eps", "initializer_range", "attention_dropout")
-_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+_NUMBERS = (
+    "rms_norm_eps", "initializer_range", "attention_dropout", "attention_multiplier",
+    "embedding_multiplier", "logits_scaling", "residual_multiplier",
+)  # fmt: skip
+_FLAGS = (
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "attention_out_bias", "use_sliding_window"
+)  # fmt: skip
+_OLDER = {"attention": "full_attention"}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
-_ROPE_NEEDS = {
-    "default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
-    "longrope": ("short_factor", "long_factor"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}  # fmt: skip
-"""The kinds of rope that transformers knows, and the keys that each cannot do without."""
+_QWENS = ("qwen2", "qwen3")
+_WINDOWED = ("mistral", "phi3", *_QWENS)
+"""The families that read `sliding_window`."""
 
 
 def normalise(raw: dict[str, Any]) -> dict[str, Any]:
@@ -83,42 +89,44 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
         return config
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
-    for key in (*_NUMBERS, *_FLAGS, "rope_theta"):
-        if config[key] is None:
+    for key in (*_NUMBERS, *_FLAGS, "rope_theta", "max_window_layers"):
+        if config.get(key) is None and key in DEFAULTS[family]:
             config[key] = DEFAULTS[family][key]
+    if isinstance(config.get("layer_types"), list):  # an older name
+        config["layer_types"] = [_OLDER.get(str(k), k) for k in config["layer_types"]]
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     if config.get("head_dim") is None and type(heads) is type(hidden) is int and heads > 0:
         config["head_dim"] = hidden // heads
     _check_types(config)
     _settle_windows(config, family)
     config["dtype"] = config["torch_dtype"] = raw.get("dtype") or raw.get("torch_dtype")
-    config.update(_rope(config))
+    config.update(rope.settle(config, family))
     config.update(_parts(config, family))
     if family == "phi3":
-        if float(config["rope_parameters"].get("partial_rotary_factor", 1.0)) != 1:
-            raise ValueError("partial_rotary_factor is not 1: no host turns a part of each head")
         config["model_type"], config["saved_as"] = "mistral", "phi3"
     return config
 
 
 def _settle_windows(config: dict[str, Any], family: str) -> None:
     """One `sliding_window` for all layers, or None; else `layer_types`."""
-    layers = config["num_hidden_layers"]
-    types = config.get("layer_types")
-    if family in ("qwen2", "qwen3"):
-        if not config["use_sliding_window"]:
-            config["sliding_window"] = types = None
-        elif types is None and config["sliding_window"]:
-            full = min(max(int(config["max_window_layers"] or 0), 0), layers)
-            types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    layers, types = config["num_hidden_layers"], config.get("layer_types")
+    window = config["sliding_window"] or None
+    if family not in _WINDOWED or (family in _QWENS and not config["use_sliding_window"]):
+        window = None  # transformers' Llama has none, whatever is written
+    if family == "phi3":  # whose class does not read them
+        types = None
+    if family in _QWENS and window and types is None:
+        full = min(config["max_window_layers"], layers)
+        types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     kinds = set(types or [])
-    if family not in ("mistral", "phi3", "qwen2", "qwen3") or kinds == {"full_attention"}:
-        config["sliding_window"] = None  # transformers' Llama has none, whatever is written
+    if family in _WINDOWED and "sliding_attention" in kinds and window is None:
+        raise ValueError("layer_types names sliding_attention, but no sliding_window is in use")
+    config["sliding_window"] = None if kinds == {"full_attention"} else window
     if len(kinds) > 1:
         config["layer_types"] = types
     else:  # now said by sliding_window
         config.pop("layer_types", None)
-        if family in ("qwen2", "qwen3"):
+        if family in _QWENS:
             config["use_sliding_window"] = config["sliding_window"] is not None
             config["max_window_layers"] = 0 if config["use_sliding_window"] else layers
 
@@ -128,7 +136,7 @@ def _parts(config: dict[str, Any], family: str) -> dict[str, Any]:
     bias = family in ("llama", "qwen3", "olmo2", "granite", "seed_oss") and config["attention_bias"]
     return {
         "qkv_bias": family == "qwen2" or bias,
-        "o_bias": bool(config["attention_out_bias"]) if family == "seed_oss" else bias,
+        "o_bias": config["attention_out_bias"] if family == "seed_oss" else bias,
         "qk_norm": {"qwen3": "head", "olmo2": "full"}.get(family),
         "post_norm": family == "olmo2",
     }
@@ -139,17 +147,19 @@ def _check_types(config: dict[str, Any]) -> None:
     for key in _WHOLE:
         if type(config.get(key)) is not int or config[key] < 1:
             raise ValueError(f"{key} is {config.get(key)!r}, not a positive whole number")
-    for key in _NUMBERS:
-        if not _is_number(config[key]) or not config[key] >= 0:
+    for key in (key for key in _NUMBERS if key in config):
+        if not is_number(config[key]) or not config[key] >= 0:
             raise ValueError(f"{key} is {config[key]!r}, not a number from 0")
-    for key in _FLAGS:
+    for key in (key for key in _FLAGS if key in config):
         if not isinstance(config[key], bool):
             raise ValueError(f"{key} is {config[key]!r}, not true or false")
     if not isinstance(config["hidden_act"], str):
         raise ValueError(f"hidden_act is {config['hidden_act']!r}, not text")
-    window = config["sliding_window"]
-    if window is not None and (type(window) is not int or window < 1):
+    window, more = config["sliding_window"], config.get("max_window_layers", 0)
+    if window is not None and (type(window) is not int or window < 0):
         raise ValueError(f"sliding_window is {window!r}, not a positive whole number or null")
+    if type(more) is not int or more < 0:
+        raise ValueError(f"max_window_layers is {more!r}, not a whole number")
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % groups:
         raise ValueError(f"num_attention_heads is {heads}, no multiple of its {groups} kv heads")
@@ -159,45 +169,3 @@ def _check_types(config: dict[str, Any]) -> None:
     one_each = isinstance(types, list) and len(types) == config["num_hidden_layers"]
     if types is not None and not (one_each and all(kind in _LAYER_TYPES for kind in types)):
         raise ValueError(f"layer_types is not one of {' or '.join(_LAYER_TYPES)} for each layer")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta`, `rope_scaling` and `rope_parameters` that say the same.
-
-    As in transformers 5, a `rope_scaling` that is there overrides `rope_parameters`.
-    """
-    stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(stated, dict):
-        raise ValueError(f"rope_scaling is {stated!r}, not a mapping")
-    theta = stated.get("rope_theta")
-    theta = config["rope_theta"] if theta is None else theta
-    if not _is_number(theta) or not theta > 0:
-        raise ValueError(f"rope_theta is {theta!r}, not a positive number")
-    kind = stated.get("rope_type", stated.get("type", "default"))
-    kind = "longrope" if kind == "su" else kind
-    if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
-        raise ValueError(f"rope_type is {kind!r}, not one of {', '.join(_ROPE_NEEDS)}")
-    for key in _ROPE_NEEDS[kind]:
-        value = stated.get(key)
-        if not all(map(_is_number, value if isinstance(value, list) and value else [value])):
-            raise ValueError(f"rope_scaling: {key} is {value!r}, which {kind} rope needs as number")
-    rest = {k: v for k, v in stated.items() if k not in ("rope_theta", "rope_type", "type")}
-    more = {}
-    if kind == "longrope":  # version 4 wants to be told all that version 5 works out
-        length = config["max_position_embeddings"]
-        key = "original_max_position_embeddings"
-        trained = config.get(key) or rest.get(key) or length
-        if not _is_number(trained) or not trained > 0:
-            raise ValueError(f"{key} is {trained!r}, not a positive number")
-        rest |= {key: trained, "factor": rest.get("factor") or length / trained}
-        more = {key: trained}
-    return {
-        **more,
-        "rope_theta": theta,
-        "rope_scaling": None if kind == "default" else {"rope_type": kind, **rest},
-        "rope_parameters": {"rope_type": kind, "rope_theta": theta, **rest},
-    }
