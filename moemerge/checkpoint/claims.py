@@ -1,13 +1,13 @@
-"""What config.json claims and the tensors decide: whether the head is the embeddings."""
+"""What config.json claims, held against the tensors: a tied head, quantised weights, token ids."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from moemerge.checkpoint.remote import Remote
-from moemerge.checkpoint.tensors import Location, read_bytes
+from moemerge.checkpoint.tensors import FLOATS, Location, read_bytes
 from moemerge.slots import EMBEDDING, HEAD
 
 TIED = "tie_word_embeddings"
@@ -19,6 +19,15 @@ UNTIED = (
 """What a person should know of a model that is not tied after all."""
 
 _UNSEEN = f"{HEAD} is in a file that is not here; taken to be the embeddings, as config.json says"
+
+IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+"""The special tokens that config.json and generation_config.json name by their ids."""
+
+_PLAIN = ("F64", *FLOATS.values())
+_LEAVES = (
+    "weight", "bias", "inv_freq", "gate_up_proj", "down_proj", "e_score_correction_bias"
+)  # fmt: skip
+"""The last words of plain tensors' names; quantised ones have `qweight`, `SCB`, scales beside."""
 
 _PLACES, _SAMPLE = 16, 4096
 _BLOCK = 1 << 22
@@ -37,12 +46,59 @@ def settle(
     Raises:
         ReadError: the files cannot be read.
     """
+    notes = [*_drop_code(config), *_drop_ids(config)]
     if config.get(TIED) and not _is_tied(tensors, absent):
         config[TIED] = False
-        return [UNTIED]
+        notes.append(UNTIED)
     if config.get(TIED) and HEAD in index and HEAD not in tensors:
-        return [_UNSEEN]
-    return []
+        notes.append(_UNSEEN)
+    return notes
+
+
+def drop_quantisation(config: dict[str, Any], tensors: Mapping[str, Location]) -> Iterator[str]:
+    """Take away what says that the weights are quantised, if all of them are plain floats; yields
+    what a person should know.
+
+    Raises:
+        ValueError: the model is quantised; says by what.
+    """
+    for key in ("quantization_config", "compression_config"):
+        said = config.pop(key, None)
+        if not said:
+            continue
+        method = str(said.get("quant_method", "some") if isinstance(said, dict) else said)
+        for name, at in tensors.items():
+            if at.dtype not in _PLAIN or name.rpartition(".")[2] not in _LEAVES:
+                raise ValueError(f"is quantised ({method}): it holds {name} of {at.dtype}")
+        yield f"{key} ({method}) is not used: every tensor is of plain floats"
+
+
+def _drop_code(config: dict[str, Any]) -> Iterator[str]:
+    """Take away what names program code, which is not carried along."""
+    found = [key for key in ("auto_map", "custom_pipelines", "trust_remote_code") if key in config]
+    for key in found:
+        del config[key]
+    if found:
+        kind = config.get("saved_as", config.get("model_type"))
+        yield f"{' and '.join(found)} of config.json: code of its own is not used; read as a {kind}"
+
+
+def _drop_ids(config: dict[str, Any]) -> Iterator[str]:
+    """Take away ids of special tokens that the embeddings have no row for."""
+    rows = config.get("vocab_size")
+    for key in IDS:
+        if key in config and type(rows) is int:
+            kept = within(config[key], rows)
+            if kept != config[key]:
+                yield f"{key} is {config[key]}, the vocabulary has {rows} ids: written as {kept}"
+                config[key] = kept
+
+
+def within(said: Any, rows: int) -> Any:
+    """An id, or a list of ids, as far as it is one of `rows`; anything else stays as it is."""
+    if isinstance(said, list):
+        return [one for one in said if within(one, rows) is not None] or None
+    return None if type(said) is int and not 0 <= said < rows else said
 
 
 def is_doubtful(

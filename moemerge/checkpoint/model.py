@@ -191,10 +191,6 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
             config = normalise(config)
         except ValueError as error:
             raise SourceProblem(f"config.json: {error}", "repair it") from error
-        if config.get("quantization_config") or config.get("compression_config"):
-            how = config.get("quantization_config") or {}
-            method = how.get("quant_method", "some") if isinstance(how, dict) else how
-            raise SourceProblem(f"is quantised ({method})", ORIGINALS)
     weights = folder.weights(adapter, said.get("transformers_weights"))
     snapshot = hub.measured(snapshot, weights.files) if snapshot else None
     headers = {file: _read_header(directory / file, snapshot) for file in weights.files}
@@ -211,6 +207,11 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
             f"{weights.files[0]} has empty tensors, as DeepSpeed ZeRO-3 leaves what it holds apart"
         )
         raise SourceProblem(what, GATHER)
+    if not adapter:
+        try:
+            notes += claims.drop_quantisation(config, tensors)
+        except ValueError as error:
+            raise SourceProblem(str(error), ORIGINALS) from error
     layers, count = config.get("num_hidden_layers"), max(len(tensors), len(weights.index or ()))
     known = family in DEFAULTS or names_of(family, tensors)
     if known and isinstance(layers, int) and layers > count:  # it would cost memory to follow

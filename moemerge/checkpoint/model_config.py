@@ -97,7 +97,7 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     if config.get("head_dim") is None and type(heads) is type(hidden) is int and heads > 0:
         config["head_dim"] = hidden // heads
-    _check_types(config)
+    _check_types(config, family)
     _settle_windows(config, family)
     config["dtype"] = config["torch_dtype"] = raw.get("dtype") or raw.get("torch_dtype")
     config.update(rope.settle(config, family))
@@ -142,24 +142,30 @@ def _parts(config: dict[str, Any], family: str) -> dict[str, Any]:
     }
 
 
-def _check_types(config: dict[str, Any]) -> None:
+def _check_types(config: dict[str, Any], family: str) -> None:
     """Refuse what would stop a reader of the output, or the hidden pass on its way."""
     for key in _WHOLE:
         if type(config.get(key)) is not int or config[key] < 1:
             raise ValueError(f"{key} is {config.get(key)!r}, not a positive whole number")
-    for key in (key for key in _NUMBERS if key in config):
+    for key in (key for key in _NUMBERS if key in DEFAULTS[family]):
         if not is_number(config[key]) or not config[key] >= 0:
             raise ValueError(f"{key} is {config[key]!r}, not a number from 0")
-    for key in (key for key in _FLAGS if key in config):
+    for key in (key for key in _FLAGS if key in DEFAULTS[family]):
         if not isinstance(config[key], bool):
             raise ValueError(f"{key} is {config[key]!r}, not true or false")
     if not isinstance(config["hidden_act"], str):
         raise ValueError(f"hidden_act is {config['hidden_act']!r}, not text")
-    window, more = config["sliding_window"], config.get("max_window_layers", 0)
+    window = config["sliding_window"]
+    more = config["max_window_layers"] if family in _QWENS else 0
     if window is not None and (type(window) is not int or window < 0):
         raise ValueError(f"sliding_window is {window!r}, not a positive whole number or null")
     if type(more) is not int or more < 0:
         raise ValueError(f"max_window_layers is {more!r}, not a whole number")
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        said = config.get(key)
+        ids = said if isinstance(said, list) and key == "eos_token_id" else [said]
+        if said is not None and not all(type(one) is int for one in ids):
+            raise ValueError(f"{key} is {said!r}, not a whole number or null")
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % groups:
         raise ValueError(f"num_attention_heads is {heads}, no multiple of its {groups} kv heads")
