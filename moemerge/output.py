@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,9 @@ from moemerge.errors import DiskFull, Findings, ReadError, WriteError
 from moemerge.options import Options
 from moemerge.plan import INDEX_FILE, Plan, digest_of
 from moemerge.reporting import size
-from moemerge.state import STATE_DIRECTORY, State, as_json, is_inside, read_json
-from moemerge.tokenizer_files import GENERATION_FILE
+from moemerge.state import STATE_DIRECTORY, State, is_inside, read_json
+from moemerge.tokenizer_files import GENERATION_FILE, portable
+from moemerge.tokens import TOKENIZER_FILE
 from moemerge.version import __version__
 from moemerge.vocabulary import Vocabulary
 
@@ -152,13 +153,28 @@ def carried_files(vocabulary: Vocabulary, copy_tokenizer: bool) -> tuple[Path, .
 
 
 def check_carried(
-    vocabulary: Vocabulary, carried: Iterable[Path], where: str, findings: Findings
+    vocabulary: Vocabulary, carried: Sequence[Path], where: str, findings: Findings
 ) -> None:
-    """Record the files to carry along that cannot be read."""
+    """Record the files to carry along that cannot be read; say what of them is changed."""
     for name in carried:
-        path = vocabulary.directory / name
-        if name.as_posix() not in vocabulary.written and not os.access(path, os.R_OK):
+        try:
+            _, notes = _content(vocabulary, name, carried)
+        except OSError:
+            path = vocabulary.directory / name
             findings.problem(where, f"{path} cannot be read", "check its permissions")
+            continue
+        for note in notes:
+            findings.note(note)
+
+
+def _content(
+    vocabulary: Vocabulary, name: Path, carried: Sequence[Path]
+) -> tuple[bytes, list[str]]:
+    """What a carried file holds in the output, and what is to be said of it."""
+    own = vocabulary.written.get(name.as_posix())
+    content = (vocabulary.directory / name).read_bytes() if own is None else own
+    rows = int(vocabulary.speaker.model.config["vocab_size"])
+    return portable(name.as_posix(), content, Path(TOKENIZER_FILE) in carried, rows)
 
 
 def file_names(plan: Plan, carried: Iterable[Path]) -> tuple[str, ...]:
@@ -303,9 +319,9 @@ def is_finished(out: Path, plan: Plan) -> bool:
         return False
 
 
-def carried_content(vocabulary: Vocabulary, carried: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
+def carried_content(vocabulary: Vocabulary, carried: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     """A model's small files by name, byte for byte but for what is added to its tokenizer and what
-    transformers 4 trips over.
+    a reader would trip over.
 
     Raises:
         ReadError: one cannot be read any more.
@@ -313,32 +329,10 @@ def carried_content(vocabulary: Vocabulary, carried: Iterable[Path]) -> Iterator
     for name in carried:
         path = vocabulary.directory / name
         try:
-            content = vocabulary.written.get(name.as_posix()) or path.read_bytes()
+            content, _ = _content(vocabulary, name, carried)
         except OSError as error:
             raise ReadError(f"{path}: cannot be read ({error.strerror})") from error
-        if name.name == "tokenizer_config.json":
-            content = _readable_by_version_4(content)
         yield name.as_posix(), content
-
-
-def _readable_by_version_4(content: bytes) -> bytes:
-    """A tokenizer_config.json of transformers 5 in words that version 4 knows too.
-
-    The class `TokenizersBackend` is its `PreTrainedTokenizerFast`, which gives token_type_ids,
-    that no decoder takes, unless told the model's inputs; a list of `extra_special_tokens` is its
-    `additional_special_tokens`. Any other file stays as it is.
-    """
-    try:
-        config = json.loads(content)
-    except ValueError:
-        return content
-    if not isinstance(config, dict) or config.get("tokenizer_class") != "TokenizersBackend":
-        return content
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    return as_json(config).encode()
 
 
 @contextmanager

@@ -165,6 +165,8 @@ def build(edit: Edit, out: Path, options: Options, reporter: Reporter, findings:
     settle(out)
     output.check(out, plan, carried, directories, options, findings)
     findings.refuse()
+    for note in findings.notes:
+        reporter.say(note)
     with held(out) as change:
         output.begin(out, plan, output.file_names(plan, carried), options)
         sources = _sources(edit, shards, options, reporter)

@@ -15,7 +15,8 @@ from moemerge.checkpoint.rope import PARTIAL
 from moemerge.errors import Findings
 from moemerge.moe import PER_TOKEN, TURNED, Moe, Part
 from moemerge.recipe import Scale
-from moemerge.tokenizer_files import read_object
+from moemerge.tokenizer_files import GENERATION_FILE, portable, read_object
+from moemerge.tokens import CONFIG_FILE, TOKENIZER_FILE
 
 _FACTOR = "routed_scaling_factor"
 
@@ -30,13 +31,16 @@ def is_wrong(moe: Moe) -> bool:
     made = config_of(moe, moe.experts, moe.per_token)
     differs = config != read_object(moe.checkpoint.directory / "config.json")
     differs |= any(config.get(key) != made.get(key) for key in (*COUNTS, "layer_types"))
-    tokenizer = read_object(moe.checkpoint.directory / "tokenizer_config.json")
-    return (
-        moe.is_misnamed
-        or deaf
-        or differs
-        or tokenizer.get("tokenizer_class") == "TokenizersBackend"
-    )
+    return moe.is_misnamed or deaf or differs or _is_foreign(moe)
+
+
+def _is_foreign(moe: Moe) -> bool:
+    """Whether a small file beside it says what some reader trips over."""
+    directory, rows = moe.checkpoint.directory, int(moe.dense["vocab_size"])
+    fast = (directory / TOKENIZER_FILE).is_file()
+    there = [n for n in (CONFIG_FILE, GENERATION_FILE) if (directory / n).is_file()]
+    contents = {name: (directory / name).read_bytes() for name in there}
+    return any(portable(name, has, fast, rows)[0] != has for name, has in contents.items())
 
 
 def config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:

@@ -218,8 +218,6 @@ def add(
         findings.problems += changed_sources(moe.manifest.plan, opened, Path(moe.text))
     findings.refuse()
     assert donor is not None
-    for note in findings.notes:
-        reporter.say(note)
     parts = [_with_mean_row(part, moe.experts) if part.made else part for part in moe.parts]
     for part in moe.parts:
         if part.expert == 0:

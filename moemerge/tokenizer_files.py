@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moemerge.tokens import ADDED_FILE, CONFIG_FILE, TOKENIZER_FILE, Token, Tokens
 
 GENERATION_FILE = "generation_config.json"
+IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+"""The special tokens that config.json and generation_config.json name by their ids."""
+
+_GENERIC = "PreTrainedTokenizerFast"
+_KNOWN = frozenset(
+    f"{name}Tokenizer"
+    for name in (
+        "Albert", "Bert", "BertJapanese", "Bloom", "CodeGen", "CodeLlama", "Cohere", "GPT2",
+        "GPTNeoX", "GPTNeoXJapanese", "GPTSw3", "Gemma", "Llama", "MistralCommon", "PreTrained",
+        "Qwen2", "Roberta", "Siglip", "T5", "XGLM", "XLMRoberta",
+    )
+) | {"MistralCommonBackend", "PythonBackend", "TokenizersBackend"}  # fmt: skip
+"""Tokenizers of transformers that models of the families here go with, without their `Fast`."""
+
 _MAP_FILE = "special_tokens_map.json"
 _CHECKED = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ "
@@ -75,6 +90,68 @@ def with_template(
         CONFIG_FILE: as_bytes({**config, "chat_template": template}),
         GENERATION_FILE: as_bytes(generation),
     }
+
+
+def portable(name: str, content: bytes, fast: bool, rows: int) -> tuple[bytes, list[str]]:
+    """A carried file in words that every reader of the mixture knows, and what a person should know
+    of what was changed; any other file stays as it is.
+
+    `fast` tells that a tokenizer.json goes along, `rows` how many ids the embeddings know.
+    """
+    change = {CONFIG_FILE: partial(_without_code, fast=fast), GENERATION_FILE: partial(_ids, rows)}
+    try:
+        data = _object(content, name) if name in change else {}
+    except ValueError:
+        return content, []
+    before = dict(data)
+    notes = [f"{name}: {note}" for note in (change[name](data) if data else ())]
+    return (as_bytes(data) if data != before else content), notes
+
+
+def within(said: Any, rows: int) -> Any:
+    """An id, or a list of ids, as far as it is one of `rows`; anything else stays as it is."""
+    if isinstance(said, list):
+        return [one for one in said if within(one, rows) is not None] or None
+    return None if type(said) is int and not 0 <= said < rows else said
+
+
+def _without_code(config: dict[str, Any], fast: bool) -> Iterator[str]:
+    """A tokenizer whose class is code that does not go along becomes the generic fast one.
+
+    So does transformers 5's `TokenizersBackend`, which is version 4's `PreTrainedTokenizerFast`;
+    that gives token_type_ids, which no decoder takes, unless told the model's inputs. A list of
+    `extra_special_tokens` is its `additional_special_tokens`.
+    """
+    own, code = config.get("tokenizer_class"), config.get("auto_map")
+    classes = code.get("AutoTokenizer") if isinstance(code, dict) else code
+    named = [str(one) for one in (classes if isinstance(classes, list) else [classes]) if one]
+    unknown = isinstance(own, str) and own.removesuffix("Fast") not in _KNOWN
+    coded = unknown or any(not own or one.endswith(f".{own}") for one in named)
+    if coded and not fast:
+        yield f"{own or named[0]} is program code, which does not go along: copy it"
+        return
+    config.pop("auto_map", None)
+    if coded:
+        yield f"{own or named[0]}, whose code does not go along, becomes {_GENERIC}"
+    elif code is not None:
+        yield f"its auto_map names program code, which does not go along; {own} is used"
+    if coded or own == "TokenizersBackend":
+        config["tokenizer_class"] = _GENERIC
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+
+
+def _ids(rows: int, config: dict[str, Any]) -> Iterator[str]:
+    """Without ids that the embeddings have no row for."""
+    for key in IDS:
+        said = config.get(key)
+        kept = within(said, rows)
+        if kept != said:
+            yield f"{key} is {said}, the vocabulary has {rows} ids: written as {kept}"
+            config[key] = kept
+            if kept is None:
+                del config[key]
 
 
 def chat_template(directory: Path, written: Mapping[str, bytes] | None = None) -> Any:

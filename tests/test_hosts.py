@@ -37,6 +37,7 @@ def problems_of(base: Path, head: str = "", tail: str = "") -> list[str]:
         ("llama", "", "mixtral"),
         ("mistral window", "", "mixtral"),
         ("phi3", "", "mixtral"),
+        ("phi3 partial", "", "glm4_moe"),
         ("qwen2", "", "granitemoehybrid"),
         ("granite biases", "", "granitemoehybrid"),
         ("qwen2", ALWAYS, "granitemoehybrid"),

@@ -74,6 +74,12 @@ BODIES |= {
         "family": "phi3", "pad_token_id": 0, "rope_scaling": LONGROPE,
         "original_max_position_embeddings": 16,
     },
+    "phi3 partial": {"family": "phi3", "pad_token_id": 0, "partial_rotary_factor": 0.5},
+    "phi3 partial longrope": {
+        "family": "phi3", "pad_token_id": 0, "partial_rotary_factor": 0.5, "rope_scaling": {
+            "type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.0, 3.0],
+        }, "original_max_position_embeddings": 16,
+    },
     "olmo2": {"family": "olmo2"},
     "olmo2 biases": {"family": "olmo2", "attention_bias": True},
     "granite": {"family": "granite", **GRANITE},
@@ -432,11 +438,10 @@ def test_noise_and_residual_scale(tmp_path: Path, babies: dict[str, Path]) -> No
     assert not torch.equal(made[f"{experts}.0.w3.weight"], made[f"{experts}.1.w3.weight"])
 
 
-def test_hidden_gates_see_what_the_routers_of_the_mixture_see(
-    tmp_path: Path, babies: dict[str, Path]
-) -> None:
+@pytest.mark.parametrize("body", ["llama", "phi3 partial longrope"])
+def test_hidden_gates_see_what_the_routers_of_the_mixture_see(tmp_path: Path, body: str) -> None:
     """What the pass collects is the input of the finished model's routers, token for token."""
-    base = babies["base"]
+    base = make_model(tmp_path / "base", **BODIES[body])
     config = write_config(tmp_path / "c.yaml", simple_config(base, [base, base]))
     ready = make_plan(config)
     merge(config, tmp_path / "out")

@@ -447,6 +447,16 @@ def void(_: object) -> None:
     """Do no damage; drop a value."""
 
 
+def quantised(said: object) -> Callable[[Path], None]:
+    """Whole numbers in the place of a matrix, and a config that says how they were made."""
+
+    def damage(model: Path) -> None:
+        config_with(quantization_config=said)(model)
+        weights_with(lambda s: s.update({GATE: s[GATE].to(torch.int8)}))(model)
+
+    return damage
+
+
 def truncate(model: Path) -> None:
     os.truncate(model / "model.safetensors", 3000)
 
@@ -486,9 +496,8 @@ MODELS: dict[str, Any] = {
     "index not JSON": (index_of_text("{"), "not JSON", "again"),
     "truncated": (truncate, "truncated", "again"),
     "weights not safetensors": (text_in("model.safetensors", "hello"), "header", "again"),
-    "GPTQ": (config_with(quantization_config={"quant_method": "gptq"}), "quantised (gptq)",
-             "original weights"),
-    "quantised in words": (config_with(quantization_config="awq"), "quantised", "original"),
+    "GPTQ": (quantised({"quant_method": "gptq"}), "quantised (gptq)", "original weights"),
+    "quantised in words": (quantised("awq"), "quantised (awq)", "original"),
     "integer weights": (weights_with(lambda s: s.update({GATE: s[GATE].to(torch.int8)})),
                         GATE, "I8", "quantised", "original weights"),
     "missing tensor": (weights_with(lambda s: s.pop(GATE)), GATE, "is missing", "again"),

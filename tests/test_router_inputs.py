@@ -10,8 +10,11 @@ import pytest
 import torch
 from babies import make_model, save_weights, simple_config, write_config
 from safetensors.torch import load_file
+from test_laws import BODIES, PROMPT, logits
 
-from moemerge import merge
+from moemerge import Options, make_plan, merge
+from moemerge.config import parse_config
+from moemerge.dense import whole_model
 
 EXTRA = {
     "a norm that a Llama has not": ("self_attn.q_norm.weight", torch.ones(8)),
@@ -50,3 +53,16 @@ def test_wishes_of_a_config_for_its_program_change_nothing(
     path = base / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **wish}))
     assert routers(base, tmp_path / "with") == wanted
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("body", ["llama tied", "phi3", "phi3 partial longrope", "granite biases"])
+def test_the_model_that_writes_texts_is_the_dense_one(
+    tmp_path: Path, body: str, lazy: bool
+) -> None:
+    base = make_model(tmp_path / "base", **BODIES[body])
+    ready = make_plan(parse_config(simple_config(base, [base, base])))
+    sources = {text: opened.tensors for text, opened in ready.checkpoints.items()}
+    model = whole_model(ready.body.config, ready.body.recipe, sources, Options(lazy=lazy))
+    with torch.inference_mode():
+        assert (model(PROMPT).logits - logits(base)).abs().max() <= 1e-5

@@ -9,6 +9,7 @@ from typing import Any
 from moemerge.checkpoint.remote import Remote
 from moemerge.checkpoint.tensors import FLOATS, Location, read_bytes
 from moemerge.slots import EMBEDDING, HEAD
+from moemerge.tokenizer_files import IDS, within
 
 TIED = "tie_word_embeddings"
 
@@ -19,9 +20,6 @@ UNTIED = (
 """What a person should know of a model that is not tied after all."""
 
 _UNSEEN = f"{HEAD} is in a file that is not here; taken to be the embeddings, as config.json says"
-
-IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-"""The special tokens that config.json and generation_config.json name by their ids."""
 
 _PLAIN = ("F64", *FLOATS.values())
 _LEAVES = (
@@ -92,13 +90,6 @@ def _drop_ids(config: dict[str, Any]) -> Iterator[str]:
             if kept != config[key]:
                 yield f"{key} is {config[key]}, the vocabulary has {rows} ids: written as {kept}"
                 config[key] = kept
-
-
-def within(said: Any, rows: int) -> Any:
-    """An id, or a list of ids, as far as it is one of `rows`; anything else stays as it is."""
-    if isinstance(said, list):
-        return [one for one in said if within(one, rows) is not None] or None
-    return None if type(said) is int and not 0 <= said < rows else said
 
 
 def is_doubtful(
