@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def make_model(
         "rope_parameters": {"rope_theta": theta, **(rope or {"rope_type": "default"})},
     }
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **settings, **both)
+    config = AutoConfig.for_model(family, **settings, **deepcopy(both))  # which it fills in
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     for parameter in model.parameters():  # large weights, so that a wrong tensor shows
         parameter.data.add_(torch.randn_like(parameter) * 0.2)
