@@ -93,7 +93,7 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
     if opened.absent:
         reporter.say(f"{moe.text}: downloading it into the Hub's cache")
         opened = fetch(opened, list(opened.tensors), options.cache_dir)
-    config = AutoConfig.from_pretrained(opened.directory)
+    config = AutoConfig.for_model(**moe.config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
@@ -131,7 +131,6 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
             else:
                 fill(layer)
             advance(len(there))
-    config.tie_word_embeddings = moe.dense["tie_word_embeddings"]
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.requires_grad_(False)
