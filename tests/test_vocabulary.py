@@ -244,7 +244,7 @@ def test_a_models_own_tokenizer(tmp_path: Path) -> None:
 
     edit(chat / "tokenizer.json", change)
     (chat / "chat_template.jinja").write_text("{{ messages }}<|a|>")
-    (chat / "generation_config.json").write_text('{"eos_token_id": [2, 35]}')
+    (chat / "generation_config.json").write_text('{"eos_token_id": [2, 33]}')
     out = merged(tmp_path, base, [base, chat], "tokenizer: chat")
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (out / name).read_bytes() == (chat / name).read_bytes()
