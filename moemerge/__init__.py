@@ -3,82 +3,31 @@
 from moemerge import load_config, make_plan, merge, verify_checkpoint
 
 print(make_plan("config.yaml").plan.parameters)
-merge("config.yaml", "out/")
+merge("config.yaml", "out/", progress=True)
 verify_checkpoint("out/")
 """
 
-from moemerge.config import Expert, MergeConfig, load_config, parse_config
-from moemerge.errors import (
-    InputError,
-    MoemergeError,
-    Problem,
-    ReadError,
-    RunError,
-    VerifyError,
-    WriteError,
-)
-from moemerge.evaluate import Wanted, evaluate
-from moemerge.new_routers import regate
-from moemerge.options import Options
-from moemerge.page import render as routing_page
-from moemerge.pipeline import Merged, make_plan, merge
-from moemerge.plan import Plan, PlannedTensor, Shard, Source
-from moemerge.prepare import Prepared
-from moemerge.publish import push
-from moemerge.rebuild import Built
-from moemerge.reporting import Reporter, Silent
-from moemerge.routing import report as routing_report
-from moemerge.take_apart import add, drop, extract, repair, top_k
-from moemerge.training.finetune import Lora, finetune
-from moemerge.training.merge_adapter import merge_adapter
-from moemerge.training.tune import tune
-from moemerge.training.tune import undo as undo_tune
-from moemerge.training.tuning import Tuning
-from moemerge.verify import Verified, verify_checkpoint
-from moemerge.version import __version__
+from __future__ import annotations
 
-__all__ = [
-    "Built",
-    "Expert",
-    "InputError",
-    "Lora",
-    "MergeConfig",
-    "Merged",
-    "MoemergeError",
-    "Options",
-    "Plan",
-    "PlannedTensor",
-    "Prepared",
-    "Problem",
-    "ReadError",
-    "Reporter",
-    "RunError",
-    "Shard",
-    "Silent",
-    "Source",
-    "Tuning",
-    "Verified",
-    "VerifyError",
-    "Wanted",
-    "WriteError",
-    "__version__",
-    "add",
-    "drop",
-    "evaluate",
-    "extract",
-    "finetune",
-    "load_config",
-    "make_plan",
-    "merge",
-    "merge_adapter",
-    "parse_config",
-    "push",
-    "regate",
-    "repair",
-    "routing_page",
-    "routing_report",
-    "top_k",
-    "tune",
-    "undo_tune",
-    "verify_checkpoint",
-]
+TYPE_CHECKING = False  # as typing's, whose import takes time
+if TYPE_CHECKING:
+    from typing import Any
+
+    from moemerge.public import *  # noqa: F403
+    from moemerge.public import __all__ as __all__
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `moemerge.public`, imported when it is asked for: a command that has just begun
+    imports nothing before it watches for Ctrl-C."""
+    from importlib import import_module, util
+
+    is_room = not name.startswith("__") and util.find_spec(f"moemerge.{name}")
+    public = None if is_room else import_module("moemerge.public")
+    if public and (name == "__all__" or name in public.__all__):
+        return getattr(public, name)
+    raise AttributeError(f"module 'moemerge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

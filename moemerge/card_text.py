@@ -80,19 +80,22 @@ def sections(
 def _what(ready: Prepared) -> Iterator[str]:
     """What it is, for somebody who knows none of it, and its measures."""
     plan, config = ready.plan, ready.config
-    number, per_token = len(plan.experts), plan.experts_per_token
+    number = len(plan.experts)
     body = f"the base model's, {_source(ready.base)}"
     if config.body == "average":
         weights = [expert.body_weight for expert in config.experts]
         body = "the average of the experts'"
         body += f" (weights {', '.join(f'{w:g}' for w in weights)})" * (len(set(weights)) > 1)
     each = "is" if number == 1 else "are"
+    pieces, always = config.segments, ready.host.mixture.shared
+    cut = f", each cut into {pieces} segments" if pieces > 1 else ""
+    beside = f" beside {always} always on" * bool(always)
     merged = (
         f"A language model put together from trained ones, without training it further: the "
-        f"feed-forward parts (MLPs) of {number} model{'s' * (number != 1)} {each} its experts, and "
-        f"in every layer a small router chooses {per_token} of {number} for each token. All "
-        f"else, attention, norms and embeddings, is {body}. It takes text and continues it, and "
-        f"runs wherever a {plan.architecture} runs."
+        f"feed-forward parts (MLPs) of {number} model{'s' * (number != 1)} {each} its experts"
+        f"{cut}, and in every layer a small router chooses {plan.routed_per_token} of "
+        f"{plan.routed} for each token{beside}. All else, attention, norms and embeddings, is "
+        f"{body}. It takes text and continues it, and runs wherever a {plan.architecture} runs."
     )
     yield _cut(ready) if ready.cutting else merged
     context = plan.config.get("max_position_embeddings")

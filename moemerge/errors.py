@@ -11,16 +11,83 @@ MoemergeError        something a person can act on; anything else that escapes i
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 _SHOWN = 4
 
+ARGUMENTS = {
+    "checksum": "checksums", "config-in-card": "card_config", "text": "texts",
+    "i-understand-this-is-not-useful-without-training": "untrained_ok",
+    "gradient-checkpointing": "checkpointing", "qlora": "load_in_4bit", "png": "path",
+    "ADAPTER": "adapter", "MOE": "old", "OUT": "out", "SOURCE": "source",
+}  # fmt: skip
+"""The arguments that are not called as their flags, by the flags' names."""
+
+SWITCHES = {
+    "allow_crimes", "checkpointing", "embeddings", "lazy", "load_in_4bit", "load_in_8bit",
+    "overwrite", "packing", "private", "push_as_you_go", "resume", "stream", "untrained_ok",
+}  # fmt: skip
+"""The arguments whose flags take no value."""
+
+
+class Line(str):
+    """A line for a person, written with flags (`--shard-size`) and read as a Python program knows
+    them (`shard_size`); `typed` is how it was written, for who types commands.
+
+    What stands between backticks, commands among it, is the same in both.
+    """
+
+    typed: str
+    __slots__ = ("typed",)
+
+    def __new__(cls, typed: str) -> Line:
+        """Take a line that has flags; one that was taken before stays as it is."""
+        if isinstance(typed, Line):
+            return typed
+        parts = [ARGUMENTS.get(typed, typed)] if typed.isupper() else typed.split("`")
+        parts[::2] = (_FLAG.sub(_as_argument, part) for part in parts[::2])
+        line = super().__new__(cls, "`".join(parts))
+        line.typed = typed
+        return line
+
+    def __reduce__(self) -> tuple[type[Line], tuple[str]]:
+        return Line, (self.typed,)
+
+
+_FLAG = re.compile(
+    r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?![\w-])"
+    r"(?P<pair> NAME=FILE)?(?P<device> (?:cpu|cuda|mps)\b)?"
+)
+
+
+def _as_argument(found: re.Match[str]) -> str:
+    name = ARGUMENTS.get(found["name"], found["name"].replace("-", "_"))
+    if found[0] == found.string:  # it is where a problem stands
+        return name
+    if found["no"] or name in SWITCHES:
+        return f"{name}={not found['no']}"
+    if found["pair"]:
+        return f"{name}={{NAME: FILE}}"
+    return f"{name}={found['device'].strip()!r}" if found["device"] else name
+
 
 class MoemergeError(Exception):
-    """Base of every error that is meant for a person; `exit_code` is what the command returns."""
+    """Base of every error that is meant for a person; `exit_code` is what the command returns.
+
+    Its text speaks of arguments; that of `typed` of flags.
+    """
 
     exit_code = 1
+
+    def __init__(self, text: str):
+        super().__init__(Line(text))
+
+    @property
+    def typed(self) -> str:
+        """The text for who types commands."""
+        return Line(self.args[0]).typed
 
 
 @dataclass(frozen=True)
@@ -31,8 +98,17 @@ class Problem:
     what: str
     fix: str
 
+    def __post_init__(self) -> None:
+        for name, text in vars(self).items():
+            object.__setattr__(self, name, Line(text))
+
     def __str__(self) -> str:
         return one_line(f"{self.where}: {self.what}; {self.fix}")
+
+    @property
+    def typed(self) -> str:
+        """The same for who types commands."""
+        return one_line("{}: {}; {}".format(*(Line(text).typed for text in vars(self).values())))
 
 
 class InputError(MoemergeError):
@@ -43,6 +119,14 @@ class InputError(MoemergeError):
     def __init__(self, problems: Iterable[Problem]):
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[tuple[Problem, ...]]]:
+        return InputError, (self.problems,)
+
+    @property
+    def typed(self) -> str:
+        """The text for who types commands."""
+        return "\n".join(problem.typed for problem in self.problems)
 
 
 class RunError(MoemergeError):
@@ -73,8 +157,8 @@ class Findings:
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
-        self.notes: list[str] = []
-        self._groups: dict[str, tuple[list[str], str]] = {}
+        self.notes: list[Line] = []
+        self._groups: dict[str, tuple[list[str], Line]] = {}
 
     def problem(self, where: str, what: str, fix: str) -> None:
         """Record one problem, once."""
@@ -84,8 +168,8 @@ class Findings:
 
     def note(self, line: str) -> None:
         """Record one line to be said, once."""
-        if line not in self.notes:
-            self.notes.append(line)
+        if (said := Line(line)) not in self.notes:
+            self.notes.append(said)
 
     def note_of(self, who: str, what: str) -> None:
         """Record a line about somebody; what is said of several is said once, of all."""
@@ -96,9 +180,9 @@ class Findings:
         self._grouped(f"no effect{why}", what, lambda names: no_effect(names, why))
 
     def _grouped(self, key: str, name: str, line: Callable[[list[str]], str]) -> None:
-        names, before = self._groups.get(key, ([], ""))
+        names, before = self._groups.get(key, ([], Line("")))
         names = [*names, *([] if name in names else [name])]
-        now = line(names)
+        now = Line(line(names))
         if before in self.notes:
             self.notes[self.notes.index(before)] = now
         else:

@@ -92,7 +92,7 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
     opened = moe.checkpoint
     if opened.absent:
         reporter.say(f"{moe.text}: downloading it into the Hub's cache")
-        opened = fetch(opened, list(opened.tensors), options.cache_dir)
+        opened = fetch(opened, list(opened.tensors), options.cache_dir, reporter)
     config = AutoConfig.for_model(**moe.config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -139,8 +139,9 @@ class Moe:
         return None
 
 
-def open_moe(text: str, cache_dir: str | None, findings: Findings) -> Moe | None:
+def open_moe(named: str | Path, cache_dir: str | Path | None, findings: Findings) -> Moe | None:
     """Open a mixture: a directory or a Hub id; on problems, record them and return None."""
+    text = str(named)
     try:
         reference, on_top = parse_source(text)
         if on_top:

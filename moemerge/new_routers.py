@@ -19,7 +19,7 @@ from moemerge.output import Manifest
 from moemerge.pipeline import Merged
 from moemerge.plan import ROUTERS, Plan
 from moemerge.prepare import Prepared, prepare
-from moemerge.reporting import Reporter, Silent
+from moemerge.reporting import Reporter, listener
 from moemerge.routers import fetch, make_routers, report_of
 from moemerge.verify import check_shards, check_sources, open_manifest
 from moemerge.write import How, write_shard
@@ -30,6 +30,7 @@ def regate(
     config: MergeConfig | str | Path,
     options: Options | None = None,
     reporter: Reporter | None = None,
+    progress: bool = False,
 ) -> Merged:
     """Give the mixture in `out` the routers that `config` asks for.
 
@@ -42,13 +43,13 @@ def regate(
         RunError: a failure on the way; `out` has its old routers or its new ones.
     """
     begun, out, options = time.monotonic(), Path(out), options or Options()
-    reporter = reporter or Silent()
+    reporter = listener(reporter, progress)
     config = config if isinstance(config, MergeConfig) else load_config(config)
     open_manifest(out)
     with held(out) as change:
         manifest = open_manifest(out)
         check_shards(out, manifest.plan, "regate")
-        ready = _prepared(out, config, options, manifest)
+        ready = _prepared(out, config, options, reporter, manifest)
         for note in ready.notes:
             reporter.say(note)
         before, after = manifest.plan.experts_per_token, ready.plan.experts_per_token
@@ -60,10 +61,12 @@ def regate(
     return Merged(plan, out, ready.notes, seconds, written, 0, routing, hub)
 
 
-def _prepared(out: Path, config: MergeConfig, options: Options, manifest: Manifest) -> Prepared:
+def _prepared(
+    out: Path, config: MergeConfig, options: Options, reporter: Reporter, manifest: Manifest
+) -> Prepared:
     """The merge of the new config, with the shards that are there."""
     chosen = config.architecture or manifest.plan.architecture  # what is chosen may change
-    ready = prepare(dataclasses.replace(config, architecture=chosen), options)
+    ready = prepare(dataclasses.replace(config, architecture=chosen), options, reporter)
     ready = dataclasses.replace(ready, config=config)
     if ready.cutting:
         what, fix = "is a split, whose routers belong to its slices", "split the model anew"

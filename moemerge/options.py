@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 from moemerge.errors import InputError, Problem
@@ -69,7 +70,7 @@ class Options:
     copy_tokenizer: bool = True
     allow_crimes: bool = False
     untrained_ok: bool = False
-    cache_dir: str | None = None
+    cache_dir: str | Path | None = None
     jobs: int | None = None
     direct: bool = True
     checksums: bool = True
@@ -79,7 +80,7 @@ class Options:
     push: str = ""
     private: bool = False
     push_as_you_go: bool = False
-    card: str = ""
+    card: str | Path = ""
     card_config: bool = True
     given: frozenset[str] = field(default=frozenset(), compare=False)
 

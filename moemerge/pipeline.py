@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.config import MergeConfig, load_config
 from moemerge.costs import Transfer, check_cache_room, transfer
 from moemerge.disk import takes_direct
-from moemerge.errors import DiskFull, InputError, MoemergeError, RunError
+from moemerge.errors import DiskFull, InputError, Line, MoemergeError, RunError
 from moemerge.options import Options
 from moemerge.output import Manifest
 from moemerge.plan import ROUTERS, Plan, Shard
 from moemerge.prepare import Prepared, prepare
-from moemerge.reporting import Reporter, Silent, size
+from moemerge.reporting import Reporter, listener, size
 from moemerge.routers import Tensors, fetch, make_routers, report_of
 from moemerge.state import State
 from moemerge.verify import is_whole, verify_shards
@@ -43,7 +43,7 @@ class Merged:
 
     plan: Plan
     out: Path
-    notes: tuple[str, ...]
+    notes: tuple[Line, ...]
     seconds: float
     written: int
     missing: int
@@ -52,17 +52,24 @@ class Merged:
     address: str = ""
 
 
-def make_plan(config: MergeConfig | str | Path, options: Options | None = None) -> Prepared:
+def make_plan(
+    config: MergeConfig | str | Path,
+    options: Options | None = None,
+    reporter: Reporter | None = None,
+    progress: bool = False,
+) -> Prepared:
     """What a merge would build, from headers alone; nothing is written.
 
     Args:
         config: a `MergeConfig`, or the path of a YAML file.
         options: how it would be run.
+        reporter: who hears that it lasts; nobody by default.
+        progress: print that instead, as `Console` does.
 
     Raises:
         InputError: with every problem of the config and its models.
     """
-    return prepare(_config(config), options or Options())
+    return prepare(_config(config), options or Options(), listener(reporter, progress))
 
 
 def merge(
@@ -70,6 +77,7 @@ def merge(
     out: str | Path,
     options: Options | None = None,
     reporter: Reporter | None = None,
+    progress: bool = False,
 ) -> Merged:
     """Merge the models of a config into the directory `out`, going on where a run was cut off.
 
@@ -78,6 +86,7 @@ def merge(
         out: a directory that does not exist, is empty, or holds a merge to go on with or replace.
         options: how to run it.
         reporter: who hears notes and progress; nobody by default.
+        progress: print them instead, as `Console` does.
 
     Raises:
         InputError: with every problem of the config, its models and `out`; nothing was written.
@@ -87,9 +96,10 @@ def merge(
     config = _config(config)
     options = options or Options()
     settle(Path(out))
-    ready = _prepare(config, options, Path(out))
+    reporter = listener(reporter, progress)
+    ready = _prepare(config, options, reporter, Path(out))
     check_cache_room(ready, options, Path(out))
-    return _Merge(Path(out), options, reporter or Silent(), ready).run()
+    return _Merge(Path(out), options, reporter, ready).run()
 
 
 class _Merge:
@@ -120,7 +130,9 @@ class _Merge:
                 if not (may_be_done and output.is_finished(self.out, self.plan)):
                     written, missing = self._write(sources, change)
             if shared and not missing:
-                with held(self.out, wait=True) as change:  # until the other shares have let go
+                with ExitStack() as last:
+                    with self._waiting("the other shares"):
+                        change = last.enter_context(held(self.out, wait=True))
                     if output.is_finished(self.out, self.plan):
                         self.state.end()
                     else:
@@ -140,7 +152,7 @@ class _Merge:
             self.address = publish.push(self.out, repo, private, self.reporter)
         except MoemergeError as error:
             command = f"moemerge push {self.out} {repo}{' --private' * private}"
-            what = "; ".join(str(error).splitlines())
+            what = "; ".join(error.typed.splitlines())
             raise RunError(f"{what} ({self.out} is finished: `{command}` goes on too)") from error
 
     def _write(self, sources: Tensors, change: Change) -> tuple[int, int]:
@@ -174,7 +186,9 @@ class _Merge:
 
     def _make_routers(self, sources: Tensors) -> None:
         """Compute the routers, unless a run before or beside this one has."""
-        with self.state.claim("routers", wait=True):
+        with ExitStack() as mine:
+            with self._waiting("the routers of another share"):
+                mine.enter_context(self.state.claim("routers", wait=True))
             if not self.state.routers.exists():
                 make_routers(self.ready, sources, self.options, self.reporter, self.state.routers)
         sources[ROUTERS] = read_header(self.state.routers)
@@ -186,7 +200,15 @@ class _Merge:
 
     def _write_shards(self, shards: list[Shard], sources: Tensors) -> int:
         """Write those of the shards that are not there; returns the bytes written."""
-        todo = [shard for shard in shards if not self._is_done(shard)]
+        there = [shard for shard in shards if self.state.entry(shard)]
+        with ExitStack() as bars:
+            advance = self._bar(bars, "checking what is there", there)
+            todo = []
+            for shard in shards:
+                if not self._is_done(shard):
+                    todo.append(shard)
+                if shard in there:
+                    advance(shard.nbytes)
         how, leaving = self._how(), [s for s in shards if not self.state.is_pushed(s)]
         with ExitStack() as bars:
             advance = self._bar(bars, "writing", todo)
@@ -212,6 +234,9 @@ class _Merge:
                 self.shipment.wait()
             return written
 
+    def _waiting(self, what: str) -> AbstractContextManager[object]:
+        return self.reporter.progress(f"waiting for {what}", 1, "run")
+
     def _bar(self, bars: ExitStack, what: str, shards: list[Shard]) -> Callable[[int], object]:
         total = sum(shard.nbytes for shard in shards)
         return bars.enter_context(self.reporter.progress(what, total, "B"))
@@ -229,7 +254,7 @@ class _Merge:
             direct = options.direct and takes_direct(self.state.directory)
         if "direct" in options.given and options.direct and not (direct and options.checksums):
             why = "--no-checksum lets the kernel copy" if direct else "the file system refuses it"
-            say(f"--direct has no effect: {why}")
+            say(Line(f"--direct has no effect: {why}"))
         self.reporter.detail(f"{options.threads} threads, {'direct' if direct else 'plain'} writes")
         return How(options.threads, direct, options.checksums)
 
@@ -294,14 +319,14 @@ class _Merge:
         change.finish(manifest, pushed=bool(self.shipment))
 
 
-def _prepare(config: MergeConfig, options: Options, out: Path) -> Prepared:
+def _prepare(config: MergeConfig, options: Options, reporter: Reporter, out: Path) -> Prepared:
     """The merge made ready, and leave to push it; every problem of either in one list."""
     if not options.push:
-        return prepare(config, options, out)
+        return prepare(config, options, reporter, out)
     found: InputError | None = None
     fresh = False
     try:
-        ready = prepare(config, options, out)
+        ready = prepare(config, options, reporter, out)
         shipment = _shipment(out, options, State(out), threading.Event())
         resumed = shipment and shipment.goes_on(ready.plan.run_digest)
         fresh = bool(shipment) and not (resumed or options.overwrite)

@@ -12,6 +12,7 @@ from typing import Any
 
 from moemerge import recipe
 from moemerge.checkpoint import ITEMSIZE
+from moemerge.checkpoint.moe_names import COUNTS
 from moemerge.recipe import Recipe
 from moemerge.slots import HEAD
 
@@ -119,10 +120,20 @@ class Plan:
         return sum(tensor.parameters for tensor in self.tensors if tensor is not again)
 
     @property
+    def routed(self) -> int:
+        """The experts that routers choose from: segments are experts of their own."""
+        return next((int(self.config[key]) for key in COUNTS if key in self.config), 1)
+
+    @property
+    def routed_per_token(self) -> int:
+        """How many of those a token passes."""
+        return int(self.config.get("num_experts_per_tok", 1))
+
+    @property
     def active_parameters(self) -> int:
         """The parameters that one token passes: everything but the experts not chosen."""
         of_experts = sum(t.parameters for t in self.tensors if t.expert is not None)
-        idle = of_experts * (len(self.experts) - self.experts_per_token) // len(self.experts)
+        idle = of_experts * (self.routed - self.routed_per_token) // self.routed
         return self.parameters - idle
 
     @property

@@ -13,7 +13,7 @@ from moemerge.body import Body
 from moemerge.checkpoint import Checkpoint, Donor, Opener
 from moemerge.compare import compare
 from moemerge.config import Expert, MergeConfig, check_values
-from moemerge.errors import Findings
+from moemerge.errors import Findings, Line
 from moemerge.gates import GateMode
 from moemerge.hosts import Host, no_host
 from moemerge.layout import Layout, check_dtype, lay_out
@@ -21,6 +21,7 @@ from moemerge.members import factor_of, host_of, parts_of
 from moemerge.options import Options
 from moemerge.plan import Plan
 from moemerge.prompts import Encoder, ExpertPrompts, Prompt
+from moemerge.reporting import Reporter
 from moemerge.same_tokens import shared_rows
 from moemerge.source_cards import read_own
 from moemerge.split import Cutting, Split
@@ -48,7 +49,7 @@ class Prepared:
     encoder: Encoder | None
     prompts: tuple[ExpertPrompts, ...]
     carried: tuple[Path, ...]
-    notes: tuple[str, ...]
+    notes: tuple[Line, ...]
     own_card: str = ""
     shared: tuple[Donor, ...] = ()
     cutting: Cutting | None = None
@@ -66,7 +67,9 @@ class Prepared:
         return self.body.base
 
 
-def prepare(config: MergeConfig, options: Options, out: Path | None = None) -> Prepared:
+def prepare(
+    config: MergeConfig, options: Options, reporter: Reporter, out: Path | None = None
+) -> Prepared:
     """Open the models by their headers, check everything, and lay the plan.
 
     `out` is checked too if given.
@@ -74,7 +77,8 @@ def prepare(config: MergeConfig, options: Options, out: Path | None = None) -> P
     Raises:
         InputError: with every problem of the config, the models and the output directory.
     """
-    return _Preparation(config, options).run(out)
+    with reporter.progress("opening the models", 1, "config"):
+        return _Preparation(config, options).run(out)
 
 
 class _Preparation:

@@ -17,7 +17,7 @@ from moemerge.hub_repository import SHARD, Repository, holds, size_of
 from moemerge.leaving import leaving, stays
 from moemerge.output import BEFORE_TUNING, CONFIG_FILE, MANIFEST_FILE, Manifest, read_manifest
 from moemerge.plan import INDEX_FILE, Plan, Shard
-from moemerge.reporting import Reporter, Silent, size
+from moemerge.reporting import Reporter, listener, size
 from moemerge.state import State, read_json, write_json
 from moemerge.verify import check_shards, is_whole, open_manifest, verify_checkpoint
 from moemerge.version import __version__
@@ -28,7 +28,11 @@ _STARTED = "push.json"
 
 
 def push(
-    out: str | Path, repo: str, private: bool = False, reporter: Reporter | None = None
+    out: str | Path,
+    repo: str,
+    private: bool = False,
+    reporter: Reporter | None = None,
+    progress: bool = False,
 ) -> str:
     """Upload a finished directory to the model repository `repo` on the Hub; return its address.
 
@@ -47,7 +51,7 @@ def push(
         VerifyError: `out` is not what its manifest says.
         RunError: the Hub or the network failed.
     """
-    out, reporter = Path(out), reporter or Silent()
+    out, reporter = Path(out), listener(reporter, progress)
     check_shards(out, open_manifest(out).plan, "push")
     if not State(out).is_free(shared=True):
         fix = "wait until it ends"
@@ -91,7 +95,7 @@ def refusals(repo: str, private: bool, fresh: bool = False) -> Iterator[Problem]
     try:
         yield from _refusals(repo, private, fresh)
     except RunError as error:
-        what = str(error).removeprefix(f"{repo}: ").partition("; run the same")[0]
+        what = error.typed.removeprefix(f"{repo}: ").partition("; run the same")[0]
         yield Problem(repo, what, "try again, or push later with `moemerge push`")
 
 

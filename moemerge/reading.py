@@ -28,7 +28,11 @@ Passages = dict[str, tuple[Prompt, ...]]
 
 
 def passages_of(
-    name: str, path: Path, encoder: Encoder, longest: int = PIECE_TOKENS, most: int | None = None
+    name: str,
+    path: str | Path,
+    encoder: Encoder,
+    longest: int = PIECE_TOKENS,
+    most: int | None = None,
 ) -> tuple[Prompt, ...]:
     """A text file's first `most` tokens in pieces of at most `longest`; see `Encoder.pieces`.
 
@@ -36,7 +40,7 @@ def passages_of(
         InputError: it cannot be read, or holds no text.
     """
     try:
-        pieces = encoder.pieces(texts_of(path), longest, most)
+        pieces = encoder.pieces(texts_of(Path(path)), longest, most)
     except ValueError as error:
         raise InputError([Problem(f"--text {name}", str(error), "name a text or jsonl")]) from error
     pieces = tuple(piece for piece in pieces if len(piece.ids) > max(piece.own, 1))

@@ -17,7 +17,7 @@ from typing import Any
 
 from moemerge import card, card_files, output, recipe
 from moemerge.change import Change, held, settle
-from moemerge.checkpoint import Checkpoint, Donor, Location, fetch, streamed
+from moemerge.checkpoint import Checkpoint, Donor, Location, check_unchanged, fetch, streamed
 from moemerge.disk import OutputFile
 from moemerge.errors import Findings
 from moemerge.evaluation_text import untold
@@ -205,7 +205,7 @@ def _sources(
         else:
             if opened.absent:
                 reporter.say(f"{text}: downloading what is needed into the Hub's cache")
-            opened = fetch(opened, needed.get(text, ()), options.cache_dir)
+            opened = fetch(opened, needed.get(text, ()), options.cache_dir, reporter)
         found[text] = opened.tensors
     return found
 
@@ -227,11 +227,14 @@ def _write(
     with reporter.progress("writing", plan.nbytes, "B") as advance:
         for shard in shards:
             entry = state.entry(shard)
-            if not (entry and is_whole(shard, out, entry)):
+            if entry and is_whole(shard, out, entry):
+                advance(shard.nbytes)
+            else:
                 entry = {}
                 if before and shard.digest in old:
                     file = edit.moe.checkpoint.directory / old[shard.digest].file
-                    if _is_all_of(shard, file, sources) and _copied(file, shard, out):
+                    places = _places(shard, sources)
+                    if {one.file for one in places} == {file} and _copied(places[0], shard, out):
                         entry = before.files[file.name]
                         copied += shard.nbytes
                         advance(shard.nbytes)
@@ -242,14 +245,16 @@ def _write(
     return entries, copied
 
 
-def _is_all_of(shard: Shard, file: Path, sources: dict[str, dict[str, Location]]) -> bool:
-    """Whether every tensor is read from that file: the index decides, not the manifest."""
+def _places(shard: Shard, sources: dict[str, dict[str, Location]]) -> list[Location]:
+    """Where the shard's tensors are read from: the index decides, not the manifest."""
     reads = (read for tensor in shard.tensors for read in recipe.reads(tensor.recipe))
-    return all(sources[read.source][read.tensor].file == file for read in reads)
+    return [sources[read.source][read.tensor] for read in reads]
 
 
-def _copied(old: Path, shard: Shard, out: Path) -> bool:
-    """Copy a whole file within the kernel; False if it will not, or the file is not the shard."""
+def _copied(place: Location, shard: Shard, out: Path) -> bool:
+    """Copy the whole file of a tensor within the kernel; False if it will not, or the file is not
+    the shard."""
+    old = place.file
     part = out / STATE_DIRECTORY / f"{shard.file}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}"
     with output.writing(out):
         try:
@@ -258,6 +263,7 @@ def _copied(old: Path, shard: Shard, out: Path) -> bool:
             made = OutputFile(part, shard.nbytes, direct=False)
             if not made.copy_range(old, 0, shard.nbytes, 0):
                 return False
+            check_unchanged(place)
             made.finish(out / shard.file)
         except FileNotFoundError:
             return False

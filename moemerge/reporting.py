@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol
+
+from moemerge.errors import InputError, Line, Problem, one_line
+
+EVERY = 15.0
+"""Seconds between two lines of work that lasts, where there is no terminal to draw a bar on."""
 
 
 class Reporter(Protocol):
-    """What the library needs of a listener; the command line brings one with bars."""
+    """What the library needs of a listener; `Console` is one, and anybody can write another."""
 
     def say(self, line: str) -> None:
         """Tell one line that a person should know."""
@@ -35,6 +43,123 @@ class Silent:
     def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
         """Count nothing."""
         yield lambda step: None
+
+
+class Console:
+    """The listener that prints, to standard error: notes, and how far work has come.
+
+    That is a bar on a terminal; elsewhere, of work that lasts, a line every `EVERY` seconds of the
+    `clock`. `verbose` prints what only a curious person wants, too.
+    """
+
+    def __init__(self, verbose: bool = False, clock: Callable[[], float] = time.monotonic):
+        self.verbose, self.clock = verbose, clock
+
+    def say(self, line: str) -> None:
+        """Print a note."""
+        self.print(one_line(f"note: {Line(line)}"))
+
+    def detail(self, line: str) -> None:
+        """Print a line for the curious."""
+        if self.verbose:
+            self.print(Line(line))
+
+    def print(self, line: str) -> None:
+        """Print a line; nothing where standard error takes none."""
+        if sys.stderr is not None:
+            with suppress(OSError, ValueError):
+                sys.stderr.write(f"{line}\n")
+                sys.stderr.flush()
+
+    @contextmanager
+    def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+        """A bar, or a line now and then, until the block ends; the work may be silent meanwhile."""
+        if sys.stderr is not None and sys.stderr.isatty():
+            with _bar(what, total, unit) as advance:
+                yield advance
+            return
+        work, ended = Work(what, total, unit, self.clock, self.print), threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(1):
+                work.tell_if_due()
+
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
+        try:
+            yield work.advance
+        finally:
+            ended.set()
+
+
+class Work:
+    """A piece of work that lasts: what is done of it, told now and then."""
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        unit: str,
+        clock: Callable[[], float],
+        tell: Callable[[str], object],
+    ):
+        self.what, self.total, self.unit, self.clock, self.tell = what, total, unit, clock, tell
+        self.begun = self.told = clock()
+        self.done = 0
+        self.lock = threading.Lock()
+
+    def advance(self, step: int) -> None:
+        """Count a step."""
+        with self.lock:
+            self.done += step
+        self.tell_if_due()
+
+    def tell_if_due(self) -> None:
+        """Tell how far it has come if that was not told for so long."""
+        with self.lock:
+            now = self.clock()
+            if now - self.told < EVERY:
+                return
+            self.told = now
+        self.tell(f"{self.what}: {self._how_far()}{now - self.begun:.0f} s")
+
+    def _how_far(self) -> str:
+        if self.total < 2:
+            return ""
+        if self.unit == "B":
+            of = f"{size(self.done)} of {size(self.total)}"
+        else:
+            of = f"{self.done} of {self.total} {self.unit}s"
+        return f"{of} ({self.done / self.total:.0%}), "
+
+
+@contextmanager
+def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+    """A bar for anything over a second, with bytes as such."""
+    from tqdm import tqdm
+
+    with tqdm(
+        desc=what,
+        total=total,
+        unit=unit,
+        unit_scale=unit == "B",
+        delay=1,
+        leave=False,
+        dynamic_ncols=True,
+    ) as bar:
+        yield bar.update
+
+
+def listener(reporter: Reporter | None, progress: bool) -> Reporter:
+    """Who hears a call: the `reporter`, or with `progress` a `Console`, or nobody.
+
+    Raises:
+        InputError: both are given.
+    """
+    if reporter and progress:
+        fix = "keep one of them: a reporter has a progress of its own"
+        raise InputError([Problem("progress", "and reporter cannot both be", fix)])
+    return reporter or (Console() if progress else Silent())
 
 
 def count(parameters: int) -> str:

@@ -54,7 +54,7 @@ def fetch(
         else:
             if files:
                 reporter.say(f"{text}: downloading what is needed into the Hub's cache")
-            opened = checkpoint.fetch(opened, needed[text], options.cache_dir)
+            opened = checkpoint.fetch(opened, needed[text], options.cache_dir, reporter)
         found[text] = opened.tensors
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from moemerge.reading import (
     passages_of,
     set_experts_per_token,
 )
-from moemerge.reporting import Reporter, Silent
+from moemerge.reporting import Reporter, listener
 from moemerge.routers import fetch, run_gate
 from moemerge.routing_stats import Routed
 from moemerge.sources import prepared, sources_of
@@ -38,9 +38,10 @@ PAGE_PASSAGES = 4
 
 def report(
     out: str | Path,
-    texts: dict[str, Path] | None = None,
+    texts: Mapping[str, str | Path] | None = None,
     options: Options | None = None,
     reporter: Reporter | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """How the mixture in `out` routes, as plain data; any mixture that transformers loads.
 
@@ -51,7 +52,7 @@ def report(
     Raises:
         InputError: `out` is no mixture, a text cannot be read, or there is nothing to go by.
     """
-    out, options, reporter = Path(out), options or Options(), reporter or Silent()
+    out, options, reporter = Path(out), options or Options(), listener(reporter, progress)
     manifest = manifest_of(out, "look at")
     config = config_of(out)
     if manifest:
@@ -84,7 +85,7 @@ def report(
 
 def _held_out(out: Path, manifest: Manifest, options: Options, reporter: Reporter) -> list[Routed]:
     """The config's prompts by routers that are made anew without each."""
-    ready = prepared(manifest, options, out)
+    ready = prepared(manifest, options, reporter, out)
     made = run_gate(ready, fetch(ready, options, reporter), options, reporter)
     found = routing_stats.held_out(made, ready.encoder)
     if not found:

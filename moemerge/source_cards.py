@@ -82,7 +82,7 @@ def _sane(node: yaml.Node, form: str) -> Iterator[str]:
             yield text
 
 
-def read_own(path: str, findings: Findings) -> str:
+def read_own(path: str | Path, findings: Findings) -> str:
     """The card that a person wrote; a problem is recorded where it cannot be one."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")

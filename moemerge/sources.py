@@ -75,9 +75,9 @@ def sources_of(
     if manifest is None or not manifest.config:
         return []
     try:
-        ready = prepared(manifest, options, out)
+        ready = prepared(manifest, options, reporter, out)
     except InputError as error:
-        reporter.say(f"the sources are not compared: {error.problems[0]}")
+        reporter.say(f"the sources are not compared: {error.problems[0].typed}")
         return []
     vocabulary, donors = ready.vocabulary, ready.donors
     tensors = fetch(ready, options, reporter, (ready.base, *donors))
@@ -110,7 +110,7 @@ def sources_of(
     return [*found, Source("average", "average", average.config, average.recipe, tensors)]
 
 
-def prepared(manifest: Manifest, options: Options, out: Path) -> Prepared:
+def prepared(manifest: Manifest, options: Options, reporter: Reporter, out: Path) -> Prepared:
     """The merge that the manifest of `out` tells of, made ready again from its sources.
 
     Raises:
@@ -122,6 +122,6 @@ def prepared(manifest: Manifest, options: Options, out: Path) -> Prepared:
     )
     # what was merged may be looked at
     options = dataclasses.replace(options, seed=manifest.plan.seed, allow_crimes=True)
-    ready = prepare(config, options)
+    ready = prepare(config, options, reporter)
     check_sources(manifest.plan, ready.checkpoints, out)
     return ready

@@ -13,13 +13,13 @@ from moemerge.checkpoint.moe_names import MLP
 from moemerge.checkpoint.rope import PARTIAL
 from moemerge.compare import compare
 from moemerge.config import Expert, MergeConfig, parse_config
-from moemerge.errors import Findings, InputError, no_effect
+from moemerge.errors import Findings, InputError, Line, no_effect
 from moemerge.hosts import no_host
 from moemerge.moe import Moe, Part, open_moe
 from moemerge.options import Options
 from moemerge.rebuild import Built, Edit, build, build_in_place
 from moemerge.recipe import Cut, Join, Mean, Recipe
-from moemerge.reporting import Reporter, Silent
+from moemerge.reporting import Reporter, Silent, listener
 from moemerge.runnable import (
     check_groups,
     check_whole,
@@ -43,7 +43,11 @@ _OURS = (PARTIAL, "o_bias", "post_norm", "qk_norm", "qkv_bias", "saved_as")
 
 
 def repair(
-    old: str, out: str | Path, options: Options | None = None, reporter: Reporter | None = None
+    old: str | Path,
+    out: str | Path,
+    options: Options | None = None,
+    reporter: Reporter | None = None,
+    progress: bool = False,
 ) -> Built | None:
     """Give the mixture `old` the names and the config.json that every reader knows, in `out`.
 
@@ -53,7 +57,7 @@ def repair(
         InputError: `old` is no mixture that is known, or `out` cannot be; nothing was written.
         RunError: a failure on the way; the same call again goes on.
     """
-    options, reporter, findings = options or Options(), reporter or Silent(), Findings()
+    options, reporter, findings = options or Options(), listener(reporter, progress), Findings()
     moe = _opened(old, options, findings, reporter)
     if not is_wrong(moe):
         return None
@@ -73,11 +77,12 @@ def repair(
 
 
 def top_k(
-    old: str,
+    old: str | Path,
     per_token: int,
     out: str | Path | None = None,
     options: Options | None = None,
     reporter: Reporter | None = None,
+    progress: bool = False,
 ) -> Built:
     """Let each token choose `per_token` experts; without `out`, in `old` itself.
 
@@ -89,13 +94,13 @@ def top_k(
         InputError: `old` is no mixture that is known, or cannot choose so many experts.
         RunError: a failure on the way; the same call again goes on.
     """
-    options, reporter, findings = options or Options(), reporter or Silent(), Findings()
+    options, reporter, findings = options or Options(), listener(reporter, progress), Findings()
     moe = _opened(old, options, findings, reporter)
     edit = _choosing(moe, per_token, out is None, findings)
     if out is not None:
         return build(edit, Path(out), options, reporter, findings)
     if flags := [*options.flags.values()]:
-        reporter.say(no_effect(flags, ": only config.json changes"))
+        reporter.say(Line(no_effect(flags, ": only config.json changes")))
     with held(moe.checkpoint.directory) as change:
         moe = _opened(old, options, findings, Silent())  # again, now that nobody else changes it
         return build_in_place(_choosing(moe, per_token, True, findings), change, reporter)
@@ -126,11 +131,12 @@ def _choosing(moe: Moe, per_token: int, in_place: bool, findings: Findings) -> E
 
 
 def drop(
-    old: str,
-    expert: str,
+    old: str | Path,
+    expert: str | int,
     out: str | Path,
     options: Options | None = None,
     reporter: Reporter | None = None,
+    progress: bool = False,
 ) -> Built:
     """The mixture without one expert, named by its number or name; its routers' row goes too.
 
@@ -138,13 +144,13 @@ def drop(
         InputError: `old` is no mixture that is known, or has no such expert, or no other.
         RunError: a failure on the way; the same call again goes on.
     """
-    options, reporter, findings = options or Options(), reporter or Silent(), Findings()
+    options, reporter, findings = options or Options(), listener(reporter, progress), Findings()
     moe = _opened(old, options, findings, reporter)
-    number, segments = moe.number(expert, "--expert", findings), moe.segments
+    number, segments = moe.number(str(expert), "--expert", findings), moe.segments
     count = moe.experts - segments
     if moe.factor:
         what = "is a split: all its slices together are the model"
-        findings.problem(old, what, "split the model anew, or let a token choose fewer: top-k")
+        findings.problem(moe.text, what, "split the model anew, or let a token choose fewer: top-k")
     elif not count:
         findings.problem("--expert", "is the only one there is", "use extract")
     else:
@@ -179,12 +185,13 @@ def drop(
 
 
 def add(
-    old: str,
-    source: str,
+    old: str | Path,
+    source: str | Path,
     out: str | Path,
     name: str = "",
     options: Options | None = None,
     reporter: Reporter | None = None,
+    progress: bool = False,
 ) -> Built:
     """The mixture with the MLPs of one more dense model, `model` or `model+adapter`, as its last
     expert.
@@ -196,12 +203,12 @@ def add(
         InputError: `old` is no mixture that is known, or the model's MLPs do not fit it.
         RunError: a failure on the way; the same call again goes on.
     """
-    options, reporter, findings = options or Options(), reporter or Silent(), Findings()
+    options, reporter, findings = options or Options(), listener(reporter, progress), Findings()
     moe = _opened(old, options, findings, reporter)
     opener = Opener(findings, None, options.cache_dir)
-    donor = opener.donor(source, "SOURCE", name)
+    donor = opener.donor(str(source), "SOURCE", name)
     if moe.experts == 1:
-        findings.problem(old, "has one expert: a router has nothing to go by", "merge anew")
+        findings.problem(moe.text, "has one expert: a router has nothing to go by", "merge anew")
     check_whole(moe, findings)
     if moe.manifest and donor and donor.name in moe.names:
         donor = replace(donor, name=_free(donor.name, moe.names)) if not name else donor
@@ -227,7 +234,7 @@ def add(
     experts = (*moe.names, donor.name if moe.manifest else f"expert {moe.experts}")
 
     def with_it(merge: MergeConfig) -> MergeConfig:
-        return replace(merge, experts=(*merge.experts, Expert(source, name=donor.name)))
+        return replace(merge, experts=(*merge.experts, Expert(str(source), name=donor.name)))
 
     story = f"{Path(moe.text).name} with {donor.name} as one more expert."
     config = config_of(moe, moe.experts + 1, moe.per_token)
@@ -237,11 +244,12 @@ def add(
 
 
 def extract(
-    old: str,
-    expert: str,
+    old: str | Path,
+    expert: str | int,
     out: str | Path,
     options: Options | None = None,
     reporter: Reporter | None = None,
+    progress: bool = False,
 ) -> Built:
     """One expert, named by its number or name, as a dense model: its MLPs in the mixture's body.
 
@@ -250,12 +258,12 @@ def extract(
             such a body.
         RunError: a failure on the way; the same call again goes on.
     """
-    options, reporter, findings = options or Options(), reporter or Silent(), Findings()
+    options, reporter, findings = options or Options(), listener(reporter, progress), Findings()
     moe = _opened(old, options, findings, reporter)
-    number = moe.number(expert, "--expert", findings)
+    number = moe.number(str(expert), "--expert", findings)
     check_whole(moe, findings)
     for what in _no_dense(moe):
-        findings.problem(old, what, "there is no dense family like it")
+        findings.problem(moe.text, what, "there is no dense family like it")
     findings.refuse()
     shapes = dense_shapes({**moe.dense, "intermediate_size": moe.inner})
     parts = []
@@ -272,7 +280,7 @@ def extract(
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         what = f"{wrong[0]} is not what a {moe.dense['model_type']} has{more}"
-        findings.problem(old, what, "there is no dense family like it")
+        findings.problem(moe.text, what, "there is no dense family like it")
         findings.refuse()
     if any(part.is_shared for part in moe.parts):
         reporter.say("its shared experts, which are always on, are no part of the dense model")
@@ -288,7 +296,7 @@ def extract(
     return build(edit, Path(out), options, reporter, findings)
 
 
-def _opened(old: str, options: Options, findings: Findings, reporter: Reporter) -> Moe:
+def _opened(old: str | Path, options: Options, findings: Findings, reporter: Reporter) -> Moe:
     moe = open_moe(old, options.cache_dir, findings)
     findings.refuse()
     assert moe is not None

@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from moemerge.checkpoint.not_a_model import SourceProblem
 from moemerge.checkpoint.reference import Reference, nearest_directory
 from moemerge.checkpoint.safetensors_file import read_header
 from moemerge.disk import CHUNK_BYTES, buffer
-from moemerge.errors import InputError, Problem, VerifyError
+from moemerge.errors import InputError, Line, Problem, VerifyError
+from moemerge.estimate import seconds_to_compare
 from moemerge.output import CONFIG_FILE, MANIFEST_FILE, MODEL_SUFFIXES, Manifest, read_manifest
 from moemerge.plan import INDEX_FILE, ROUTERS, Plan, PlannedTensor, Shard, Source, weight_index
 from moemerge.recipe import Sources
-from moemerge.reporting import Reporter, Silent, size
+from moemerge.reporting import Reporter, listener, size
 from moemerge.shard_file import (
     ShardFile,
     checksum,
@@ -32,6 +32,7 @@ from moemerge.shard_file import (
     file_checksum,
     fill_tensor,
     read_chunk,
+    same_bytes,
     threads,
 )
 
@@ -81,7 +82,8 @@ def verify_shards(
     for path, tensor, offset in chosen:
         made = memoryview(bytearray(min(tensor.nbytes, _SAMPLE_BYTES)))
         fill_tensor(made, 0, tensor, sources)
-        if not _is_made(read_chunk(path, offset, len(made)), made, tensor):
+        found = read_chunk(path, offset, len(made))
+        if not (same_bytes(found, made) or _is_rounded(found, made, tensor)):
             raise _differs(path, tensor)
 
 
@@ -95,7 +97,10 @@ def is_whole(shard: Shard, out: Path, entry: dict[str, Any]) -> bool:
 
 
 def verify_checkpoint(
-    out: str | Path, reporter: Reporter | None = None, cache_dir: str | None = None
+    out: str | Path,
+    reporter: Reporter | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = False,
 ) -> Verified:
     """Check a finished directory: every byte against the manifest and, where they are at hand
     unchanged, against the sources.
@@ -104,7 +109,7 @@ def verify_checkpoint(
         InputError: the directory is not a finished output of moemerge.
         VerifyError: a file is not what the manifest says.
     """
-    out, reporter, begun = Path(out), reporter or Silent(), time.monotonic()
+    out, reporter, begun = Path(out), listener(reporter, progress), time.monotonic()
     manifest = open_manifest(out)
     plan = manifest.plan
     check_shards(out, plan, "verify")
@@ -123,7 +128,7 @@ def verify_checkpoint(
     size = sum((out / name).stat().st_size for name in manifest.files if (out / name).is_file())
     _say_how_long(plan, out, sources, compared, size, reporter)
     if not all("xxh3" in manifest.files[shard.file] for shard in plan.shards):
-        reporter.say("it was written with --no-checksum: sizes and sources are all there is")
+        reporter.say(Line("it was written with --no-checksum: sizes and sources are all there is"))
     changed: dict[str, PlannedTensor] = {}
     with reporter.progress("verifying", size, "B") as advance:
         rounded = set[str]()
@@ -297,11 +302,11 @@ def _check_shard(
         file.fill(expected, at[0], only=compared)
         ours = zip(file.pieces(found, at[0]), file.pieces(expected, at[0]), strict=True)
         for (tensor, _, have), (_, _, want) in ours:
-            if tensor is None or tensor.name not in compared:
+            if tensor is None or tensor.name not in compared or same_bytes(have, want):
                 continue
-            if not _is_made(have, want, tensor):
+            if not _is_rounded(have, want, tensor):
                 differ[tensor.name] = tensor
-            elif have != want:
+            else:
                 rounded.add(tensor.name)
         return chunk_digest(found)
 
@@ -340,7 +345,7 @@ def _check_small_file(name: str, out: Path, manifest: Manifest) -> int:
 
 
 def _available(
-    plan: Plan, reporter: Reporter, cache_dir: str | None
+    plan: Plan, reporter: Reporter, cache_dir: str | Path | None
 ) -> tuple[dict[str, dict[str, Location]], set[str]]:
     """The sources that are here, unchanged; each of the others is named.
 
@@ -370,7 +375,7 @@ def _available(
     return found, newer
 
 
-def _reopen(source: Source, cache_dir: str | None, known: dict[str, Path]) -> Checkpoint:
+def _reopen(source: Source, cache_dir: str | Path | None, known: dict[str, Path]) -> Checkpoint:
     directory = Path(source.directory) if source.directory else None
     if directory is None and not source.repo:
         raise SourceProblem("it was a directory where the merge was made", "")
@@ -383,48 +388,25 @@ def _reopen(source: Source, cache_dir: str | None, known: dict[str, Path]) -> Ch
 def _say_how_long(
     plan: Plan, out: Path, sources: Sources, compared: set[str], whole: int, reporter: Reporter
 ) -> None:
-    """Time a few megabytes of each kind of work and say what all of it will take."""
-    largest = max(plan.shards, key=lambda shard: shard.nbytes)
-
-    seconds = whole / _rate(lambda: len(read_chunk(out / largest.file, 0, CHUNK_BYTES)))
-    kinds: dict[bool, list[PlannedTensor]] = {True: [], False: []}
-    for tensor in plan.tensors:
-        if tensor.name in compared:
-            kinds[recipe.is_copy(tensor.recipe, tensor.dtype, sources)].append(tensor)
-    for tensors in filter(None, kinds.values()):
-        sample = max(tensors, key=lambda tensor: tensor.nbytes)
-        view = buffer()[: sample.nbytes]
-        fill_tensor(view, 0, sample, sources)  # imports what it needs
-        rate = _rate(partial(_fill_length, view, sample, sources))
-        seconds += sum(tensor.nbytes for tensor in tensors) / rate
-    again = sum(tensor.nbytes for tensors in kinds.values() for tensor in tensors)
+    with reporter.progress("looking how long it takes", 1, "sample"):
+        seconds = seconds_to_compare(plan, out, sources, compared, _JOBS)
+    again = sum(tensor.nbytes for tensor in plan.tensors if tensor.name in compared)
     reporter.say(
         f"reading {size(whole)}, {size(again)} of them against their sources: "
         f"about {max(seconds, 1):.0f} s"
     )
 
 
-def _rate(work: Callable[[], int]) -> float:
-    """The bytes a second of `work`, which returns the bytes that it did."""
-    begun = time.monotonic()
-    return work() / max(time.monotonic() - begun, 1e-6)
+def _is_rounded(have: memoryview, want: memoryview, tensor: PlannedTensor) -> bool:
+    """Whether bytes of a tensor are what its recipe gives anew but for a rounding.
 
-
-def _fill_length(view: memoryview, tensor: PlannedTensor, sources: Sources) -> int:
-    fill_tensor(view, 0, tensor, sources)
-    return len(view)
-
-
-def _is_made(have: memoryview, want: memoryview, tensor: PlannedTensor) -> bool:
-    """Whether bytes of a tensor are what its recipe gives anew.
-
-    Computed ones may differ by a rounding: earlier versions summed a delta in the order of the
-    processor and its threads. Of 2-byte values few then do.
+    Earlier versions summed a delta in the order of the processor and its threads. Of 2-byte values
+    few then differ.
     """
     import numpy as np
 
-    if have == want or len(have) != len(want) or not recipe.computes(tensor.recipe):
-        return have == want
+    if len(have) != len(want) or not recipe.computes(tensor.recipe):
+        return False
     kind = numpy_dtype(tensor.dtype)
     found, made = (np.frombuffer(view, kind).astype(np.float32) for view in (have, want))
     apart = np.abs(found - made)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moemerge.checkpoint import Location
+from moemerge.checkpoint import Location, check_unchanged
 from moemerge.disk import OutputFile, buffer
 from moemerge.output import writing
 from moemerge.plan import Shard
@@ -100,9 +100,10 @@ def _write_ranges(
     def copy(piece: tuple[Location, int, int, int]) -> None:
         location, first, nbytes, offset = piece
         local = location.remote is None and not location.negative
-        if not (
-            local and output.copy_range(location.file, location.offset + first, nbytes, offset)
-        ):
+        start = location.offset + first
+        if local and output.copy_range(location.file, start, nbytes, offset):
+            check_unchanged(location)
+        else:
             for at, size in chunks(nbytes):
                 write((offset + at, size))
         done(nbytes)

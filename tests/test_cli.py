@@ -162,7 +162,7 @@ def test_a_flag_without_effect_on_a_plan_is_said(
 def test_an_option_without_effect_is_noted_in_python_too(config: Path) -> None:
     config.write_text(config.read_text() + "gate_mode: cheap_embed\n")
     notes = make_plan(config, Options(lazy=True)).notes
-    assert "--lazy has no effect: gate_mode: cheap_embed runs no model" in notes
+    assert "lazy=True has no effect: gate_mode: cheap_embed runs no model" in notes
 
 
 def test_quiet_prints_errors_only(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

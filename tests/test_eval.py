@@ -23,7 +23,7 @@ from moemerge import InputError, Options, merge, output, regate, top_k, verify_c
 from moemerge.card import is_untouched
 from moemerge.card_files import tell_evaluation
 from moemerge.cli import app
-from moemerge.evaluate import Wanted, evaluate
+from moemerge.evaluation import Wanted, evaluate
 from moemerge.loading import load_mixture
 from moemerge.prompts import Encoder
 from moemerge.reading import mean_losses, passages_of

@@ -356,10 +356,10 @@ def test_self_says_what_it_costs_and_needs_room(
     base, first, second = babies.values()
     config = parse_config(with_gate(base, [first, second], "mode: self, samples: 3, tokens: 8"))
     [note] = [note for note in make_plan(config).notes if "gate_mode: self" in note]
-    assert "each of 2 experts writes 3 texts of 8 tokens" in note and "with --lazy" in note
+    assert "each of 2 experts writes 3 texts of 8 tokens" in note and "with lazy=True" in note
     size = (first / "model.safetensors").stat().st_size
     monkeypatch.setattr("moemerge.gate_setup.available_memory", lambda: size // 2)
-    with pytest.raises(InputError, match=r"needs .* of memory; .* are free; pass --lazy") as no:
+    with pytest.raises(InputError, match=r"needs .* of memory; .* are free; pass lazy=True") as no:
         make_plan(config)
     assert "experts[0].source_model" in no.value.problems[0].where
     make_plan(config, Options(lazy=True))

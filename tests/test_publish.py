@@ -413,10 +413,10 @@ def test_ctrl_c_ends_it_while_the_hub_sleeps(
 
 @pytest.mark.parametrize(
     ("options", "what"),
-    [({"private": True}, "--private: says nothing without --push"),
-     ({"push_as_you_go": True}, "--push-as-you-go: says nothing without --push"),
-     ({"push": REPO, "shards": "0/2"}, "--push: and --shards cannot both be"),
-     ({"push": REPO, "push_as_you_go": True, "ray": "local"}, "and --ray cannot both be")],
+    [({"private": True}, "private: says nothing without push"),
+     ({"push_as_you_go": True}, "push_as_you_go: says nothing without push"),
+     ({"push": REPO, "shards": "0/2"}, "push: and shards cannot both be"),
+     ({"push": REPO, "push_as_you_go": True, "ray": "local"}, "and ray cannot both be")],
 )  # fmt: skip
 def test_what_makes_no_sense_together_is_refused(options: dict[str, Any], what: str) -> None:
     with pytest.raises(InputError, match=re.escape(what)):

@@ -259,7 +259,7 @@ def test_a_mixture_that_moemerge_did_not_make_needs_texts(
     assert read["texts"][0]["first"] == found["texts"][0]["first"]
     assert set(read["texts"][0]["perplexity"]) == {"moe"}
     assert read["by_experts_per_token"].keys() == found["by_experts_per_token"].keys()
-    with pytest.raises(InputError, match=r"holds no moemerge\.json.*name texts: --text"):
+    with pytest.raises(InputError, match=r"holds no moemerge\.json.*name texts: texts"):
         report(other)
 
 
@@ -522,7 +522,7 @@ def test_tokens_and_devices_that_are_not_there_are_refused(
     tokenizer = json.loads((out / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["maths"] = 5000
     (out / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(InputError, match="--text other: has token 5000, the model embeds 64"):
+    with pytest.raises(InputError, match="texts other: has token 5000, the model embeds 64"):
         report(out, texts)
     with pytest.raises(InputError, match="no cuda:99 device here"):
         report(built, texts, Options(device="cuda:99"))

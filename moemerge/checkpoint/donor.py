@@ -41,7 +41,7 @@ class Opener:
 
     findings: Findings
     beside: Path | None = None
-    cache_dir: str | None = None
+    cache_dir: str | Path | None = None
     opened: dict[Reference, Checkpoint] = field(default_factory=dict)
     vocabularies: dict[str, Path] = field(default_factory=dict)
 

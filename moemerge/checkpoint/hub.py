@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from moemerge.checkpoint.remote import (
     status,
 )
 from moemerge.errors import ReadError, nearest
+from moemerge.reporting import Reporter, listener
 
 SMALL_FILES = [
     "config.json", "generation_config.json", "*.index.json", "tokenizer*", "chat_template*",
@@ -49,7 +50,9 @@ class Snapshot:
     note: str = ""
 
 
-def open_snapshot(reference: Reference, cache_dir: str | None, known: dict[str, Path]) -> Snapshot:
+def open_snapshot(
+    reference: Reference, cache_dir: str | Path | None, known: dict[str, Path]
+) -> Snapshot:
     """The repository's cached folder, its small files downloaded, at the commit it stands at now.
 
     Those of its `VOCABULARIES` whose etag is in `known` are taken from there; its own are added.
@@ -84,7 +87,9 @@ def open_snapshot(reference: Reference, cache_dir: str | None, known: dict[str, 
     return Snapshot(folder, folder.name, {}, note)
 
 
-def fetch(remotes: Iterable[Remote], cache_dir: str | None) -> None:
+def fetch(
+    remotes: Iterable[Remote], cache_dir: str | Path | None, reporter: Reporter | None = None
+) -> None:
     """Download files of one repository at one commit into the cache.
 
     Their sizes and digests are checked, which huggingface_hub does not do: a resumed download may
@@ -97,22 +102,60 @@ def fetch(remotes: Iterable[Remote], cache_dir: str | None) -> None:
     from huggingface_hub import snapshot_download
 
     files = {remote.file: remote for remote in remotes}
+    reporter, total = listener(reporter, False), sum(one.size for one in files.values())
     wanted, (repo, commit) = sorted(files), next((r.repo, r.commit) for r in files.values())
     try:
-        with progress_bars(sys.stderr.isatty()):
+        with (
+            progress_bars(False),
+            reporter.progress(f"downloading {repo}", total, "B") as advance,
+            _watched(_repository(repo, cache_dir) / "blobs", advance),
+        ):
             folder = snapshot_download(
                 repo, revision=commit, cache_dir=cache_dir, allow_patterns=wanted
             )
     except Exception as error:
         raise _failed(repo, shortened(error)) from error
-    for file in wanted:  # without a network, some versions return what the cache holds
-        path = Path(folder) / file
-        if not path.exists():
-            raise _failed(repo, f"{file} did not come")
-        if not _is_whole(path, files[file]):
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
-            raise _failed(repo, f"{file} came damaged, or changed on the way")
+    with reporter.progress(f"checking what came of {repo}", total, "B") as advance:
+        for file in wanted:  # without a network, some versions return what the cache holds
+            path = Path(folder) / file
+            if not path.exists():
+                raise _failed(repo, f"{file} did not come")
+            if not _is_whole(path, files[file]):
+                path.resolve().unlink()
+                path.unlink(missing_ok=True)
+                raise _failed(repo, f"{file} came damaged, or changed on the way")
+            advance(files[file].size)
+
+
+@contextmanager
+def _watched(folder: Path, advance: Callable[[int], object]) -> Iterator[None]:
+    """Tell how much more the files of a folder hold, now and then, until the block ends.
+
+    So the bytes that come are counted whichever way a version of huggingface_hub gets them.
+    """
+
+    def held() -> int:
+        with suppress(OSError):  # a file may have its last name meanwhile
+            return sum(path.stat().st_size for path in folder.iterdir())
+        return 0
+
+    before, ended = held(), threading.Event()
+
+    def watch() -> None:
+        told, over = before, False
+        while not over:
+            over = ended.wait(0.5)
+            if (now := held()) > told:
+                advance(now - told)
+                told = now
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
 
 
 def _is_whole(path: Path, remote: Remote) -> bool:
@@ -133,7 +176,7 @@ def _failed(repo: str, why: str) -> ReadError:
 
 
 def _download_small_files(
-    reference: Reference, cache_dir: str | None, known: dict[str, Path]
+    reference: Reference, cache_dir: str | Path | None, known: dict[str, Path]
 ) -> Snapshot:
     """Ask the Hub for the commit and its files, and download the small ones.
 
@@ -148,7 +191,7 @@ def _download_small_files(
         )
 
     info = ask(reference.revision)
-    blobs = _repository(reference, cache_dir) / "blobs"
+    blobs = _repository(reference.repo, cache_dir) / "blobs"
     for one in _listed(reference, info):
         if one.file in VOCABULARIES and one.etag in known:
             with suppress(OSError):  # it is there, or cannot be linked: then it is downloaded
@@ -230,7 +273,7 @@ def progress_bars(wanted: bool) -> Iterator[None]:
         enable_progress_bars()
 
 
-def _repository(reference: Reference, cache_dir: str | None) -> Path:
+def _repository(repo: str, cache_dir: str | Path | None) -> Path:
     """The repository's folder in the cache, by its documented layout
     (https://huggingface.co/docs/huggingface_hub/guides/manage-cache): `refs` has the commit that a
     name stands for, `blobs` each content by its etag, `snapshots` links to these by name.
@@ -238,16 +281,16 @@ def _repository(reference: Reference, cache_dir: str | None) -> Path:
     from huggingface_hub import constants
 
     cache = Path(os.path.expanduser(cache_dir or constants.HF_HUB_CACHE))  # noqa: PTH111
-    return cache / f"models--{reference.repo.replace('/', '--')}"
+    return cache / f"models--{repo.replace('/', '--')}"
 
 
-def _cached(reference: Reference, cache_dir: str | None) -> Path | None:
+def _cached(reference: Reference, cache_dir: str | Path | None) -> Path | None:
     """The snapshot that the cache holds, complete or not.
 
     `snapshot_download(local_files_only=True)` refuses one with a file missing, and a merge
     downloads only the shards that it reads.
     """
-    repository = _repository(reference, cache_dir)
+    repository = _repository(reference.repo, cache_dir)
     commit = revision = reference.revision or "main"
     with suppress(OSError, UnicodeDecodeError):  # else it is a commit, or the cache has nothing
         commit = (repository / "refs" / revision).read_text(encoding="utf-8").strip()

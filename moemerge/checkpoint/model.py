@@ -18,8 +18,9 @@ from moemerge.checkpoint.not_a_model import GATHER, ORIGINALS, SourceProblem
 from moemerge.checkpoint.prefixes import usual
 from moemerge.checkpoint.reference import Reference, nearest_directory
 from moemerge.checkpoint.remote import NOWHERE, HubError, Remote, open_remote
-from moemerge.checkpoint.tensors import Location
+from moemerge.checkpoint.tensors import Location, Stamp
 from moemerge.errors import ReadError
+from moemerge.reporting import Reporter
 from moemerge.slots import EMBEDDING, HEAD
 
 _SMALL_BYTES = 1 << 28
@@ -75,7 +76,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    reference: Reference, cache_dir: str | None = None, known: dict[str, Path] | None = None
+    reference: Reference, cache_dir: str | Path | None = None, known: dict[str, Path] | None = None
 ) -> Checkpoint:
     """Open a model or adapter: read its config and headers.
 
@@ -101,7 +102,12 @@ def open_checkpoint(
         raise SourceProblem(what, "check the path and its permissions") from error
 
 
-def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -> Checkpoint:
+def fetch(
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    cache_dir: str | Path | None,
+    reporter: Reporter | None = None,
+) -> Checkpoint:
     """Download the files that hold the tensors `names`, if they are absent; open them again.
 
     Raises:
@@ -114,7 +120,7 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], cache_dir: str | None) -
     files = {checkpoint.tensors[name].file.name for name in names} & set(checkpoint.absent)
     if not files:
         return checkpoint
-    hub.fetch([checkpoint.absent[file] for file in files], cache_dir)
+    hub.fetch([checkpoint.absent[file] for file in files], cache_dir, reporter)
     tensors = dict(checkpoint.tensors)
     for file in files:
         path = checkpoint.directory / file
@@ -286,7 +292,7 @@ def _repair(path: Path) -> str:
 def _read_local_header(path: Path) -> dict[str, Location]:
     stat = path.stat()
     read = safetensors_file if path.suffix == ".safetensors" else torch_file
-    stamp = (stat.st_size, stat.st_mtime_ns)
+    stamp = Stamp.of(stat)
     return {
         name: dataclasses.replace(location, stamp=stamp)
         for name, location in read.read_header(path).items()

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moemerge.checkpoint.remote import HubError, Remote, read_range
 from moemerge.errors import ReadError
@@ -27,20 +27,42 @@ FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The dtypes a merge can write, by the names that configs and torch give them."""
 
 
+class Stamp(NamedTuple):
+    """What tells a file from another of its name: its size, its times (ns) and its number."""
+
+    size: int
+    modified: int
+    changed: int
+    number: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> Stamp:
+        """The stamp of a file as it stands."""
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+    def is_of(self, stat: os.stat_result) -> bool:
+        """Whether a file is still the one that it was.
+
+        One that took its place has another number, and was renamed later; on some network drives a
+        number alone says nothing, and a new link to a file gives it another time alone.
+        """
+        now = Stamp.of(stat)
+        return self[:2] == now[:2] and (self.changed == now.changed or self.number == now.number)
+
+
 @dataclass(frozen=True)
 class Location:
     """A tensor's bytes: `nbytes` at `offset` of `file`, row-major, little-endian.
 
-    `stamp` is the file's size and modification time (ns) when its header was read. With `remote`,
-    the file is on the Hub, and its bytes are read there. Of a `negative` one they are the numbers
-    with the other sign.
+    `stamp` is the file's when its header was read. With `remote`, the file is on the Hub, and its
+    bytes are read there. Of a `negative` one they are the numbers with the other sign.
     """
 
     file: Path
     offset: int
     dtype: str
     shape: tuple[int, ...]
-    stamp: tuple[int, int] | None = None
+    stamp: Stamp | None = None
     remote: Remote | None = None
     negative: bool = False
 
@@ -84,8 +106,7 @@ def read_into(location: Location, start: int, view: memoryview) -> None:
             stat = os.fstat(file.fileno())
     except OSError as error:
         raise ReadError(f"{location.file}: cannot be read ({error.strerror})") from error
-    if location.stamp not in (None, (stat.st_size, stat.st_mtime_ns)):
-        raise ReadError(f"{location.file}: changed since the merge began; run it again")
+    _check_unchanged(location, stat)
     if view:
         raise ReadError(
             f"{location.file}: ends at byte {stat.st_size}, its header promises more; "
@@ -101,6 +122,23 @@ def _resign(location: Location, start: int, view: memoryview) -> None:
 
         size = ITEMSIZE[location.dtype]
         np.frombuffer(view, np.uint8)[(size - 1 - start) % size :: size] ^= 0x80
+
+
+def check_unchanged(location: Location) -> None:
+    """See that a tensor's file is the one whose header was read.
+
+    Raises:
+        ReadError: another has its place, or it was changed.
+    """
+    try:
+        _check_unchanged(location, location.file.stat())
+    except OSError as error:
+        raise ReadError(f"{location.file}: cannot be read ({error.strerror})") from error
+
+
+def _check_unchanged(location: Location, stat: os.stat_result) -> None:
+    if location.stamp and not location.stamp.is_of(stat):
+        raise ReadError(f"{location.file}: changed since the merge began; run it again")
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

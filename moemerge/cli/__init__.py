@@ -2,33 +2,96 @@
 
 from __future__ import annotations
 
-import io
-import signal
+import os
 import sys
 
-from moemerge.cli import building, changing, evaluating
-from moemerge.cli.app import INTERRUPTED, app
+TYPE_CHECKING = False  # as typing's, whose import takes time in which Ctrl-C may come
+if TYPE_CHECKING:
+    import signal
+    from typing import Any, TextIO
 
-__all__ = ["app", "building", "changing", "evaluating", "main"]
+    from moemerge.cli.program import app
+else:
+    import _signal as signal  # the same without its enums, which take time, too
+
+__all__ = ["app", "main"]
+
+INTERRUPTED = "interrupted; run the same command again to go on"
+_MOST_SECONDS = 3.0  # for what others have registered for the end, as Ray to stop its cluster
 
 
 def main() -> None:
-    """Run the command line; the console script. What is interrupted ends with 130 and one line."""
-    for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal's encoding cannot
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    interrupts: list[int] = []
+    """Run the command line; the console script.
 
-    def interrupt(number: int, frame: object) -> None:
-        interrupts.append(number)
-        raise KeyboardInterrupt
-
+    Ctrl-C is heard before anything else is imported, and ends the process with 130 and one line
+    wherever it comes. What was written until then is what a killed process leaves: the next run
+    goes on from it.
+    """
+    _open_closed_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, _leave)
+    for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal's encoding cannot
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")
+    from moemerge.cli import app
+
     try:
         app(prog_name="moemerge")
-    except Exception:  # an import that Ctrl-C cuts off may end as any error
-        if not interrupts:
-            raise
-        print(INTERRUPTED, file=sys.stderr)
-        sys.exit(130)
+    finally:
+        _let_go(sys.stderr)
+
+
+def __getattr__(name: str) -> Any:
+    """The commands, imported when they are asked for."""
+    if name != "app":
+        raise AttributeError(f"module 'moemerge.cli' has no attribute {name!r}")
+    from moemerge.cli import building, changing, evaluating  # noqa: F401  (they register)
+    from moemerge.cli.program import app
+
+    return app
+
+
+def _open_closed_streams() -> None:
+    """Put the null device where a standard stream is closed.
+
+    Else what is printed there would go to another stream, and the next file that is opened would
+    have the number of the closed one: whatever writes to that would write into the file.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free: the closed one's
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
+
+
+def _let_go(stream: TextIO) -> None:
+    """Empty a stream; if it takes nothing, it is no matter for Python at its end."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _leave(number: int, frame: object) -> None:
+    """End the process now: the second time without a word.
+
+    No exception is raised, for too much lies on its way: imports that make another error of it,
+    and callbacks from which Python prints it and goes on.
+    """
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    begin = "\n" if os.isatty(2) else ""  # the terminal shows ^C in the line of the bar
+    try:
+        os.write(2, f"{begin}{INTERRUPTED}\n".encode())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    except OSError:
+        pass
+    import atexit
+    import threading
+    from contextlib import suppress
+
+    with suppress(BaseException):
+        limit = threading.Timer(_MOST_SECONDS, os._exit, (130,))
+        limit.daemon = True
+        limit.start()
+        atexit._run_exitfuncs()
+    os._exit(130)

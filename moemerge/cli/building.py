@@ -10,7 +10,12 @@ from typing import Annotated
 
 import typer
 
-from moemerge.cli.app import (
+from moemerge.cli.describe import plan_lines, router_lines, routing_lines
+from moemerge.cli.options import (
+    READING,
+    with_options,
+)
+from moemerge.cli.program import (
     Config,
     Out,
     Texts,
@@ -19,12 +24,7 @@ from moemerge.cli.app import (
     check_file_to_write,
     texts_by_name,
 )
-from moemerge.cli.describe import plan_lines, router_lines, routing_lines
-from moemerge.cli.options import (
-    READING,
-    with_options,
-)
-from moemerge.cli.terminal import Terminal, explained, peak_memory, show
+from moemerge.cli.terminal import Terminal, peak_memory, show
 from moemerge.errors import InputError, Problem, no_effect
 from moemerge.options import Options
 from moemerge.reporting import count, size
@@ -119,7 +119,7 @@ def plan(
     from moemerge.pipeline import make_plan
 
     check_config_path(config)
-    ready = make_plan(config, options)
+    ready = make_plan(config, options, terminal)
     made = ready.plan
     without_effect = [flag for name, flag in options.flags.items() if name in MERGE_ALONE]
     if idle := [*without_effect, *["--verbose"] * terminal.verbose]:
@@ -128,11 +128,14 @@ def plan(
         totals = {
             "parameters": made.parameters,
             "active_parameters": made.active_parameters,
+            "routed_experts": made.routed,
+            "routed_experts_per_token": made.routed_per_token,
+            "shared_experts": ready.host.mixture.shared,
             "bytes": made.nbytes,
             "expected_peak_bytes": expected_peak(ready, options),
             "transfer": dataclasses.asdict(transfer(ready, options)),
             "digest": made.digest,
-            "notes": list(ready.notes),
+            "notes": [note.typed for note in ready.notes],
         }
         show(json.dumps({**totals, **made.to_json()}, indent=1))
         return
@@ -168,15 +171,14 @@ def verify(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Check a finished OUT, every byte, against its manifest and the sources at hand."""
-    with explained():
-        from moemerge.verify import verify_checkpoint
+    from moemerge.verify import verify_checkpoint
 
-        terminal = Terminal(quiet, False)
-        found = verify_checkpoint(out, terminal, cache_dir)
-        terminal.result(
-            f"{out}: {size(found.bytes_read)} as the manifest says; {found.compared} of "
-            f"{found.tensors} tensors equal to their sources'; {found.seconds:.1f} s"
-        )
+    terminal = Terminal(quiet, False)
+    found = verify_checkpoint(out, terminal, cache_dir)
+    terminal.result(
+        f"{out}: {size(found.bytes_read)} as the manifest says; {found.compared} of "
+        f"{found.tensors} tensors equal to their sources'; {found.seconds:.1f} s"
+    )
 
 
 @app.command()
@@ -189,11 +191,10 @@ def push(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Upload a finished OUT to the Hub: what is new, in one commit; the same again goes on."""
-    with explained():
-        from moemerge.publish import push
+    from moemerge.publish import push
 
-        terminal = Terminal(quiet, False)
-        terminal.result(f"{out}: pushed to {push(out, repo, private, terminal)}")
+    terminal = Terminal(quiet, False)
+    terminal.result(f"{out}: pushed to {push(out, repo, private, terminal)}")
 
 
 @app.command()

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moemerge.cli.app import Config, Out, app, check_config_path
-from moemerge.cli.describe import router_lines
+from moemerge.cli.describe import experts_line, router_lines
 from moemerge.cli.options import BUILDING, GATING, TUNING, with_options
+from moemerge.cli.program import Config, Out, app, check_config_path
 from moemerge.cli.terminal import Terminal
-from moemerge.errors import InputError, Problem
+from moemerge.errors import InputError, Problem, nearest
 from moemerge.options import Options
 from moemerge.reporting import count, size
 
@@ -119,7 +119,14 @@ def tune(
     ] = False,
     steps: Annotated[int, typer.Option("--steps", help="At most so many.")] = 100,
     batch: Annotated[int, typer.Option("--batch", help="Passages a step.")] = 8,
-    length: Annotated[int, typer.Option("--length", help="Tokens a passage, at most.")] = 256,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            "--length",
+            show_default=False,
+            help="Tokens a passage, at most.  [default: 256, or the model's context if less]",
+        ),
+    ] = None,
     learning_rate: Annotated[
         float | None,
         typer.Option(
@@ -156,7 +163,10 @@ def tune(
 
     ways = {"--only routers": bool(only), "--lora": lora, "--qlora": qlora, "--undo": undo}
     chosen = [way for way, one in ways.items() if one]
-    if len(chosen) != 1 or only not in ("", "routers"):
+    if only not in ("", "routers"):
+        what = f"{only!r} is nothing that can be trained alone"
+        raise InputError([Problem("--only", what, nearest(only, ["routers"]))])
+    if len(chosen) != 1:
         fix = f"write one of {', '.join(ways)}"
         raise InputError([Problem("tune", "needs one thing to do", fix)])
     idle = {**({} if lora or qlora else _OF_LORA), **({} if only else _OF_ROUTERS)}
@@ -287,7 +297,7 @@ def top_k(
 
 def _tell_of(built: Built, terminal: Terminal) -> None:
     plan = built.plan
-    experts = f"{len(plan.experts)} experts, {plan.experts_per_token} a token; "
+    experts = f"{experts_line(plan)}; "
     terminal.result(
         f"{built.out}: {plan.architecture}, {experts if len(plan.experts) > 1 else ''}"
         f"wrote {size(built.written)}, copied {size(built.copied)} of {size(plan.nbytes)}"

@@ -17,8 +17,8 @@ def plan_lines(ready: Any, options: Options) -> Iterator[str]:
     made = ready.plan
     sources = {text: opened.tensors for text, opened in ready.checkpoints.items()}
     yield (
-        f"{made.architecture}: {len(made.experts)} experts, {made.experts_per_token} a token, "
-        f"{made.config['dtype']}, gate_mode {made.gate_mode}"
+        f"{made.architecture}: {experts_line(made, ready)}, {made.config['dtype']}, "
+        f"gate_mode {made.gate_mode}"
     )
     yield (
         f"{count(made.parameters)} parameters in all, {count(made.active_parameters)} active "
@@ -66,9 +66,23 @@ def plan_lines(ready: Any, options: Options) -> Iterator[str]:
             f"{len(expert.negative)} negative prompts"
             + (f", {len(expert.calibration)} pieces of text" if expert.calibration else "")
         )
+    for donor in ready.shared:
+        yield f"shared    {donor.name}: always on"
     for source in made.sources:
         where = source.directory or f"{source.repo} at {str(source.commit)[:12]}"
         yield f"source    {source.reference}: {where}"
+
+
+def experts_line(made: Any, ready: Any = None) -> str:
+    """How many experts a plan has and a token passes, segments and shared experts told apart."""
+    line = f"{made.routed} experts, {made.routed_per_token} a token"
+    if ready is None:
+        return line
+    if (segments := ready.config.segments) > 1:
+        line += f" ({segments} segments of each of {len(made.experts)})"
+    if shared := ready.host.mixture.shared:
+        line += f", {shared} shared expert{'s' * (shared > 1)} always on"
+    return line
 
 
 def router_lines(merged: Any) -> Iterator[str]:

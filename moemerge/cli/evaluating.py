@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from moemerge.cli.app import Out, Texts, app, check_file_to_write, texts_by_name
 from moemerge.cli.options import READING, with_options
+from moemerge.cli.program import Out, Texts, app, check_file_to_write, texts_by_name
 from moemerge.cli.terminal import Terminal
 from moemerge.errors import InputError, Problem
 from moemerge.options import Options
@@ -62,7 +62,7 @@ def evaluate(
 ) -> None:
     """Judge the mixture in OUT beside what it was made of: perplexity of texts, lm-eval's tasks."""
     from moemerge.card_files import tell_evaluation
-    from moemerge.evaluate import Wanted, evaluate
+    from moemerge.evaluation import Wanted, evaluate
     from moemerge.output import writing
 
     of = {"limit": "--tasks", "num_fewshot": "--tasks", "batch_size": "--tasks", "length": "--text"}

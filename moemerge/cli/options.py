@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moemerge.cli.terminal import Terminal, explained
+from moemerge.cli.terminal import Terminal
 from moemerge.errors import InputError, Problem
 from moemerge.options import Options
 
@@ -193,21 +193,20 @@ def _with_options(names: tuple[str, ...], command: Callable[..., None]) -> Calla
         }
         quiet, verbose = chosen.pop("quiet"), chosen.pop("verbose", False)
         terminal = Terminal(quiet, verbose)
-        with explained():
-            for line in ctx.meta.get(UNHEARD, ()):
-                terminal.say(line)
-            if quiet and verbose:
-                raise InputError([Problem("--quiet", "and --verbose cannot both be", "keep one")])
-            cuda = chosen.pop("cuda", None)
-            if cuda is not None:
-                if "device" not in given:
-                    chosen["device"] = "cuda" if cuda else "cpu"
-                elif chosen["device"].startswith("cuda") != cuda:
-                    flag, device = "--cuda" if cuda else "--no-cuda", chosen["device"]
-                    what = f"and --device {device} disagree"
-                    raise InputError([Problem(flag, what, "keep one of them")])
-            options = Options(**chosen, given=frozenset(given))
-            command(**values, options=options, terminal=terminal)
+        for line in ctx.meta.get(UNHEARD, ()):
+            terminal.say(line)
+        if quiet and verbose:
+            raise InputError([Problem("--quiet", "and --verbose cannot both be", "keep one")])
+        cuda = chosen.pop("cuda", None)
+        if cuda is not None:
+            if "device" not in given:
+                chosen["device"] = "cuda" if cuda else "cpu"
+            elif chosen["device"].startswith("cuda") != cuda:
+                flag, device = "--cuda" if cuda else "--no-cuda", chosen["device"]
+                what = f"and --device {device} disagree"
+                raise InputError([Problem(flag, what, "keep one of them")])
+        options = Options(**chosen, given=frozenset(given))
+        command(**values, options=options, terminal=terminal)
 
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]

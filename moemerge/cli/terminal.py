@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -9,16 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import typer
+from moemerge.errors import InputError, Line, MoemergeError, one_line
+from moemerge.reporting import Console, Reporter, Silent
 
-from moemerge.errors import InputError, MoemergeError, WriteError, one_line
 
-
-class Terminal:
-    """The listener that prints: lines and bars to standard error, results to standard output."""
+class Terminal(Console):
+    """The listener of a command: results to standard output, the rest to standard error."""
 
     def __init__(self, quiet: bool, verbose: bool):
-        self.quiet, self.verbose = quiet, verbose
+        super().__init__(verbose)
+        self.quiet = quiet
         # Hints to programmers, as many as there are layers: "inputs will be cast from ...".
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         if quiet:  # before anything imports huggingface_hub, which has bars of its own
@@ -27,12 +28,12 @@ class Terminal:
     def say(self, line: str) -> None:
         """Print a note."""
         if not self.quiet:
-            print(one_line(f"note: {line}"), file=sys.stderr)
+            self.print(one_line(f"note: {Line(line).typed}"))
 
     def detail(self, line: str) -> None:
         """Print a line for the curious."""
         if self.verbose:
-            print(line, file=sys.stderr)
+            self.print(Line(line).typed)
 
     def result(self, line: str) -> None:
         """Print the one line that the command ends with."""
@@ -41,55 +42,41 @@ class Terminal:
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-        """A bar for anything over a second; none when quiet or not on a terminal."""
-        if self.quiet or not sys.stderr.isatty():
-            yield lambda step: None
-            return
-        from tqdm import tqdm
-
-        with tqdm(
-            desc=what,
-            total=total,
-            unit=unit,
-            unit_scale=unit == "B",
-            delay=1,
-            leave=False,
-            dynamic_ncols=True,
-        ) as bar:
-            yield bar.update
+        """A bar, or a line now and then; nothing when quiet."""
+        listening: Reporter = Silent() if self.quiet else Console(self.verbose, self.clock)
+        with listening.progress(what, total, unit) as advance:
+            yield advance
 
 
 def show(line: str) -> None:
-    """Print to standard output.
-
-    Raises:
-        WriteError: it takes no more, a pipe that nobody reads (which typer ends for) apart.
-    """
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (Python would try again at its end)
-        raise WriteError(f"standard output: cannot be written ({error.strerror})") from error
+    """Print to standard output, at once."""
+    print(line, flush=True)
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Every error meant for a person as its message and exit code; Ctrl-C as 130."""
+    """Every error meant for a person as its message and exit code.
+
+    So a standard output that has no room; one that nobody reads ends the command without a word.
+    """
+    tell = Console().print
     try:
         yield
     except InputError as error:
         count = len(error.problems)
-        print(f"error: {count} problem{'s' * (count > 1)}, nothing written", file=sys.stderr)
+        tell(f"error: {count} problem{'s' * (count > 1)}, nothing written")
         for problem in error.problems:
-            print(f"  {problem}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
+            tell(f"  {problem.typed}")
+        sys.exit(error.exit_code)
     except MoemergeError as error:
-        print(one_line(f"error: {error}"), file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        tell(one_line(f"error: {error.typed}"))
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename:  # no room for a file is a WriteError
+            raise
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (Python would try again at its end)
+        tell(f"error: standard output: cannot be written ({error.strerror})")
+        sys.exit(1)
 
 
 def peak_memory() -> int:

@@ -19,7 +19,7 @@ from moemerge.experts_apart import dtype_of, load
 from moemerge.moe import Moe
 from moemerge.options import Options
 from moemerge.output import writing
-from moemerge.reporting import Reporter, Silent
+from moemerge.reporting import Reporter, Silent, listener
 from moemerge.training import checkpoints
 from moemerge.training.adapters import attach, save
 from moemerge.training.beginning import begin
@@ -64,12 +64,13 @@ class Adapted:
 
 
 def finetune(
-    out: str,
+    out: str | Path,
     adapter: str | Path,
     tuning: Tuning,
     lora: Lora | None = None,
     options: Options | None = None,
     reporter: Reporter | None = None,
+    progress: bool = False,
 ) -> Adapted:
     """Train a LoRA adapter of the mixture `out` with transformers' Trainer, into `adapter`.
 
@@ -82,10 +83,10 @@ def finetune(
         InputError: the mixture, the data or `adapter` cannot be used; nothing was written.
         RunError: a failure on the way.
     """
-    lora, options, reporter = lora or Lora(), options or Options(), reporter or Silent()
+    lora, options, reporter = lora or Lora(), options or Options(), listener(reporter, progress)
     findings, adapter = Findings(), Path(adapter)
     _check_installed(options)
-    moe, passages = begin(out, tuning, options, findings, chat_template)
+    moe, passages, length = begin(out, tuning, options, findings, chat_template)
     folder = adapter / CHECKPOINTS
     if lora.resume and not folder.is_dir():
         findings.problem("--resume", f"{adapter} holds no checkpoints", "leave it out")
@@ -97,9 +98,9 @@ def finetune(
     assert moe is not None
     texts, held = divide(passages, tuning.held_out, options.seed)
     if lora.packing:
-        texts = packed(texts, tuning.length)
+        texts = packed(texts, length)
     run = {
-        "--steps": tuning.steps, "--batch": tuning.batch, "--length": tuning.length,
+        "--steps": tuning.steps, "--batch": tuning.batch, "--length": length,
         "--learning-rate": tuning.learning_rate, "--held-out": tuning.held_out,
         "--rank": lora.rank, "--alpha": lora.alpha, "--packing": lora.packing,
         "--embeddings": lora.embeddings, "--first-row": lora.first_row,
@@ -228,7 +229,7 @@ def _run(
         at, before = found
         reporter.say(f"goes on from {at}")
     else:
-        at, before = None, float(trainer.evaluate()["eval_loss"])
+        at, before = None, _held_out_loss(trainer, reporter)
         if is_first_process():
             with writing(adapter):
                 checkpoints.begin(folder, run, before)
@@ -238,13 +239,18 @@ def _run(
             wrapped.load_adapter(str(at), "default", is_trainable=True)
         else:
             trainer.train(resume_from_checkpoint=str(at) if at else None)
-    after = float(trainer.evaluate()["eval_loss"])
+    after = _held_out_loss(trainer, reporter)
     if not after < 700:
         raise RunError(f"the held-out loss came out as {after:g}; lower the learning rate")
     if is_first_process():
         save(wrapped, moe, adapter, dtype)
     count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     return Adapted(adapter, count, tuning.steps, before, after)
+
+
+def _held_out_loss(trainer: Any, reporter: Reporter) -> float:
+    with reporter.progress("reading held-out text", 1, "reading"):
+        return float(trainer.evaluate()["eval_loss"])
 
 
 def _only_from(row: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -16,16 +16,17 @@ from moemerge.moe import open_moe
 from moemerge.options import Options
 from moemerge.rebuild import Built, Edit, build
 from moemerge.recipe import adapted
-from moemerge.reporting import Reporter, Silent
+from moemerge.reporting import Reporter, listener
 from moemerge.slots import EMBEDDING, HEAD
 
 
 def merge_adapter(
-    old: str,
-    adapter: str,
+    old: str | Path,
+    adapter: str | Path,
     out: str | Path,
     options: Options | None = None,
     reporter: Reporter | None = None,
+    progress: bool = False,
 ) -> Built:
     """Write the mixture `old` with a LoRA adapter's deltas into `out`.
 
@@ -37,7 +38,8 @@ def merge_adapter(
         InputError: either cannot be read, or they do not fit; nothing was written.
         RunError: a failure on the way; the same call again goes on.
     """
-    options, reporter, findings = options or Options(), reporter or Silent(), Findings()
+    options, reporter, findings = options or Options(), listener(reporter, progress), Findings()
+    adapter = str(adapter)
     moe = open_moe(old, options.cache_dir, findings)
     findings.refuse()
     assert moe is not None

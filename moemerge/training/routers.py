@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moemerge.errors import RunError
 from moemerge.experts_apart import experts_of
-from moemerge.reporting import Reporter
+from moemerge.reporting import Reporter, listener
 from moemerge.training.text import Passage, endless
 from moemerge.training.tuning import Tuning
 
@@ -74,7 +74,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(fallen, lambda at: _pace(at, tuning.steps))
     teachers = _best_experts(model, texts, tuning, reporter) if tuning.distil else {}
     order = endless(len(texts), seed)
-    curve = [(0, mean_loss(model, held, tuning.batch))]
+    curve = [(0, mean_loss(model, held, tuning.batch, reporter))]
     best, kept = 0, {name: master.clone() for name, master in masters.items()}
     every = -(-tuning.steps // EVALUATIONS)
     for begun in range(0, tuning.steps, every):
@@ -98,7 +98,7 @@ def train(
                         router.copy_(masters[name])
                 advance(1)
         step = begun + steps
-        curve.append((step, mean_loss(model, held, tuning.batch)))
+        curve.append((step, mean_loss(model, held, tuning.batch, reporter)))
         reporter.detail(f"step {step}: held-out loss {curve[-1][1]:.4f}")
         if curve[-1][1] < dict(curve)[best]:
             best, kept = step, {name: master.clone() for name, master in masters.items()}
@@ -116,7 +116,9 @@ def shape(curve: Sequence[tuple[int, float]]) -> str:
     return f"{''.join(bars)} {losses[-1]:.4f}"
 
 
-def mean_loss(model: Any, passages: Sequence[Passage], batch: int) -> float:
+def mean_loss(
+    model: Any, passages: Sequence[Passage], batch: int, reporter: Reporter | None = None
+) -> float:
     """The mean loss (nats) of the tokens that count.
 
     Raises:
@@ -126,11 +128,13 @@ def mean_loss(model: Any, passages: Sequence[Passage], batch: int) -> float:
 
     order = sorted(passages, key=lambda one: len(one.ids))
     total, tokens = 0.0, 0
-    with torch.inference_mode():
+    reading = listener(reporter, False).progress("reading held-out text", len(order), "passage")
+    with reading as advance, torch.inference_mode():
         for at in range(0, len(order), batch):
             losses, counted = _token_losses(model, order[at : at + batch])
             total += float(losses[counted].double().sum())
             tokens += int(counted.sum())
+            advance(len(losses))
     if not total / tokens < 700:
         raise RunError(f"the loss came out as {total / tokens:g}; the model is broken")
     return total / tokens

@@ -34,7 +34,7 @@ class Passage:
     starts: tuple[int, ...] = (0,)
 
 
-def read(files: Iterable[str], findings: Findings) -> list[str | Conversation]:
+def read(files: Iterable[str | Path], findings: Findings) -> list[str | Conversation]:
     """The files' documents: texts, or the conversations of a jsonl's `messages`."""
     found: list[str | Conversation] = []
     for named in files:
@@ -44,7 +44,7 @@ def read(files: Iterable[str], findings: Findings) -> list[str | Conversation]:
             if rows and all(isinstance(row, dict) and _turns(row) for row in rows):
                 found += map(_conversation, rows)
             else:
-                found += documents_of(named, None)
+                found += documents_of(str(named), None)
         except ValueError as error:
             fix = "name a UTF-8 text or jsonl file, a directory, or a dataset on the Hub"
             findings.problem("--data", str(error), fix)

@@ -24,7 +24,7 @@ from moemerge.options import Options
 from moemerge.output import BEFORE_TUNING, CARD_FILE, CONFIG_FILE, MANIFEST_FILE, Manifest
 from moemerge.plan import ROUTERS, PlannedTensor, Shard, digest_of
 from moemerge.recipe import Read
-from moemerge.reporting import Reporter, Silent
+from moemerge.reporting import Reporter, listener
 from moemerge.routers import save
 from moemerge.shard_file import file_checksum
 from moemerge.training.beginning import begin
@@ -56,6 +56,7 @@ def tune(
     tuning: Tuning,
     options: Options | None = None,
     reporter: Reporter | None = None,
+    progress: bool = False,
 ) -> Tuned:
     """Train the routers of the mixture in `out`; everything else is frozen.
 
@@ -67,13 +68,14 @@ def tune(
         RunError: a failure on the way; `out` has its old routers or its new ones.
     """
     begun, out, options = time.monotonic(), Path(out), options or Options()
-    reporter, findings = reporter or Silent(), Findings()
+    reporter, findings = listener(reporter, progress), Findings()
     _tunable(out, Findings())
     with held(out) as change:
         manifest = _tunable(out, findings)
-        moe, passages = begin(str(out), tuning, options, findings, None)
+        moe, passages, length = begin(str(out), tuning, options, findings, None)
         findings.refuse()
         assert moe is not None
+        tuning = dataclasses.replace(tuning, length=length)
         texts, apart = divide(passages, tuning.held_out, options.seed)
         model = load(moe, options, reporter, dtype_of(moe))
         routers = routers_of(model, moe)
@@ -89,7 +91,7 @@ def tune(
     return dataclasses.replace(tuned, seconds=time.monotonic() - begun)
 
 
-def undo(out: str | Path, reporter: Reporter | None = None) -> None:
+def undo(out: str | Path, reporter: Reporter | None = None, progress: bool = False) -> None:
     """Give the mixture in `out` back the routers from before its last `tune`.
 
     What else was changed since, such as the experts a token, stays.
@@ -97,7 +99,7 @@ def undo(out: str | Path, reporter: Reporter | None = None) -> None:
     Raises:
         InputError: it was not tuned, or has had other routers since.
     """
-    out, reporter, findings = Path(out), reporter or Silent(), Findings()
+    out, reporter, findings = Path(out), listener(reporter, progress), Findings()
     _tunable(out, Findings())
     with held(out) as change, output.writing(out):
         manifest = _tunable(out, findings)

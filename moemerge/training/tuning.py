@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from moemerge.errors import InputError, Problem
 
@@ -12,15 +13,16 @@ class Tuning:
     """How much is trained on, and how fast.
 
     `data` are text or jsonl files; `held_out` is the share of them that is never trained on. A step
-    reads `batch` passages of at most `length` tokens. `balance` weighs the load-balancing loss
+    reads `batch` passages of at most `length` tokens (None: 256, or the model's context if that is
+    less; one beyond the context is refused). `balance` weighs the load-balancing loss
     (None: as config.json says), `distil` the share of the loss that is the distance to the best
     expert of each text.
     """
 
-    data: tuple[str, ...] = ()
+    data: tuple[str | Path, ...] = ()
     steps: int = 100
     batch: int = 8
-    length: int = 256
+    length: int | None = None
     learning_rate: float = 0.1
     held_out: float = 0.1
     balance: float | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from moemerge.loading import config_of, encoder_of, load_mixture
 from moemerge.options import Options
 from moemerge.output import MANIFEST_FILE
 from moemerge.reading import Passages, check_tokens, counted, mean_losses, passages_of
-from moemerge.reporting import Reporter, Silent
+from moemerge.reporting import Reporter, listener
 from moemerge.sources import Source, sources_of
 from moemerge.tokens import TOKENIZER_FILE
 from moemerge.verify import manifest_of
@@ -31,8 +31,8 @@ class Wanted:
     A text is read in pieces of at most `length` tokens; the rest is as in `harness.Tasks`.
     """
 
-    texts: dict[str, Path] = field(default_factory=dict)
-    tasks: tuple[str, ...] = ()
+    texts: Mapping[str, str | Path] = field(default_factory=dict)
+    tasks: tuple[str | Path, ...] = ()
     length: int = 1024
     limit: int | None = None
     num_fewshot: int | None = None
@@ -44,6 +44,7 @@ def evaluate(
     wanted: Wanted,
     options: Options | None = None,
     reporter: Reporter | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """The mixture in `out` and what it was made of, judged side by side, as plain data.
 
@@ -56,11 +57,16 @@ def evaluate(
         InputError: `out` is no mixture, or a text or task cannot be read.
         RunError: a model or a task fails.
     """
-    out, options, reporter = Path(out), options or Options(), reporter or Silent()
+    out, options, reporter = Path(out), options or Options(), listener(reporter, progress)
     manifest = manifest_of(out, "evaluate")
     if not manifest:
         reporter.say(f"{out}: holds no {MANIFEST_FILE}, so only the mixture is evaluated")
-    texts, tasks = _checked(out, config_of(out), wanted, options, reporter)
+    config = config_of(out)
+    context = config.get("max_position_embeddings") or wanted.length
+    if wanted.texts and context < wanted.length:
+        reporter.say(f"texts are read in pieces of {context} tokens, the most the mixture reads")
+        wanted = replace(wanted, length=context)
+    texts, tasks = _checked(out, config, wanted, options, reporter)
     sources = sources_of(manifest, options, reporter, out)
     taken = _Taken(out, texts, tasks, options, reporter)
     measured = [taken.through("mixture", load_mixture(out, options, reporter), out)]
@@ -91,16 +97,15 @@ def _checked(
         findings.problem(str(out), "nothing says by what to evaluate it", fix)
     check_device_is_here(options, findings)
     encoder = encoder_of(out)
-    longest = min(wanted.length, config.get("max_position_embeddings") or wanted.length)
     texts: Passages = {}
     for name, path in wanted.texts.items():
         try:
-            texts[name] = passages_of(name, path, encoder, longest, ALL_TOKENS)
+            texts[name] = passages_of(name, path, encoder, wanted.length, ALL_TOKENS)
             check_tokens({name: texts[name]}, config.get("vocab_size") or ALL_TOKENS)
         except InputError as error:
             findings.problems += error.problems
     limit, shots, batch = wanted.limit, wanted.num_fewshot, wanted.batch_size
-    tasks = find_tasks(wanted.tasks, limit, shots, batch, findings, reporter)
+    tasks = find_tasks([*map(str, wanted.tasks)], limit, shots, batch, findings, reporter)
     findings.refuse()
     return texts, tasks
 

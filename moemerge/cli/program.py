@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,32 +11,49 @@ import typer
 from typer.core import TyperGroup
 
 from moemerge.cli.options import UNHEARD, meaningful, with_ray_address
+from moemerge.cli.terminal import explained
 from moemerge.errors import InputError, Problem, nearest
+from moemerge.reporting import Console
 
-INTERRUPTED = "interrupted; run the same command again to go on"
+OWN = ("--help", "-h", "--version")
+"""What the program itself takes, without a command."""
 
 
 class DefaultToMerge(TyperGroup):
     """`moemerge CONFIG OUT` is `moemerge merge CONFIG OUT`."""
 
     def main(self, *args: Any, **more: Any) -> Any:
-        """Run, and say one line if Ctrl-C ended it, wherever it came."""
-        try:
+        """Run; errors that are meant for a person end it with their message and exit code."""
+        with explained():
             return super().main(*args, **more)
-        except SystemExit as end:
-            if end.code == 130:
-                print(INTERRUPTED, file=sys.stderr)
-            raise
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put `merge` where no command stands, and drop what means nothing here, saying so."""
-        own = ("--help", "-h", "--version")
-        if args and args[0] not in self.commands and args[0] not in own:
+        args = self._as_meant(args)
+        if args and args[0] not in self.commands and args[0] not in OWN:
             args = ["merge", *args]
         if args[:1] in (["merge"], ["split"], ["plan"]):
             unheard: list[str] = ctx.meta.setdefault(UNHEARD, [])
             args = list(meaningful(list(with_ray_address(args)), unheard))
         return super().parse_args(ctx, args)
+
+    def _as_meant(self, args: list[str]) -> list[str]:
+        """The arguments with the right word for `help` and `version`, which are no commands.
+
+        Raises:
+            InputError: the first is neither a file nor a command, but like one.
+        """
+        first = args[0] if args else "-"
+        if first.startswith("-") or first in self.commands or Path(first).exists():
+            return args
+        if first in ("help", "version"):
+            meant = ["--version"] if first == "version" else [*args[1:2], "--help"]
+            Console().say(f"the usual way: `{' '.join(['moemerge', *meant])}`")
+            return self._as_meant(meant)
+        guess = nearest(first, self.commands)
+        if not guess.startswith("did") or set(first) & {".", os.sep}:
+            return args
+        raise InputError([Problem(first, "is neither a command nor a file", guess)])
 
 
 app = typer.Typer(
