@@ -312,7 +312,7 @@ def test_the_time_to_compare_is_that_of_each_kind_of_work(
     merge(config, tmp_path / "out", Options(shard_size="20KB"))
     plan = open_manifest(tmp_path / "out").plan
     assert len(plan.shards) > 4
-    sources = _available(plan, Silent(), None)
+    sources, _ = _available(plan, Silent(), None)
     now = [0.0]
     read, fill = estimate.read_chunk, ShardFile.fill
 

@@ -226,7 +226,7 @@ def test_every_long_loop_tells_how_far_it_is(
     assert {"texts through the layers", "writing"} <= found["merge"]
     assert "verifying" in found["verify"]
     assert "texts through the layers" in found["regate"]
-    assert {"loading the mixture", "a"} <= found["evaluate"] | found["routing"]
+    assert "a" in found["evaluate"] & found["routing"]
     assert "writing" in found["drop"]
     assert "reading held-out text" in found["tune"]
     assert any(line.startswith("held out ") for line in found["tune"])
