@@ -117,7 +117,7 @@ def test_what_a_closed_stream_would_say_goes_nowhere_else(config: Path, tmp_path
 
 NEARLY = {
     "mereg": (["mereg", "{config}", "{out}"],
-              "mereg: is neither a command nor a file; did you mean 'merge'?"),
+              "mereg: there is no such config file; did you mean 'merge'? (a command)"),
     "verfy": (["verfy", "{out}"], "did you mean 'verify'?"),
     "help of what": (["help", "mereg"], "did you mean 'merge'?"),
     "what is tuned": (["tune", "{out}", "--only", "router"],

@@ -50,10 +50,9 @@ class DefaultToMerge(TyperGroup):
             meant = ["--version"] if first == "version" else [*args[1:2], "--help"]
             Console().say(f"the usual way: `{' '.join(['moemerge', *meant])}`")
             return self._as_meant(meant)
-        guess = nearest(first, self.commands)
-        if not guess.startswith("did") or set(first) & {".", os.sep}:
-            return args
-        raise InputError([Problem(first, "is neither a command nor a file", guess)])
+        if nearest(first, self.commands).startswith("did") and not set(first) & {".", os.sep}:
+            check_config_path(Path(first))
+        return args
 
 
 app = typer.Typer(
