@@ -218,21 +218,6 @@ def test_equal_experts_are_remarked_unless_asked_not_to(
     assert "all experts are the same model" not in capsys.readouterr().err
 
 
-def test_ctrl_c_exits_130_with_one_line(
-    config: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, "write_shard", interrupt)
-    assert run(config, tmp_path / "out") == 130
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not (tmp_path / "out/config.json").exists()
-
-
 def test_a_file_that_cannot_grow_exits_1_and_the_next_run_ends_well(
     config: Path, tmp_path: Path
 ) -> None:

@@ -451,5 +451,5 @@ def test_without_matplotlib_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"--png: .*pip install 'moemerge\[report\]'"):
+    with pytest.raises(InputError, match=r"path: .*pip install 'moemerge\[report\]'"):
         heat_map.save(make_report(), tmp_path / "map.png")
