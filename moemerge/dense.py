@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -188,7 +189,7 @@ def _on_meta(kind: Any, settings: dict[str, Any]) -> Any:
     import torch
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(**settings)
+    config = AutoConfig.for_model(**copy.deepcopy(settings))  # which it writes into
     with torch.device("meta"):
         model = kind.from_config(config)
     body = getattr(model, "model", model)

@@ -8,6 +8,7 @@ weight, nor a frozen weight in full size, outlives the product that it is for.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
@@ -93,7 +94,7 @@ def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> 
     if opened.absent:
         reporter.say(f"{moe.text}: downloading it into the Hub's cache")
         opened = fetch(opened, list(opened.tensors), options.cache_dir, reporter)
-    config = AutoConfig.for_model(**moe.config)
+    config = AutoConfig.for_model(**copy.deepcopy(moe.config))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
