@@ -41,12 +41,12 @@ def test_the_dtype_is_the_one_of_most_bytes(
     assert plan_of(base, [base, base]).plan.config["dtype"] == written
 
 
-def test_what_is_narrowed_is_said_once_a_donor(tmp_path: Path) -> None:
+def test_what_is_narrowed_is_said_once_of_all_donors(tmp_path: Path) -> None:
     base = with_dtypes(make_model(tmp_path / "base"), torch.float32, torch.bfloat16)
     expert = make_model(tmp_path / "expert", seed=1)
     lost = [note for note in plan_of(base, [base, expert]).notes if "written as" in note]
     tail = "float32 tensors are written as bfloat16; set dtype: float32 to keep them"
-    assert lost == [f"base: {tail}", f"expert: {tail}"]
+    assert lost == [f"base, expert: {tail}"]
     kept = plan_of(base, [base, expert], "dtype: float32").notes
     assert not [note for note in kept if "written as" in note]
 
@@ -54,7 +54,7 @@ def test_what_is_narrowed_is_said_once_a_donor(tmp_path: Path) -> None:
 def test_float64_is_said_to_be_narrowed(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", dtype=torch.float64)
     notes = plan_of(base, [base, base]).notes
-    assert "base: float64 tensors are written as float32; the widest there is" in notes
+    assert "base, base-2: float64 tensors are written as float32; the widest there is" in notes
 
 
 def test_what_widens_is_no_loss(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_on_the_hub_samples_tell_and_nothing_is_built_on_them_alone(tmp_path: Pa
         equal, nudge, other = [json.loads(done.stdout)[at : at + 3] for at in (0, 3, 6)]
     assert equal == [True] * 3 and other == [False] * 3
     streamed, fetched, again = nudge
-    assert streamed.endswith(f"{UNTIED}; run it again without --stream")
+    assert streamed.endswith(f"{UNTIED}; run it again without stream=True")
     assert fetched.endswith(f"{UNTIED}; run it again") and again is False
     made = [(tmp_path / f"one-value{number}" / "config.json").exists() for number in (3, 4, 5)]
     assert made == [False, False, True]
