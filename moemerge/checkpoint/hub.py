@@ -238,13 +238,13 @@ def measured(snapshot: Snapshot, files: Iterable[str]) -> Snapshot:
     Raises:
         HubError: it does not say them file by file either.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
     found = dict(snapshot.files)
     for file in files:
         one = found.get(file)
         if one is None or one.size or (snapshot.directory / file).exists():
             continue
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url  # an HTTP library with them
+
         try:
             said = get_hf_file_metadata(hf_hub_url(one.repo, file, revision=one.commit))
         except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
