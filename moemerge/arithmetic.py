@@ -218,12 +218,13 @@ def _refuse_what_is_not_finite(bits: _Bits, dtype: str, read: Read) -> None:
 
 
 def _is_finite(bits: _Bits, dtype: str) -> bool:
-    """Told by bits: twice as fast as by value, and for bfloat16 far more."""
+    """Told by bits: twice as fast as by value, and for bfloat16 far more.
+
+    In two calls for all of it: after each, a thread must wait for whoever runs Python meanwhile.
+    """
     infinity, sign = _INFINITY[dtype], 1 << (8 * bits.itemsize - 1)
-    blocks = (bits[at : at + BLOCK_VALUES] for at in range(0, bits.size, BLOCK_VALUES))
-    return all(  # the second time from the processor's cache
-        block.view(f"i{bits.itemsize}").max() < infinity and block.max() < sign + infinity
-        for block in blocks
+    return not bits.size or bool(
+        bits.view(f"i{bits.itemsize}").max() < infinity and bits.max() < sign + infinity
     )
 
 

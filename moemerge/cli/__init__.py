@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -33,6 +34,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal's encoding cannot
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")
+    gc.set_threshold(100_000, 50, 100)  # at Python's 700, imports of torch spend a second on it
     from moemerge.cli import app
 
     try:
