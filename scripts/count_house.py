@@ -3,8 +3,8 @@
     python scripts/count_house.py [ROOT]
 
 Everything is read from the source, by AST; nothing of it is imported. A room is a folder of
-`moemerge/`, or a module that stands beside the folders. A module names a family, class, mode, format
-or command if one of its strings, docstrings aside, is that name.
+`moemerge/`, or a module that stands beside the folders. A module names a family, class, mode,
+format or command if one of its strings, docstrings aside, is that name.
 """
 
 from __future__ import annotations

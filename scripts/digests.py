@@ -124,7 +124,7 @@ def digest(text: str, work: Path) -> str:
 
 def make_sources(work: Path) -> None:
     """Small models, an adapter, texts, and the configs that name them, by relative paths."""
-    from babies import make_adapter, make_model, simple_config
+    from babies import make_adapter, make_model, simple_config  # type: ignore[import-not-found]
 
     for number in range(3):
         make_model(work / f"llama{number}", seed=number)
