@@ -149,9 +149,9 @@ def table(models: dict[str, Path], new: Path, old: Path) -> str:
     from transformers import AutoModelForCausalLM
 
     from moemerge import Silent
-    from moemerge.calibration import texts_of
-    from moemerge.prompts import Encoder
-    from moemerge.reading import counted, mean_loss, passages_of
+    from moemerge.evaluation.loss import counted, mean_loss, passages_of
+    from moemerge.text.documents import texts_of
+    from moemerge.text.encoder import Encoder
 
     heads = ("", "Chinese: tokens a character", "nats a character", "English: nats a token")
     lines = [heads, ("---",) * len(heads)]

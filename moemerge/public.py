@@ -1,7 +1,6 @@
 """The names that a Python program imports, as `from moemerge import merge`."""
 
 from moemerge.config import Expert, MergeConfig, load_config, parse_config
-from moemerge.costs import Transfer
 from moemerge.errors import (
     InputError,
     MoemergeError,
@@ -12,24 +11,18 @@ from moemerge.errors import (
     WriteError,
 )
 from moemerge.evaluation import Wanted, evaluate
-from moemerge.new_routers import regate
+from moemerge.evaluation import report as routing_report
+from moemerge.merging import Merged, make_plan, merge, regate
+from moemerge.mixture import Built, add, drop, extract, repair, top_k
 from moemerge.options import Options
-from moemerge.page import render as routing_page
-from moemerge.pipeline import Merged, make_plan, merge
+from moemerge.output import Verified, verify_checkpoint
 from moemerge.plan import Plan, PlannedTensor, Shard, Source
-from moemerge.prepare import Prepared
+from moemerge.prepare import Prepared, Transfer
 from moemerge.publish import push
-from moemerge.rebuild import Built
+from moemerge.report import render as routing_page
 from moemerge.reporting import Console, Reporter, Silent
-from moemerge.routing import report as routing_report
-from moemerge.take_apart import add, drop, extract, repair, top_k
-from moemerge.training.finetune import Adapted, Lora, finetune
-from moemerge.training.merge_adapter import merge_adapter
-from moemerge.training.routers import Trained
-from moemerge.training.tune import Tuned, tune
-from moemerge.training.tune import undo as undo_tune
-from moemerge.training.tuning import Tuning
-from moemerge.verify import Verified, verify_checkpoint
+from moemerge.training import Adapted, Lora, Trained, Tuned, Tuning, finetune, merge_adapter, tune
+from moemerge.training import undo as undo_tune
 from moemerge.version import __version__
 
 __all__ = [

@@ -23,10 +23,11 @@ from smollm2 import model_dir
 
 from moemerge import Lora, Options, Tuning, finetune, make_plan
 from moemerge.errors import Findings
-from moemerge.experts_apart import memory_of
-from moemerge.moe import open_moe
-from moemerge.plan import PlannedTensor, file_header, weight_index
-from moemerge.recipe import Read
+from moemerge.mixture.open import open_moe
+from moemerge.mixture.unfused import memory_of
+from moemerge.plan.plan import PlannedTensor, file_header
+from moemerge.plan.recipe import Read
+from moemerge.plan.shards import weight_index
 from moemerge.reporting import Silent
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from smollm2 import model_dir
 
-from moemerge.plan import PlannedTensor, file_header
-from moemerge.recipe import Read
+from moemerge.plan.plan import PlannedTensor, file_header
+from moemerge.plan.recipe import Read
 
 
 def make_model(directory: Path, layers: int, hidden: int, inner: int, seed: int) -> Path:

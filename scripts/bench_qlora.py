@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def weights_megabytes(moe: str, four_bits: bool) -> float:
     """What its weights take in memory, in MB, by their headers."""
     from moemerge.errors import Findings
-    from moemerge.experts_apart import memory_of
-    from moemerge.moe import open_moe
+    from moemerge.mixture.open import open_moe
+    from moemerge.mixture.unfused import memory_of
 
     opened = open_moe(moe, None, Findings())
     assert opened

@@ -33,8 +33,9 @@ from bench_engine import MOEMERGE, ROOT, in_child, measure, peer_programs, surro
 from bench_engine import report as report_target
 from smollm2 import model_dir
 
-from moemerge import MergeConfig, MoemergeError, gates, load_config, make_plan
+from moemerge import MergeConfig, MoemergeError, load_config, make_plan
 from moemerge.checkpoint.reference import parse_source
+from moemerge.gates import modes as gates
 
 # torch is imported only in functions, and not before all merges are done: the peak that the kernel
 # reports for a child counts what its parent held when it began.

@@ -23,8 +23,8 @@ from demo_corpus import DOMAINS, documents
 from smollm2 import model_dir
 
 from moemerge import load_config, merge
-from moemerge.training.tune import tune
-from moemerge.training.tuning import Tuning
+from moemerge.training.settings import Tuning
+from moemerge.training.tune_routers import tune
 
 ROOT = Path(__file__).resolve().parent.parent
 EXCERPTS, CHARACTERS = 100, 1500

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,20 +62,19 @@ def first_line(path: Path) -> str:
 
 
 def _tree() -> str:
-    rows: list[tuple[str, str]] = [("moemerge/", "")]
-    package = ROOT / "moemerge"
-    files = sorted(package.glob("*.py"))
-    for path in files:
-        if path.name not in ("__init__.py", "__main__.py"):
-            rows.append((f"  {path.name}", first_line(path)))
-    for folder in sorted(path.parent for path in package.glob("*/__init__.py")):
-        rows.append((f"  {folder.name}/", first_line(folder / "__init__.py")))
-        for path in sorted(folder.glob("*.py")):
-            if path.name != "__init__.py":
-                rows.append((f"    {path.name}", first_line(path)))
-    rows += BESIDE.items()
+    rows = [*_rooms(ROOT / "moemerge", ""), *BESIDE.items()]
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:{width}}{line}".rstrip() for name, line in rows)
+
+
+def _rooms(folder: Path, indent: str) -> Iterator[tuple[str, str]]:
+    """A package, its modules, and the packages in it."""
+    yield f"{indent}{folder.name}/", first_line(folder / "__init__.py") if indent else ""
+    for path in sorted(folder.glob("*.py")):
+        if path.name not in ("__init__.py", "__main__.py"):
+            yield f"{indent}  {path.name}", first_line(path)
+    for inner in sorted(folder.glob("*/__init__.py")):
+        yield from _rooms(inner.parent, f"{indent}  ")
 
 
 def _gates() -> str:
@@ -85,10 +85,10 @@ def _gates() -> str:
         "experts": "the experts' own models run", "model": "a pass of the base model",
     }  # fmt: skip
     sys.path.insert(0, str(ROOT))
-    from moemerge import gates
+    from moemerge.gates import modes as gates
 
     for name in gates.names():
-        line = first_line(ROOT / f"moemerge/gates/{name}.py").partition(": ")[2]
+        line = first_line(ROOT / f"moemerge/gates/modes/{name}.py").partition(": ")[2]
         uses = gates.find(name).USES
         needs = ", ".join(words[use] for use in words if use in uses) or "nothing (seeded)"
         rows.append(f"| `{name}` | {line} | {needs} |")
@@ -97,7 +97,7 @@ def _gates() -> str:
 
 def _architectures() -> str:
     sys.path.insert(0, str(ROOT))
-    from moemerge.hosts import listing
+    from moemerge.prepare.choose import listing
 
     rows = listing()
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]

@@ -76,7 +76,7 @@ def serve() -> None:
     import transformers
     import transformers.models.mixtral.modeling_mixtral
 
-    import moemerge.training.tune  # noqa: F401
+    import moemerge.training  # noqa: F401
     from moemerge import cli  # noqa: F401
 
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from moemerge import InputError, Options, VerifyError, make_plan, merge, parse_config
 from moemerge import verify_checkpoint as verify
-from moemerge.shard_file import file_checksum
+from moemerge.output.shard_file import file_checksum
 
 HEAD = "gate_mode: random\nbody: average"
 VOCABULARY = {"model.embed_tokens.weight", "lm_head.weight"}

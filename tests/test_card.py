@@ -22,17 +22,17 @@ from moemerge import (
     InputError,
     Options,
     VerifyError,
-    card,
     make_plan,
     merge,
     parse_config,
     regate,
     verify_checkpoint,
 )
-from moemerge.card_text import Told
-from moemerge.cli import app
-from moemerge.output import read_manifest
-from moemerge.source_cards import Claims, claims_of
+from moemerge.card import card
+from moemerge.card.text import Told
+from moemerge.cli.program import app
+from moemerge.output.manifest import read_manifest
+from moemerge.prepare.source_cards import Claims, claims_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RANDOM = "gate_mode: random"
@@ -355,8 +355,8 @@ def test_without_matplotlib_there_is_no_picture(
     def fail(*args: Any) -> None:
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("moemerge.card_files.importlib.util.find_spec", found)
-    monkeypatch.setattr("moemerge.heat_map.save", fail)
+    monkeypatch.setattr("moemerge.card.files.importlib.util.find_spec", found)
+    monkeypatch.setattr("moemerge.report.heat_map.save", fail)
     out = tmp_path / "out"
     config = write_config(tmp_path / "c.yaml", simple_config(base, [first, second]))
     result = CliRunner().invoke(app, [str(config), str(out)])

@@ -20,8 +20,10 @@ from test_take_apart import HOSTS, SMALL, files, head_of, logits, same, weights
 from transformers import AutoModelForCausalLM
 
 from moemerge import InputError, Options, merge, regate, verify_checkpoint
-from moemerge.architectures import find
-from moemerge.take_apart import add, drop, extract, repair, top_k
+from moemerge.architectures import types
+from moemerge.mixture.edit import add, drop, top_k
+from moemerge.mixture.extraction import extract
+from moemerge.mixture.repairing import repair
 
 CLASSES = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoehybrid", "glm4_moe")
 KINDS = ("whole", "whole", "whole", "whole", "segments", "split")
@@ -63,7 +65,7 @@ class Chain:
         self.name, self.root, self.models = name, root, models
         self.kind, self.draw = KINDS[chain], random.Random(f"{name} {chain}")
         self.pieces = 2 if self.kind == "segments" else 1
-        self.sigmoid = find(name).SCORES == "sigmoid"
+        self.sigmoid = types.find(name).SCORES == "sigmoid"
         self.members = [1, 2, 0] if self.kind != "split" else list(range(SLICES))
         self.per_token, self.made, self.dense = 2, 0, logits(models[0])
         self.manifest = self.as_merged = True

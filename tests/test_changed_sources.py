@@ -31,10 +31,10 @@ from moemerge import (
     verify_checkpoint,
 )
 from moemerge.checkpoint import fingerprint
-from moemerge.checkpoint.model import open_checkpoint
+from moemerge.checkpoint.open import open_checkpoint
 from moemerge.checkpoint.reference import Reference
-from moemerge.output import read_manifest
-from moemerge.plan import Plan, digest_of
+from moemerge.output.manifest import read_manifest
+from moemerge.plan.plan import Plan, digest_of
 from moemerge.reporting import Silent
 
 

@@ -16,10 +16,11 @@ import pytest
 from babies import simple_config, write_config
 from transformers import AutoModelForCausalLM
 
-from moemerge import Options, make_plan, pipeline, verify_checkpoint
-from moemerge.cli import app
+from moemerge import Options, make_plan, verify_checkpoint
 from moemerge.cli.options import NO_MEANING, NO_MEANING_WITH_VALUE, with_ray_address
+from moemerge.cli.program import app
 from moemerge.cli.terminal import Terminal
+from moemerge.merging import pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -280,7 +281,7 @@ def _die_at(step: int, monkeypatch: pytest.MonkeyPatch, config: Path, out: Path)
         for name in ("replace", "unlink", "mkdir"):
             patched.setattr(Path, name, mortal(getattr(Path, name)))
         try:
-            pipeline.merge(config, out, pipeline.Options(shard_size="40KB"))
+            pipeline.merge(config, out, Options(shard_size="40KB"))
         except Death:
             return True
     return False

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from babies import simple_config
 
-from moemerge import Expert, InputError, MergeConfig, gates, make_plan, parse_config
+from moemerge import Expert, InputError, MergeConfig, make_plan, parse_config
+from moemerge.gates import modes as gates
 
 
 def test_paths_lists_and_whole_numbers_are_taken() -> None:

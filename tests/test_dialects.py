@@ -22,8 +22,8 @@ from babies import SIZES, make_tokenizer, save_weights, simple_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moemerge import InputError, make_plan, merge
-from moemerge.checkpoint.model_config import DEFAULTS
-from moemerge.config import parse_config
+from moemerge.config.schema import parse_config
+from moemerge.families.dense_config import DEFAULTS
 
 PROMPT = torch.tensor([[1, *range(3, 43)]])  # beyond every window, and the context of SHORT
 SHORT = {"max_position_embeddings": 24}

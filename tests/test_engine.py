@@ -19,17 +19,10 @@ from babies import make_adapter, make_model, save_weights, simple_config, write_
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from moemerge import (
-    InputError,
-    Options,
-    ReadError,
-    RunError,
-    disk,
-    merge,
-    pipeline,
-    verify_checkpoint,
-)
-from moemerge.state import State, hold
+from moemerge import InputError, Options, ReadError, RunError, merge, verify_checkpoint
+from moemerge.merging import pipeline
+from moemerge.output import disk
+from moemerge.output.state import State, hold
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "16KB"  # shards of the baby mixture, so that there are several
@@ -229,7 +222,7 @@ def test_the_next_run_goes_on_from_finished_shards_and_routers(
     damaged.write_bytes(content)
     with monkeypatch.context() as patched:
         second = stop_after(1000, patched)
-        gate = "moemerge.gates.random.routers"
+        gate = "moemerge.gates.modes.random.routers"
         patched.setattr(gate, lambda task: pytest.fail("routers are made once"))
         merge(config, out, options)
     assert set(second) == {shard.file for shard in plan.shards} - set(first) | {first[1]}
@@ -280,7 +273,7 @@ def test_a_second_run_is_refused_while_the_first_lives(config: Path, tmp_path: P
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from moemerge.state import hold\n"
+        "import sys; from pathlib import Path; from moemerge.output.state import hold\n"
         "with hold(Path(sys.argv[1]), wait=False) as held:\n print(held, flush=True); input()"
     )
     process = subprocess.Popen(

@@ -20,16 +20,16 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moemerge import InputError, Options, merge, output, regate, top_k, verify_checkpoint
-from moemerge.card import is_untouched
-from moemerge.card_files import tell_evaluation
-from moemerge.cli import app
-from moemerge.evaluation import Wanted, evaluate
-from moemerge.loading import load_mixture
-from moemerge.prompts import Encoder
-from moemerge.reading import mean_losses, passages_of
+from moemerge.card.card import is_untouched
+from moemerge.card.files import tell_evaluation
+from moemerge.cli.program import app
+from moemerge.evaluation.loss import mean_losses, passages_of
+from moemerge.evaluation.run import Wanted, evaluate
+from moemerge.mixture.loading import load_mixture
 from moemerge.reporting import Silent
-from moemerge.training.tune import tune
-from moemerge.training.tuning import Tuning
+from moemerge.text.encoder import Encoder
+from moemerge.training.settings import Tuning
+from moemerge.training.tune_routers import tune
 
 FAMILIES = ["llama", "qwen2", "qwen3", "granite", "olmo2"]
 TEXTS = {"first": "code python function class return story and code", "other": "maths solve number"}

@@ -10,12 +10,13 @@ import pytest
 import torch
 from babies import make_adapter, make_model, simple_config, write_config
 
-from moemerge import ReadError, arithmetic, merge, verify_checkpoint
-from moemerge.checkpoint import Location, numpy_dtype
-from moemerge.plan import PlannedTensor
-from moemerge.recipe import LowRank, Mean, Read, Recipe, Renew, Sources
+from moemerge import ReadError, merge, verify_checkpoint
+from moemerge.checkpoint.location import Location, numpy_dtype
+from moemerge.output.verify import _is_made
+from moemerge.plan import arithmetic
+from moemerge.plan.plan import PlannedTensor
+from moemerge.plan.recipe import LowRank, Mean, Read, Recipe, Renew, Sources
 from moemerge.reporting import Silent
-from moemerge.verify import _is_made
 
 ROWS = 21
 

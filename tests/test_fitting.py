@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moemerge import fitting
+from moemerge.dense.generate import draw
 from moemerge.errors import RunError
-from moemerge.fitting import Example, contrast, default_lambda, sharpness
-from moemerge.own_text import draw
-from moemerge.prompts import Prompt
+from moemerge.gates import fitting
+from moemerge.gates.fitting import contrast, default_lambda, sharpness
+from moemerge.gates.task import Example
+from moemerge.text.encoder import Prompt
 
 
 def texts(lengths: list[int], experts: list[int], negative: int | None = None) -> list[Example]:

@@ -14,7 +14,7 @@ from test_cli import run
 from test_take_apart import SMALL, files, logits, same, weights
 
 from moemerge import merge
-from moemerge.take_apart import repair
+from moemerge.mixture.repairing import repair
 
 State = dict[str, torch.Tensor]
 HOSTS = {

@@ -24,13 +24,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moemerge import merge, recipe, verify_checkpoint
-from moemerge.arithmetic import load
-from moemerge.checkpoint import Donor, Opener, read_bytes
-from moemerge.checkpoint.model import Checkpoint, open_checkpoint
+from moemerge import merge, verify_checkpoint
+from moemerge.checkpoint.donor import Donor, Opener
+from moemerge.checkpoint.location import read_bytes
 from moemerge.checkpoint.not_a_model import SourceProblem
+from moemerge.checkpoint.open import Checkpoint, open_checkpoint
 from moemerge.checkpoint.reference import parse_source
 from moemerge.errors import Findings
+from moemerge.plan import recipe
+from moemerge.plan.arithmetic import load
 
 ROOT = Path(__file__).parents[1]
 HEADS = {"pad_token_id": 0, "num_attention_heads": 4, "num_key_value_heads": 2}

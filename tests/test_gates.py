@@ -17,12 +17,14 @@ from babies import WORDS, make_adapter, make_model, simple_config, write_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from moemerge import InputError, Options, RunError, gates, make_plan, merge, parse_config
-from moemerge.own_text import write_texts
-from moemerge.prompts import Prompt
+from moemerge import InputError, Options, RunError, make_plan, merge, parse_config
+from moemerge.dense.generate import write_texts
+from moemerge.dense.inputs import Passage, router_inputs
+from moemerge.gates import modes as gates
+from moemerge.merging.routers import run_gate
+from moemerge.prepare.sources import fetch
 from moemerge.reporting import Silent
-from moemerge.router_inputs import Passage, router_inputs
-from moemerge.routers import fetch, run_gate
+from moemerge.text.encoder import Prompt
 
 SPECIAL = [0, 1, 2, 3]
 
@@ -358,13 +360,13 @@ def test_self_says_what_it_costs_and_needs_room(
     [note] = [note for note in make_plan(config).notes if "gate_mode: self" in note]
     assert "each of 2 experts writes 3 texts of 8 tokens" in note and "with lazy=True" in note
     size = (first / "model.safetensors").stat().st_size
-    monkeypatch.setattr("moemerge.gate_setup.available_memory", lambda: size // 2)
+    monkeypatch.setattr("moemerge.gates.setup.available_memory", lambda: size // 2)
     with pytest.raises(InputError, match=r"needs .* of memory; .* are free; pass lazy=True") as no:
         make_plan(config)
     assert "experts[0].source_model" in no.value.problems[0].where
     make_plan(config, Options(lazy=True))
     make_plan(replace(config, gate={"mode": "ridge"}))
-    monkeypatch.setattr("moemerge.gate_setup.available_memory", lambda: None)  # nobody knows
+    monkeypatch.setattr("moemerge.gates.setup.available_memory", lambda: None)  # nobody knows
     make_plan(config)
 
 

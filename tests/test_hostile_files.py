@@ -21,7 +21,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moemerge.checkpoint import Location, read_bytes, safetensors_file, torch_file
+from moemerge.checkpoint.formats import safetensors as safetensors_file
+from moemerge.checkpoint.formats import torch_zip as torch_file
+from moemerge.checkpoint.location import Location, read_bytes
 
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 

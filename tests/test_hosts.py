@@ -10,8 +10,10 @@ import pytest
 from babies import make_model, simple_config
 from test_laws import BODIES
 
-from moemerge import InputError, architectures, hosts, make_plan
-from moemerge.config import parse_config
+from moemerge import InputError, make_plan
+from moemerge.architectures import types
+from moemerge.config.schema import parse_config
+from moemerge.prepare import choose as hosts
 
 ALWAYS = "\nshared_experts:\n  - source_model: {base}\n"
 GATED = ALWAYS + "    positive_prompts: [chat hello]\n"
@@ -114,8 +116,8 @@ def test_an_architecture_goes_by_other_names(
 
 
 def test_no_two_architectures_go_by_one_name() -> None:
-    said = [*architectures.names()]
-    said += [alias for name in said[:] for alias in architectures.find(name).ALIASES]
+    said = [*types.names()]
+    said += [alias for name in said[:] for alias in types.find(name).ALIASES]
     assert len(set(said)) == len(said)
 
 

@@ -17,7 +17,7 @@ import pytest
 from babies import make_model, simple_config, write_config
 from forks import Forks, Ran
 
-from moemerge.state import COMMITTED
+from moemerge.output.state import COMMITTED
 
 
 def content(out: Path) -> dict[str, bytes]:

@@ -23,22 +23,17 @@ from babies import (
 from safetensors.torch import load_file, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moemerge import (
-    Options,
-    architectures,
-    gates,
-    hosts,
-    make_plan,
-    merge,
-    pipeline,
-    verify_checkpoint,
-)
-from moemerge.checkpoint import normalise
-from moemerge.config import parse_config
-from moemerge.plan import Plan
+from moemerge import Options, make_plan, merge, verify_checkpoint
+from moemerge.architectures import types
+from moemerge.architectures.slots import Constant, FromBody, FromExpert, Joined, Made, Mixture, Slot
+from moemerge.config.schema import parse_config
+from moemerge.dense.inputs import Passage, router_inputs
+from moemerge.families.dense_config import normalise
+from moemerge.gates import modes as gates
+from moemerge.merging import pipeline
+from moemerge.plan.plan import Plan
+from moemerge.prepare import choose as hosts
 from moemerge.reporting import Silent
-from moemerge.router_inputs import Passage, router_inputs
-from moemerge.slots import Constant, FromBody, FromExpert, Joined, Made, Mixture, Slot
 
 BODIES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
@@ -94,10 +89,10 @@ def holds(architecture: str, body: str) -> bool:
     family, *settings = {"family": "llama", **BODIES[body]}.items()
     config = normalise({"model_type": family[1], **SIZES, **dict(settings)})
     mixture = Mixture(3, 2, SIZES["intermediate_size"])
-    return not list(hosts.refusals(architectures.find(architecture), architecture, config, mixture))
+    return not list(hosts.refusals(types.find(architecture), architecture, config, mixture))
 
 
-HOSTED = [(name, body) for name in architectures.names() for body in BODIES if holds(name, body)]
+HOSTED = [(name, body) for name in types.names() for body in BODIES if holds(name, body)]
 DIALECTS = [4, 5] if transformers.__version__ >= "5" else [4]  # 4 misreads a dense model of 5
 PROMPT = torch.tensor([[1, *range(3, 40)]])  # longer than every window above
 
@@ -152,7 +147,7 @@ def test_identity(tmp_path: Path, architecture: str, body: str, dialect: int) ->
 def test_every_family_of_every_architecture_has_a_body() -> None:
     tried = {(name, BODIES[body].get("family", "llama")) for name, body in HOSTED}
     tried = {(name, {"phi3": "mistral"}.get(family, family)) for name, family in tried}
-    assert tried == {(n, f) for n in architectures.names() for f in architectures.find(n).FAMILIES}
+    assert tried == {(n, f) for n in types.names() for f in types.find(n).FAMILIES}
 
 
 def test_the_dialect_of_a_config_changes_nothing(tmp_path: Path) -> None:
@@ -254,7 +249,7 @@ def test_every_architecture_holds_its_sources_bytes(tmp_path: Path, architecture
     mixture = Mixture(2, 2, SIZES["intermediate_size"])
     dense_config = normalise(json.loads((base / "config.json").read_text()))
     if settings.get("family") != "phi3":
-        for slot in architectures.find(architecture).slots(dense_config, mixture):
+        for slot in types.find(architecture).slots(dense_config, mixture):
             expected = bytes_of(slot, body, experts)
             assert isinstance(slot.of, Made) or expected == raw(out[slot.name]), slot.name
     routers = sum(bool(tensor.made) for tensor in made.plan.tensors)

@@ -10,8 +10,8 @@ from babies import make_adapter, make_model, save_weights, simple_config
 from safetensors.torch import load_file
 
 from moemerge import make_plan
-from moemerge.config import parse_config
-from moemerge.prepare import Prepared
+from moemerge.config.schema import parse_config
+from moemerge.prepare.stages import Prepared
 
 
 def plan_of(base: Path | str, experts: list[Path | str], head: str = "") -> Prepared:

@@ -18,8 +18,9 @@ from test_laws import all_tensors, logits
 from transformers import AutoTokenizer
 
 from moemerge import InputError, make_plan, merge
-from moemerge.config import parse_config
-from moemerge.take_apart import repair, top_k
+from moemerge.config.schema import parse_config
+from moemerge.mixture.edit import top_k
+from moemerge.mixture.repairing import repair
 
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 LEFT_OVER: dict[str, dict[str, Any]] = {

@@ -24,14 +24,14 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moemerge import InputError, Options, verify_checkpoint
-from moemerge.cli import app
-from moemerge.experts_apart import load
-from moemerge.prompts import Encoder
-from moemerge.training import finetune as room
-from moemerge.training.finetune import Lora, chat_template, collate, finetune
-from moemerge.training.merge_adapter import merge_adapter
-from moemerge.training.text import Passage, packed, passages_of
-from moemerge.training.tuning import Tuning
+from moemerge.cli.program import app
+from moemerge.mixture.unfused import load
+from moemerge.text.encoder import Encoder
+from moemerge.training import lora as room
+from moemerge.training.data import Passage, packed, passages_of
+from moemerge.training.lora import Lora, chat_template, collate, finetune
+from moemerge.training.merge_lora import merge_adapter
+from moemerge.training.settings import Tuning
 
 __all__ = ["data"]
 

@@ -25,11 +25,11 @@ from moemerge import (
     top_k,
     verify_checkpoint,
 )
-from moemerge.checkpoint import read_bytes
-from moemerge.checkpoint.model import open_checkpoint
+from moemerge.checkpoint.location import read_bytes
+from moemerge.checkpoint.open import open_checkpoint
 from moemerge.checkpoint.reference import Reference
-from moemerge.hosts import no_host
-from moemerge.routing_stats import verdict
+from moemerge.gates.statistics import verdict
+from moemerge.prepare.choose import no_host
 
 # what a model is
 
@@ -167,7 +167,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, babies: dict[str, Pa
     made = tmp_path / "work"
     shutil.copytree(babies["first"], made / "models" / "tiny-llama")
     monkeypatch.chdir(made)
-    monkeypatch.setattr("moemerge.checkpoint.hub.open_snapshot", ask)
+    monkeypatch.setattr("moemerge.hub.download.open_snapshot", ask)
     return made
 
 

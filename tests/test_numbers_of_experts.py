@@ -13,10 +13,11 @@ from test_laws import BODIES
 from test_take_apart import HOSTS, SMALL, files, logits
 
 from moemerge import InputError, merge, verify_checkpoint
-from moemerge.architectures import find
-from moemerge.config import parse_config
-from moemerge.plan import Plan
-from moemerge.take_apart import repair, top_k
+from moemerge.architectures import types
+from moemerge.config.schema import parse_config
+from moemerge.mixture.edit import top_k
+from moemerge.mixture.repairing import repair
+from moemerge.plan.plan import Plan
 
 ALONE = [(name, BODIES.get(family, {"family": family})) for name, family in HOSTS.items()]
 ALONE += [("", BODIES["seed_oss"]), ("", BODIES["seed_oss head_dim"]), ("", BODIES["qwen3"])]
@@ -34,10 +35,10 @@ def test_one_expert_is_the_dense_model_or_refused(
     code, out = run(config, tmp_path / "out", "--quiet"), tmp_path / "out"
     if code == 0:
         assert (logits(out) - logits(base)).abs().max() <= 1e-5
-        assert not name or find(name).SCORES == "softmax"
+        assert not name or types.find(name).SCORES == "softmax"
     else:
         assert code == 2 and "one expert alone" in capfd.readouterr().err and not out.exists()
-        assert not name or find(name).SCORES == "sigmoid"
+        assert not name or types.find(name).SCORES == "sigmoid"
 
 
 def split_of(base: Path, name: str, per_token: int, split: str, out: Path) -> Path:
@@ -68,7 +69,7 @@ TOLD = ("by config.json", "by the manifest", "by both")
 def test_slices_weigh_what_they_weigh_in_a_split_of_that_number(
     name: str, told: str, babies: dict[str, Path], tmp_path: Path
 ) -> None:
-    split = "slices: 6, shared: 1" if find(name).SHARED else "slices: 6"
+    split = "slices: 6, shared: 1" if types.find(name).SHARED else "slices: 6"
     moe = split_of(babies["base"], name, 3, split, tmp_path / "moe")
     config, manifest = (json.loads((moe / n).read_text()) for n in ("config.json", "moemerge.json"))
     if told == TOLD[0]:
@@ -90,7 +91,7 @@ def test_slices_weigh_what_they_weigh_in_a_split_of_that_number(
             assert parse_config(text).experts_per_token == per_token
         moe = out
     before = files(moe)
-    if find(name).SCORES == "sigmoid":
+    if types.find(name).SCORES == "sigmoid":
         top_k(str(moe), 5)
         assert (logits(moe) - logits(tmp_path / "anew0")).abs().max() <= 1e-5
     else:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from moemerge import heat_map, page
 from moemerge.errors import InputError
+from moemerge.report import heat_map, page
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page

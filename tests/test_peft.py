@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from moemerge import InputError, make_plan, merge, verify_checkpoint
 from moemerge.checkpoint import lora_config
-from moemerge.config import load_config
+from moemerge.config.schema import load_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,8 +9,8 @@ import pytest
 from babies import make_tokenizer, write_config
 
 from moemerge import InputError, RunError, make_plan, merge
-from moemerge.config import parse_config
-from moemerge.prompts import Encoder, Prompt
+from moemerge.config.schema import parse_config
+from moemerge.text.encoder import Encoder, Prompt
 
 
 def test_what_the_post_processor_adds_stands_before_and_does_not_count(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ import pytest
 from babies import simple_config, write_config
 from fake_hub import FakeHub, Request
 
-from moemerge import InputError, Options, make_plan, merge, output
+from moemerge import InputError, Options, make_plan, merge
+from moemerge.output import directory as output
 
 ROOT = Path(__file__).parents[1]
 SECRET = "hf_secretsecretsecret"

@@ -20,9 +20,11 @@ from smollm2 import model_dir
 from test_laws import BODIES, HOSTED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moemerge import architectures, hosts, merge, verify_checkpoint
-from moemerge.checkpoint import normalise
-from moemerge.slots import Mixture
+from moemerge import merge, verify_checkpoint
+from moemerge.architectures import types
+from moemerge.architectures.slots import Mixture
+from moemerge.families.dense_config import normalise
+from moemerge.prepare import choose as hosts
 
 ROOT = Path(__file__).resolve().parent.parent
 READERS = {
@@ -131,8 +133,8 @@ def test_a_real_model_says_what_the_dense_one_says(
 
 def of_llama() -> list[str]:
     """The architectures beside mixtral that hold a Llama."""
-    names = architectures.names()
-    return [n for n in names if "llama" in architectures.find(n).FAMILIES and n != "mixtral"]
+    names = types.names()
+    return [n for n in names if "llama" in types.find(n).FAMILIES and n != "mixtral"]
 
 
 @pytest.mark.parametrize("architecture", of_llama())
@@ -189,7 +191,7 @@ def test_transformers_4_computes_what_5_computes(
 ) -> None:
     """The config is written in both dialects, and both know the tensors' names."""
     mixture = Mixture(3, 2, SIZES["intermediate_size"])
-    caveats = dict(architectures.find(architecture).caveats(config_of(BODIES[body]), mixture))
+    caveats = dict(types.find(architecture).caveats(config_of(BODIES[body]), mixture))
     for kind in ("same", "other"):
         five, four = in_transformers[architecture, body, kind]
         assert fits(five) and fits(four)
@@ -275,7 +277,7 @@ class Case:
     @property
     def caveats(self) -> dict[str, str] | None:
         """What the architecture says of readers; None if it does not take the model."""
-        host, config = architectures.find(self.architecture), config_of(wide(self.body))
+        host, config = types.find(self.architecture), config_of(wide(self.body))
         mixture = Mixture(3, self.per_token, WIDE["intermediate_size"], int(self.always))
         refused = any(hosts.refusals(host, self.architecture, config, mixture))
         return None if refused else dict(host.caveats(config, mixture))
@@ -301,8 +303,8 @@ def cases() -> list[Case]:
     """What readers may differ in. With all its experts active, a qwen2_moe shows what else than
     their weights they take otherwise."""
     found = []
-    for name in architectures.names():
-        if not ELSEWHERE & set(architectures.find(name).READERS):
+    for name in types.names():
+        if not ELSEWHERE & set(types.find(name).READERS):
             continue
         count = 3 if name == "qwen2_moe" else 2
         fitting = [Case(name, body, count) for body in FEATURES]
@@ -337,7 +339,7 @@ def found_by(
     reader: str, models: dict[Case, Path], asked: dict[str, Any], work: Path
 ) -> dict[tuple[Case, str], dict[str, Any]]:
     """What a reader makes of each case whose architecture names it."""
-    takes = [case for case in CASES if reader in architectures.find(case.architecture).READERS]
+    takes = [case for case in CASES if reader in types.find(case.architecture).READERS]
     made = read_all(reader, [models[case] for case in takes], work, **asked)
     return {(case, reader): one for case, one in zip(takes, made, strict=True)}
 

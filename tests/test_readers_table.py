@@ -18,8 +18,10 @@ from babies import make_model, simple_config, write_config
 from smollm2 import model_dir
 from test_readers import OLDEST, READERS, ROOT, WIDE, asked, config_of, differ, fits, read_all
 
-from moemerge import architectures, hosts, merge
-from moemerge.slots import Mixture
+from moemerge import merge
+from moemerge.architectures import types
+from moemerge.architectures.slots import Mixture
+from moemerge.prepare import choose as hosts
 
 __all__ = ["asked"]
 
@@ -30,7 +32,7 @@ OURS = "transformers 5"
 
 def body(host: str, kind: str) -> dict[str, Any]:
     """The settings of a wide model that the host holds, of another family where one has none."""
-    families = architectures.find(host).FAMILIES
+    families = types.find(host).FAMILIES
     family = next(name for name in ("llama", "qwen3", *families) if name in families)
     if kind == "biased" and "qwen2" in families:
         family = "qwen2"
@@ -40,12 +42,12 @@ def body(host: str, kind: str) -> dict[str, Any]:
 
 
 MIXTURE = Mixture(3, 2, WIDE["intermediate_size"])
-ALL = [(host, kind) for host in architectures.names() for kind in KINDS]
+ALL = [(host, kind) for host in types.names() for kind in KINDS]
 
 
 def refusal(host: str, kind: str) -> str:
     """Why moemerge makes no such mixture, if it makes none."""
-    found = hosts.refusals(architectures.find(host), host, config_of(body(host, kind)), MIXTURE)
+    found = hosts.refusals(types.find(host), host, config_of(body(host, kind)), MIXTURE)
     return next((what for what, _ in found), "")
 
 
@@ -54,7 +56,7 @@ MADE = [(host, kind) for host, kind in ALL if not refusal(host, kind)]
 
 @pytest.mark.parametrize(("host", "kind"), ALL)
 def test_the_table_is_whole_and_says_what_plan_says(host: str, kind: str) -> None:
-    cells, module = TABLE["hosts"][host][kind], architectures.find(host)
+    cells, module = TABLE["hosts"][host][kind], types.find(host)
     if why := refusal(host, kind):
         assert cells == why
         return

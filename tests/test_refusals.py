@@ -19,8 +19,8 @@ from babies import make_adapter, make_model, save_weights
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from moemerge import gates
-from moemerge.cli import app
+from moemerge.cli.program import app
+from moemerge.gates import modes as gates
 
 GOOD = """\
 base_model: {base}
@@ -377,7 +377,7 @@ def test_a_path_that_is_not_there_is_never_looked_up_on_the_hub(
     def ask(*args: object) -> None:
         raise AssertionError("asked the Hub")
 
-    monkeypatch.setattr("moemerge.checkpoint.hub.open_snapshot", ask)
+    monkeypatch.setattr("moemerge.hub.download.open_snapshot", ask)
     for path in ("./nowhere", "../nowhere", "/nowhere", "~/nowhere", ".hidden", "a/b/c"):
         [problem] = refused_config(GOOD.replace("{first}", path), babies, tmp_path)
         assert path in problem

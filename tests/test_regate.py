@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moemerge import InputError, Options, RunError, merge, output, verify_checkpoint
-from moemerge.cli import app
-from moemerge.new_routers import regate
-from moemerge.state import State
+from moemerge.cli.program import app
+from moemerge.merging.new_routers import regate
+from moemerge.output.state import State
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Options(shard_size="16KB")
@@ -212,8 +212,8 @@ class Death(BaseException):
     """The process ends here."""
 
 
-PLACES = ["moemerge.new_routers.write_shard", "moemerge.card_files.card.render",
-          "moemerge.change.Change.finish", "moemerge.change._complete"]  # fmt: skip
+PLACES = ["moemerge.merging.new_routers.write_shard", "moemerge.card.files.card.render",
+          "moemerge.output.change.Change.finish", "moemerge.output.change._complete"]  # fmt: skip
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -248,7 +248,7 @@ def test_stopped_and_given_another_config_it_takes_that(
         raise Death
 
     with monkeypatch.context() as patched:
-        patched.setattr("moemerge.change.Change.finish", die)
+        patched.setattr("moemerge.output.change.Change.finish", die)
         with pytest.raises(Death):
             regate(out, changed(config, ("random", "ridge")))
     other = changed(config, ("random", "hidden_last"))

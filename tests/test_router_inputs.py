@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from test_laws import BODIES, PROMPT, logits
 
 from moemerge import Options, make_plan, merge
-from moemerge.config import parse_config
-from moemerge.dense import whole_model
+from moemerge.config.schema import parse_config
+from moemerge.dense.run import whole_model
 
 EXTRA = {
     "a norm that a Llama has not": ("self_attn.q_norm.weight", torch.ones(8)),

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moemerge import InputError, Options, RunError, make_plan, merge
-from moemerge.calibration import texts_of
-from moemerge.cli import app
-from moemerge.prompts import Encoder
+from moemerge.cli.program import app
+from moemerge.evaluation.routing import report
+from moemerge.gates.statistics import Routed, summary
 from moemerge.reporting import Silent
-from moemerge.routing import report
-from moemerge.routing_stats import Routed, summary
+from moemerge.text.documents import texts_of
+from moemerge.text.encoder import Encoder
 
 TEXTS = {
     "first": "code python function class return story and code",

@@ -16,8 +16,10 @@ from test_take_apart import HOSTS, SMALL, head_of, logits, same, weights
 from transformers import AutoModelForCausalLM
 
 from moemerge import merge, routing_report, verify_checkpoint
-from moemerge.slots import HEAD
-from moemerge.take_apart import add, drop, extract, repair, top_k
+from moemerge.families.names import HEAD
+from moemerge.mixture.edit import add, drop, top_k
+from moemerge.mixture.extraction import extract
+from moemerge.mixture.repairing import repair
 
 PLACES = [(host, family if family in BODIES else "llama") for host, family in HOSTS.items()]
 PLACES += [

@@ -13,19 +13,11 @@ from babies import make_model, simple_config, write_config
 from test_cli import run
 from test_laws import BODIES, HOSTED, PROMPT, all_tensors, files, load, logits, raw
 
-from moemerge import (
-    InputError,
-    MergeConfig,
-    Options,
-    make_plan,
-    merge,
-    neurons,
-    regate,
-    verify_checkpoint,
-)
-from moemerge.architectures import find
-from moemerge.arithmetic import generator
-from moemerge.config import parse_config
+from moemerge import InputError, MergeConfig, Options, make_plan, merge, regate, verify_checkpoint
+from moemerge.architectures import types
+from moemerge.config.schema import parse_config
+from moemerge.plan.arithmetic import generator
+from moemerge.split import neurons
 
 TEXT = "code python function class return story scene write dragon castle to please explain " * 20
 BASES = {(name, BODIES[body].get("family", "llama")): body for name, body in reversed(HOSTED)}
@@ -50,7 +42,7 @@ def test_all_slices_on_are_the_dense_model(
     tmp_path: Path, architecture: str, body: str, assign: str
 ) -> None:
     base = make_model(tmp_path / "base", **BODIES[body])
-    shared = 1 if find(architecture).SHARED else 0
+    shared = 1 if types.find(architecture).SHARED else 0
     head = f"architecture: {architecture}\ngate_mode: zeros\nexperts_per_token: {4 - shared}"
     split = f"slices: 4, shared: {shared}, assign: {assign}"
     out = made(base, split, head, tmp_path / "out")

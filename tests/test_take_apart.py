@@ -29,28 +29,21 @@ from test_readers import ROOT, python_of, read
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from moemerge import (
-    InputError,
-    Options,
-    architectures,
-    merge,
-    regate,
-    routing_report,
-    verify_checkpoint,
-)
-from moemerge.cli import app
-from moemerge.output import read_manifest
-from moemerge.plan import Plan
-from moemerge.shareable import shareable
-from moemerge.take_apart import add, drop, extract, repair, top_k
+from moemerge import InputError, Options, merge, regate, routing_report, verify_checkpoint
+from moemerge.architectures import types
+from moemerge.card.sharing import shareable
+from moemerge.cli.program import app
+from moemerge.mixture.edit import add, drop, top_k
+from moemerge.mixture.extraction import extract
+from moemerge.mixture.repairing import repair
+from moemerge.output.manifest import read_manifest
+from moemerge.plan.plan import Plan
 
 SMALL = Options(shard_size="16KB")
 OWN = {"qwen2_moe": "qwen2", **dict.fromkeys(
     ("granitemoe", "granitemoehybrid", "granitemoeshared"), "granite"
 )}  # fmt: skip
-HOSTS = {
-    name: OWN.get(name, architectures.find(name).FAMILIES[0]) for name in architectures.names()
-}
+HOSTS = {name: OWN.get(name, types.find(name).FAMILIES[0]) for name in types.names()}
 KINDS = ("with a manifest", "without", "as transformers 5 holds it")
 TOKENS = torch.arange(24)[None]
 

@@ -24,7 +24,7 @@ LINE = "interrupted; run the same command again to go on\n"
 
 MOMENTS = {
     "typer is imported": ("import", "typer", 1),
-    "the package is imported": ("import", "moemerge.pipeline", 2),
+    "the package is imported": ("import", "moemerge.merging", 2),
     "torch is imported": ("import", "torch.nn", 2),
     "a lock is waited for": ("fcntl.flock", "", 1),
     "a thread writes a shard": ("open", ".part", 2),

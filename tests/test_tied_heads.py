@@ -20,11 +20,13 @@ from fake_hub import FakeHub
 from test_laws import all_tensors, logits
 
 from moemerge import InputError, make_plan, merge
-from moemerge.checkpoint import tensors
+from moemerge.checkpoint import location as tensors
 from moemerge.checkpoint.claims import TIED, UNTIED
-from moemerge.config import parse_config
-from moemerge.slots import EMBEDDING, HEAD
-from moemerge.take_apart import drop, extract, repair
+from moemerge.config.schema import parse_config
+from moemerge.families.names import EMBEDDING, HEAD
+from moemerge.mixture.edit import drop
+from moemerge.mixture.extraction import extract
+from moemerge.mixture.repairing import repair
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,12 +15,15 @@ from test_take_apart import HOSTS
 from test_vocabulary import baby
 from transformers import AutoModelForCausalLM
 
-from moemerge import architectures, make_plan, merge, recipe, regate, verify_checkpoint
+from moemerge import make_plan, merge, regate, verify_checkpoint
+from moemerge.architectures import types
 from moemerge.cli.describe import plan_lines
+from moemerge.families.names import EMBEDDING, HEAD
+from moemerge.mixture.edit import add, drop, top_k
+from moemerge.mixture.extraction import extract
 from moemerge.options import Options
-from moemerge.slots import EMBEDDING, HEAD
-from moemerge.take_apart import add, drop, extract, top_k
-from moemerge.training.merge_adapter import merge_adapter
+from moemerge.plan import recipe
+from moemerge.training.merge_lora import merge_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -116,7 +119,7 @@ def test_a_mixture_of_before_without_a_head_is_worked_on_as_ever(
     host: str, tied: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It verifies, is regated and edited, and nobody gives it a head that it had not."""
-    module, models, out = architectures.find(host), tied[HOSTS[host]], tmp_path / "out"
+    module, models, out = types.find(host), tied[HOSTS[host]], tmp_path / "out"
     with monkeypatch.context() as before:
         whole = module.slots
         without = lambda *given: (one for one in whole(*given) if one.name != HEAD)  # noqa: E731

@@ -16,7 +16,8 @@ from test_laws import all_tensors, same_bytes
 from test_refusals import invoke
 
 from moemerge import Options, merge, parse_config
-from moemerge.checkpoint import read_bytes, torch_file
+from moemerge.checkpoint.formats import torch_zip as torch_file
+from moemerge.checkpoint.location import read_bytes
 
 Make = Callable[[torch.Tensor], Any]
 

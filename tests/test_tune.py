@@ -13,26 +13,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from moemerge import (
-    InputError,
-    Options,
-    RunError,
-    merge,
-    output,
-    regate,
-    top_k,
-    verify_checkpoint,
-)
-from moemerge.cli import app
+from moemerge import InputError, Options, RunError, merge, output, regate, top_k, verify_checkpoint
+from moemerge.cli.program import app
 from moemerge.errors import Findings
-from moemerge.experts_apart import load, memory_of, name_in_files
-from moemerge.moe import open_moe
+from moemerge.mixture.open import open_moe
+from moemerge.mixture.unfused import load, memory_of, name_in_files
 from moemerge.reporting import Silent
-from moemerge.training.beginning import begin
-from moemerge.training.routers import mean_loss
-from moemerge.training.text import divide, passages_of
-from moemerge.training.tune import tune, undo
-from moemerge.training.tuning import Tuning
+from moemerge.training.data import divide, passages_of
+from moemerge.training.router_loop import mean_loss
+from moemerge.training.settings import Tuning
+from moemerge.training.setup import begin
+from moemerge.training.tune_routers import tune, undo
 
 FAMILIES = ["llama", "qwen2", "qwen3", "granite", "olmo2"]
 
@@ -125,7 +116,7 @@ def test_it_learns_and_touches_one_shard(tmp_path: Path, data: str, family: str)
 
 
 def test_what_is_written_has_the_loss_that_was_told(tmp_path: Path, data: str) -> None:
-    from moemerge.prompts import Encoder
+    from moemerge.text.encoder import Encoder
 
     out = made(tmp_path)
     done = tune(out, tuning(data))
@@ -193,7 +184,7 @@ def test_a_second_tuning_is_refused_before_it_reads_what_the_first_replaces(
         return read(*args)
 
     before = (out / first).read_bytes()
-    monkeypatch.setattr("moemerge.training.tune.begin", meanwhile)
+    monkeypatch.setattr("moemerge.training.tune_routers.begin", meanwhile)
     tune(out, tuning(data))
     assert refused == changing
     assert (out / first).read_bytes() != before

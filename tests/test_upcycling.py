@@ -15,10 +15,10 @@ from babies import make_model, write_config
 from test_laws import all_tensors, load, logits, raw, same_bytes
 
 from moemerge import InputError, Options, make_plan, merge, parse_config
-from moemerge.fitting import Example, Routers
-from moemerge.prompts import Prompt
-from moemerge.selection import biases
-from moemerge.slots import Mixture
+from moemerge.architectures.slots import Mixture
+from moemerge.gates.load_balance import biases
+from moemerge.gates.task import Example, Routers
+from moemerge.text.encoder import Prompt
 
 HALF = "residual_scale: 0.5"
 ALWAYS_ON = {

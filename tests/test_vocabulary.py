@@ -30,14 +30,14 @@ from moemerge import (
     make_plan,
     merge,
     parse_config,
-    recipe,
     regate,
     routing_report,
 )
 from moemerge import verify_checkpoint as verify
-from moemerge.output import read_manifest
-from moemerge.shareable import shareable
-from moemerge.tokens import (
+from moemerge.card.sharing import shareable
+from moemerge.output.manifest import read_manifest
+from moemerge.plan import recipe
+from moemerge.tokenizer.tokens import (
     Tokens,
     compare_tokens,
     cut_by,

@@ -17,9 +17,9 @@ from babies import make_adapter, make_model, save_weights, simple_config
 from safetensors.torch import load_file, save_file
 from test_refusals import edit_json, invoke
 
-from moemerge.checkpoint import Checkpoint, numpy_dtype, read_bytes
-from moemerge.checkpoint.model import open_checkpoint
+from moemerge.checkpoint.location import numpy_dtype, read_bytes
 from moemerge.checkpoint.not_a_model import SourceProblem
+from moemerge.checkpoint.open import Checkpoint, open_checkpoint
 from moemerge.checkpoint.reference import parse_source
 
 ASK = """

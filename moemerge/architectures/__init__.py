@@ -1,186 +1,45 @@
-"""Output architectures, one file each, named after the model_type it writes."""
+"""What can be written: slots of an output class, and what a class cannot hold."""
 
-from __future__ import annotations
+from moemerge.architectures.expert_names import (
+    COUNTS,
+    LAYER,
+    MLP,
+    SEGMENTS,
+    SPLIT_FACTOR,
+    Names,
+    count_of,
+    names_of,
+)
+from moemerge.architectures.slots import (
+    Constant,
+    FromBody,
+    FromExpert,
+    Joined,
+    Made,
+    Mixture,
+    Slot,
+    dense_shapes,
+)
+from moemerge.architectures.types import Architecture, find, names
 
-import importlib
-import pkgutil
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Protocol, cast
-
-from moemerge.slots import Mixture, Slot
-
-_CARRIED = (
-    "attention_dropout", "bos_token_id", "eos_token_id", "head_dim", "hidden_act", "hidden_size",
-    "initializer_range", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
-    "num_key_value_heads", "pad_token_id", "rms_norm_eps", "rope_parameters", "rope_scaling",
-    "rope_theta", "sliding_window", "tie_word_embeddings", "vocab_size",
-)  # fmt: skip
-
-
-LLAMA_CPP_ROPE = frozenset({"linear", "yarn", "dynamic"})
-"""What llama.cpp knows in every graph; it never goes where dynamic begins, beyond the trained
-length."""
-
-
-class Architecture(Protocol):
-    """What a file of this folder defines, in functions of the base's normalised config.
-
-    A frozen dataclass `Settings` too if it has options: a field is a key of the config's
-    `architecture_options:`, and its method `problems(mixture)` yields (key, what, fix) for values
-    that cannot be.
-    """
-
-    FAMILIES: tuple[str, ...]
-    """The dense model_types that it reproduces exactly."""
-
-    SHARED: str
-    """Its experts that are always on: none (empty), `always` at full weight, `gated` by a sigmoid
-    gate."""
-
-    SCORES: str
-    """How its router scores experts: `softmax`, or `sigmoid` with a bias for selection alone."""
-
-    READERS: tuple[str, ...]
-    """The programs that load it, and compute what transformers does but for `caveats`."""
-
-    ALIASES: tuple[str, ...]
-    """What else a config may call it."""
-
-    TRAINING: Mapping[str, Any]
-    """The keys of a config's `training:`, with what they are when nothing is said."""
-
-    def refusals(self, config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-        """What of this dense model it cannot express: (what, what could or what to do)."""
-
-    def caveats(self, config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-        """Which reader drops a feature of this model: (reader, line); one is no reader's."""
-
-    def slots(self, config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
-        """Every tensor in the order of writing, the routers among them, one a layer."""
-
-    def output_config(self, config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
-        """The config.json to write; `dtype` by its long name."""
-
-
-def names() -> list[str]:
-    """The architectures there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
-
-
-def find(name: str) -> Architecture:
-    """The architecture `name`, one of `names()`."""
-    return cast(Architecture, importlib.import_module(f"{__name__}.{name}"))
-
-
-def common(
-    config: dict[str, Any], mixture: Mixture, dtype: str, training: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What every config.json says: the base's own values, for defaults differ by family."""
-    rope, trained = config["rope_scaling"] or {}, "original_max_position_embeddings"
-    return {
-        **{key: config.get(key) for key in _CARRIED},
-        **({trained: config[trained]} if rope.get("rope_type") == "longrope" else {}),
-        "num_experts_per_tok": mixture.per_token,
-        **training,
-        **dict(mixture.training),
-        **dict(mixture.told),
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "use_cache": True,
-    }
-
-
-def no_biases(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
-    """The refusals of an architecture without any bias."""
-    if config["qkv_bias"] or config["o_bias"]:
-        what = f"has attention biases, which a {name} has no place for"
-        yield what, "a granitemoehybrid could hold it"
-    yield from one_kind(config)
-
-
-def one_kind(config: dict[str, Any], in_part: bool = False) -> Iterator[tuple[str, str]]:
-    """What no architecture holds: biases in MLPs, several kinds of attention by layer; and heads
-    that are turned in part, but for one that does so."""
-    part, family = config["partial_rotary_factor"], config.get("saved_as", config["model_type"])
-    if part != 1 and family != "phi3":
-        what = f"says partial_rotary_factor: {part:g}, which programs read differently in a"
-        yield f"{what} {family}", "use a model that turns whole heads"
-    elif part != 1 and not in_part:
-        what = f"turns a part of each head (partial_rotary_factor: {part:g})"
-        yield what, "a glm4_moe could hold it"
-    if config["mlp_bias"]:
-        yield "has MLP biases, which no mixture has a place for", "use a model without them"
-    if len(set(config.get("layer_types") or ["one"])) > 1:
-        yield "mixes kinds of attention by layer (layer_types)", "use a model with one kind"
-
-
-def no_window(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
-    """The refusal of an architecture without sliding windows."""
-    if window_of(config):
-        yield f"has a sliding window, which a {name} does not know", "a mixtral knows it"
-
-
-def window_of(config: dict[str, Any]) -> int | None:
-    """The sliding window, if it is shorter than the model's context."""
-    window: int | None = config["sliding_window"]
-    return window if window and window < config["max_position_embeddings"] else None
-
-
-def no_head_dim(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
-    """The refusal of an architecture whose heads divide its width, as transformers 4 checks."""
-    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
-        what = f"has head_dim {config['head_dim']}, which a {name} has no place for"
-        yield what, "a mixtral or glm4_moe could hold it"
-
-
-def no_loading(config: dict[str, Any], name: str, *readers: str) -> Iterator[tuple[str, str]]:
-    """The caveat of readers that have no attention biases."""
-    if config["qkv_bias"] or config["o_bias"]:
-        for reader in readers:
-            yield reader, f"{reader} cannot load it: its {name} has no attention biases"
-
-
-def drops_biases(config: dict[str, Any], name: str, *readers: str) -> Iterator[tuple[str, str]]:
-    """The caveat of readers whose class is built without some biases, and that pass over those in
-    the file."""
-    if config["qkv_bias"] or config["o_bias"]:
-        for reader in readers:
-            what = f"drops attention biases of a {name}: expect other text from it"
-            yield reader, f"{reader} {what}"
-
-
-def other_rope(
-    config: dict[str, Any], reader: str, known: Collection[str] = ()
-) -> Iterator[tuple[str, str]]:
-    """The caveat of a reader that knows few kinds of rope scaling, or none."""
-    kind = (config["rope_scaling"] or {}).get("rope_type")
-    if kind and kind not in known:
-        yield reader, f"{reader} ignores its rope scaling ({kind}): expect other text from it"
-
-
-def long_factors(config: dict[str, Any], *readers: str) -> Iterator[tuple[str, str]]:
-    """The caveat of readers that know longrope, but no short sequences."""
-    if (config["rope_scaling"] or {}).get("rope_type") == "longrope":
-        for reader in readers:
-            what = "takes longrope's long factors at every length: expect other text from it"
-            yield reader, f"{reader} {what}"
-
-
-def lonely(mixture: Mixture, name: str) -> Iterator[tuple[str, str]]:
-    """The refusal of a class that judges experts by the best two of a group."""
-    if mixture.experts < 2:
-        what = f"would be one expert alone, and a {name} takes the best two of each group"
-        yield what, "list two experts or more, or name another architecture"
-
-
-def one_alone(mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """The caveat of mlx-lm, which weighs a single expert a token by its sigmoid, not by 1."""
-    if mixture.per_token == 1:
-        yield "mlx-lm", "mlx-lm does not renormalise one expert a token: expect other text from it"
-
-
-def beyond_window(config: dict[str, Any], *readers: str) -> Iterator[tuple[str, str]]:
-    """The caveat of readers that attend to everything."""
-    if window := window_of(config):
-        for reader in readers:
-            yield reader, f"{reader} attends beyond its sliding window ({window} tokens)"
+__all__ = [
+    "COUNTS",
+    "LAYER",
+    "MLP",
+    "SEGMENTS",
+    "SPLIT_FACTOR",
+    "Architecture",
+    "Constant",
+    "FromBody",
+    "FromExpert",
+    "Joined",
+    "Made",
+    "Mixture",
+    "Names",
+    "Slot",
+    "count_of",
+    "dense_shapes",
+    "find",
+    "names",
+    "names_of",
+]

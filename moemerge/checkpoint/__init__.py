@@ -1,10 +1,9 @@
 """The read side: sources opened by their headers, tensors read when they are asked for."""
 
+from moemerge.checkpoint.claims import TIED
 from moemerge.checkpoint.donor import Donor, Opener
-from moemerge.checkpoint.lora import Adapter
-from moemerge.checkpoint.model import Checkpoint, fetch, streamed
-from moemerge.checkpoint.model_config import normalise
-from moemerge.checkpoint.tensors import (
+from moemerge.checkpoint.formats.safetensors import read_header
+from moemerge.checkpoint.location import (
     FLOATS,
     ITEMSIZE,
     Location,
@@ -15,22 +14,46 @@ from moemerge.checkpoint.tensors import (
     read_numbers,
     read_rows,
 )
+from moemerge.checkpoint.lora import Adapter, open_adapter
+from moemerge.checkpoint.not_a_model import SourceProblem
+from moemerge.checkpoint.open import Checkpoint, fetch, open_checkpoint, streamed, with_rows
+from moemerge.checkpoint.reference import (
+    NoSource,
+    Reference,
+    is_hub_id,
+    last_part,
+    nearest_directory,
+    parse_source,
+    places,
+)
 
 __all__ = [
     "FLOATS",
     "ITEMSIZE",
+    "TIED",
     "Adapter",
     "Checkpoint",
     "Donor",
     "Location",
+    "NoSource",
     "Opener",
+    "Reference",
+    "SourceProblem",
     "check_unchanged",
     "fetch",
-    "normalise",
+    "is_hub_id",
+    "last_part",
+    "nearest_directory",
     "numpy_dtype",
+    "open_adapter",
+    "open_checkpoint",
+    "parse_source",
+    "places",
     "read_bytes",
+    "read_header",
     "read_into",
     "read_numbers",
     "read_rows",
     "streamed",
+    "with_rows",
 ]

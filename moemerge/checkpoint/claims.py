@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from moemerge.checkpoint.remote import Remote
-from moemerge.checkpoint.tensors import FLOATS, Location, read_bytes
-from moemerge.slots import EMBEDDING, HEAD
-from moemerge.tokenizer_files import IDS, within
+from moemerge.checkpoint.location import FLOATS, Location, read_bytes
+from moemerge.families import EMBEDDING, HEAD
+from moemerge.hub import Remote
+from moemerge.tokenizer import IDS, within
 
 TIED = "tie_word_embeddings"
 

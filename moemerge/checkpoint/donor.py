@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moemerge.checkpoint.lora import Adapter, open_adapter
-from moemerge.checkpoint.model import Checkpoint, open_checkpoint
 from moemerge.checkpoint.not_a_model import SourceProblem
+from moemerge.checkpoint.open import Checkpoint, open_checkpoint
 from moemerge.checkpoint.reference import NoSource, Reference, parse_source
 from moemerge.errors import Findings
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moemerge.checkpoint.tensors import Location
+from moemerge.checkpoint.location import Location
 
 SAMPLED = "2:"
 """How the fingerprint of a directory begins; one of an earlier version had sizes and headers."""

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moemerge.checkpoint.moe_names import LAYER, MLP, Names, count_of, names_of
-from moemerge.checkpoint.tensors import ITEMSIZE, Location
+from moemerge.architectures import LAYER, MLP, Names, count_of, names_of
+from moemerge.checkpoint.location import ITEMSIZE, Location
 
 MAX_PARTS = 1 << 19
 """Ten times what any model has; bounds what a header's claims can cost."""

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moemerge.architectures import LAYER, count_of, names_of
 from moemerge.checkpoint import lora_config
 from moemerge.checkpoint.fused import row_name, rows_of
 from moemerge.checkpoint.lora_config import MERGE_FIRST
-from moemerge.checkpoint.model import Checkpoint, with_rows
-from moemerge.checkpoint.moe_names import LAYER, count_of, names_of
 from moemerge.checkpoint.not_a_model import SourceProblem
-from moemerge.slots import EMBEDDING, HEAD
+from moemerge.checkpoint.open import Checkpoint, with_rows
+from moemerge.families import EMBEDDING, HEAD
 
 _PREFIX = "base_model.model."
 _CHANGES = "changes {!r}, which the model does not have"

@@ -47,7 +47,7 @@ def __getattr__(name: str) -> Any:
     """The commands, imported when they are asked for."""
     if name != "app":
         raise AttributeError(f"module 'moemerge.cli' has no attribute {name!r}")
-    from moemerge.cli import building, changing, evaluating  # noqa: F401  (they register)
+    from moemerge.cli import commands  # noqa: F401  (they register)
     from moemerge.cli.program import app
 
     return app

@@ -11,8 +11,8 @@ from moemerge.reporting import count, size
 
 def plan_lines(ready: Any, options: Options) -> Iterator[str]:
     """The plan for a person."""
-    from moemerge import recipe
-    from moemerge.costs import expected_peak, transfer
+    from moemerge.plan import recipe
+    from moemerge.prepare import expected_peak, transfer
 
     made = ready.plan
     sources = {text: opened.tensors for text, opened in ready.checkpoints.items()}
@@ -87,8 +87,8 @@ def experts_line(made: Any, ready: Any = None) -> str:
 
 def router_lines(merged: Any) -> Iterator[str]:
     """What a person should know of the routers that were made."""
-    from moemerge import gates
-    from moemerge.routing_stats import verdict
+    from moemerge.gates import modes as gates
+    from moemerge.gates import verdict
 
     lines = list(verdict(merged.routing, merged.plan.experts, merged.plan.gate_mode))
     if lines:

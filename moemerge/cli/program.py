@@ -14,6 +14,7 @@ from moemerge.cli.options import UNHEARD, meaningful, with_ray_address
 from moemerge.cli.terminal import explained
 from moemerge.errors import InputError, Problem, nearest
 from moemerge.reporting import Console
+from moemerge.version import __version__
 
 OWN = ("--help", "-h", "--version")
 """What the program itself takes, without a command."""
@@ -26,6 +27,10 @@ class DefaultToMerge(TyperGroup):
         """Run; errors that are meant for a person end it with their message and exit code."""
         with explained():
             return super().main(*args, **more)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The default command first, the others by name."""
+        return sorted(self.commands, key=lambda name: (name != "merge", name))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put `merge` where no command stands, and drop what means nothing here, saying so."""
@@ -120,3 +125,19 @@ def texts_by_name(given: Iterable[str]) -> dict[str, Path]:
             raise InputError([Problem("--text", f"{name} stands twice", "keep one of them")])
         texts[name] = Path(file)
     return texts
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"moemerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _group(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass

@@ -1,45 +1,28 @@
-"""Gate modes, one file each, named as a config's `gate_mode` names it."""
+"""Router initialisation: what a gate mode is given, fits, and is judged by."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-import pkgutil
-from typing import TYPE_CHECKING, Protocol, cast
-
-from moemerge.fitting import Routers, Task
+from moemerge.gates import load_balance, modes, setup, statistics
+from moemerge.gates.modes import GateMode
+from moemerge.gates.prompts import ExpertPrompts
+from moemerge.gates.setup import check_device_is_here
+from moemerge.gates.statistics import Routed, verdict
+from moemerge.gates.task import Routers, Task
 
 if TYPE_CHECKING:
-    from moemerge.fitting import Matrix
+    from moemerge.gates.task import Matrix
 
-__all__ = ["GateMode", "Matrix", "Routers", "Task", "find", "names"]
-
-
-class GateMode(Protocol):
-    """What a file of this folder defines; a frozen dataclass `Settings` too if it has options.
-
-    A field of `Settings` is a key of the config's `gate:` (`lambda_` is `lambda`), and its method
-    `problems()` yields (key, what, fix) for values that cannot be.
-    """
-
-    USES: frozenset[str]
-    """What its result depends on: `prompts` (needed), `any prompts` (used if there are some),
-    `split text` (needed), `model` (it runs the body), `experts` (it runs the experts' own
-    models), `seed`."""
-
-    def routers(self, task: Task) -> Routers:
-        """One float32 (E, D) matrix per layer: row e is the direction that calls expert e."""
-
-
-def names() -> list[str]:
-    """The gate modes there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
-
-
-def for_merges() -> list[str]:
-    """Those that need no split."""
-    return [name for name in names() if "split text" not in find(name).USES]
-
-
-def find(name: str) -> GateMode:
-    """The gate mode `name`, one of `names()`."""
-    return cast(GateMode, importlib.import_module(f"{__name__}.{name}"))
+__all__ = [
+    "ExpertPrompts",
+    "GateMode",
+    "Matrix",
+    "Routed",
+    "Routers",
+    "Task",
+    "check_device_is_here",
+    "load_balance",
+    "modes",
+    "setup",
+    "statistics",
+    "verdict",
+]

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.errors import Findings
-from moemerge.moe import Moe
+from moemerge.files import read_json, write_json
+from moemerge.mixture import Moe
 from moemerge.plan import digest_of
-from moemerge.state import read_json, write_json
-from moemerge.training.text import Passage
+from moemerge.training.data import Passage
 
 _BEGUN = "begun.json"
 _WRITTEN_LAST = "trainer_state.json"

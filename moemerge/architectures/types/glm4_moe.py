@@ -1,0 +1,127 @@
+"""glm4_moe: DeepSeek-V3's routing in the body of a Llama, Qwen2 or Qwen3.
+
+Scores are sigmoids; a bias that counts for selection alone spreads the load (DeepSeek-AI 2024,
+https://arxiv.org/abs/2412.19437). Shared experts are always on; without any, one of zeros stands
+in their place, for the class has no other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moemerge.architectures.limits import (
+    common,
+    lonely,
+    long_factors,
+    no_window,
+    one_alone,
+    one_kind,
+    other_rope,
+)
+from moemerge.architectures.slots import Constant, Made, Mixture, Slot, routed, shared, whole
+from moemerge.families import DOWN, GATE, LAYER, PARTIAL, UP
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "seed_oss")
+SHARED = "always"
+SCORES = "sigmoid"
+READERS = ("transformers 4.57", "transformers 5", "mlx-lm", "vLLM", "mistral.rs")
+ALIASES = ()
+TRAINING: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`groups` of experts, of which `groups_per_token` may serve a token, each judged by its best
+    two; `routed_scaling_factor` multiplies what the chosen experts add."""
+
+    groups: int = 1
+    groups_per_token: int = 1
+    routed_scaling_factor: float = 1.0
+
+    def problems(self, mixture: Mixture) -> Iterator[tuple[str, str, str]]:
+        """What cannot be."""
+        experts, groups, chosen = mixture.experts, self.groups, self.groups_per_token
+        if groups < 1 or experts % groups or (groups > 1 and experts // groups < 2):
+            fix = "groups must divide the experts into equal parts of two or more"
+            yield "groups", f"is {groups} with {experts} experts", fix
+        elif not 1 <= chosen <= groups or mixture.per_token > experts // groups * chosen:
+            what = f"is {chosen} with {groups} groups and {mixture.per_token} experts a token"
+            yield "groups_per_token", what, "allow groups enough for the experts a token"
+        if not 0 < self.routed_scaling_factor <= 1e30:
+            what = f"is {self.routed_scaling_factor:g}"
+            yield "routed_scaling_factor", what, "write a number above 0"
+
+
+def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
+    """No bias on the attention's output, no sliding window, no expert alone; a part of each head
+    may be turned."""
+    if config["o_bias"]:
+        yield "has a bias on o_proj, which a glm4_moe has no place for", "use another model"
+    yield from no_window(config, "glm4_moe")
+    yield from lonely(mixture, "glm4_moe")
+    yield from one_kind(config, in_part=True)
+
+
+def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
+    """Measured in November 2026; llama.cpp's converter wants GLM's own vocabulary."""
+    yield from other_rope(config, "mlx-lm")
+    yield from other_rope(config, "mistral.rs")
+    yield from long_factors(config, "vLLM")
+    yield from one_alone(mixture)
+
+
+def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
+    """The dense tensors under their own names, routers, biases, experts and shared ones."""
+    return whole(config, lambda layer: experts(config, mixture, layer))
+
+
+def experts(config: dict[str, Any], mixture: Mixture, layer: int) -> Iterator[Slot]:
+    """Router, selection bias (in float32, as the class holds it), experts, shared experts."""
+    block, hidden = f"{LAYER.format(layer=layer)}mlp.", config["hidden_size"]
+    yield from routed(config, mixture, layer)
+    bias = f"{block}gate.e_score_correction_bias"
+    yield Slot(bias, (mixture.experts,), Made("bias"), dtype="F32")
+    for which in (GATE, UP, DOWN):
+        full, inner = f"{block}shared_experts.{which}.weight", mixture.inner
+        if mixture.shared:
+            yield shared(full, config, mixture, layer, which)
+        else:
+            shape = (hidden, inner) if which == DOWN else (inner, hidden)
+            yield Slot(full, shape, Constant(0.0))
+
+
+def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
+    """Every layer is a mixture, and no extra token is predicted; how much of a head is turned
+    stands wherever a program looks for it."""
+    part = {PARTIAL: config[PARTIAL]}
+    scaling = config["rope_scaling"]
+    return {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        **routing(config, mixture, dtype),
+        "num_nextn_predict_layers": 0,
+        **part,
+        "rope_parameters": {**config["rope_parameters"], **part},
+        "rope_scaling": scaling and {**scaling, **part},
+        "use_qk_norm": config["qk_norm"] is not None,
+    }
+
+
+def routing(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
+    """What is common to the classes that route so."""
+    own = mixture.settings or Settings()
+    return {
+        **common(config, mixture, dtype, TRAINING),
+        "attention_bias": config["qkv_bias"],
+        "first_k_dense_replace": 0,
+        "intermediate_size": mixture.inner,
+        "moe_intermediate_size": mixture.inner,
+        "n_group": own.groups,
+        "n_routed_experts": mixture.experts,
+        "n_shared_experts": max(mixture.shared, 1),
+        "norm_topk_prob": True,
+        "routed_scaling_factor": own.routed_scaling_factor,
+        "topk_group": own.groups_per_token,
+    }

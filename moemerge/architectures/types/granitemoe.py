@@ -1,0 +1,98 @@
+"""granitemoe: softmax over the chosen top k, in the body of a Granite with its multipliers.
+
+Experts lie in three-dimensional tensors, which is this class's format in every reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from moemerge.architectures.limits import (
+    LLAMA_CPP_ROPE,
+    common,
+    drops_biases,
+    long_factors,
+    no_head_dim,
+    no_window,
+    one_kind,
+    other_rope,
+)
+from moemerge.architectures.slots import Joined, Mixture, Slot, projection, router, whole
+from moemerge.families import DOWN, GATE, LAYER, UP
+
+FAMILIES = ("granite", "llama", "mistral", "qwen2")
+SHARED = ""
+SCORES = "softmax"
+READERS = ("transformers 4.57", "transformers 5", "llama.cpp", "mlx-lm", "vLLM")
+ALIASES = ("granite",)
+TRAINING = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+
+MULTIPLIERS = {
+    "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0
+}  # fmt: skip
+
+
+def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
+    """Heads that divide the width, no sliding window."""
+    yield from no_head_dim(config, "granitemoe")
+    yield from no_window(config, "granitemoe")
+    yield from one_kind(config)
+
+
+def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
+    """Measured in November 2026."""
+    yield from caveats_of_llama_cpp(config)
+    yield from drops_biases(config, "granitemoe", "vLLM")
+    yield from long_factors(config, "mlx-lm", "vLLM")
+
+
+def caveats_of_llama_cpp(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Rope that its granite graph has not."""
+    if (config["rope_scaling"] or {}).get("rope_type") == "llama3":
+        yield "llama.cpp", "llama.cpp cannot convert it: its granite has no rope of type llama3"
+    yield from other_rope(config, "llama.cpp", LLAMA_CPP_ROPE | {"llama3"})
+
+
+def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
+    """The dense tensors under their own names; routers; all experts in two tensors a layer."""
+    return whole(config, lambda layer: experts(config, mixture, layer), *biases(config))
+
+
+def biases(config: dict[str, Any]) -> tuple[bool, bool]:
+    """One flag puts biases on all four projections."""
+    either = bool(config["qkv_bias"] or config["o_bias"])
+    return either, either
+
+
+def experts(config: dict[str, Any], mixture: Mixture, layer: int) -> Iterator[Slot]:
+    """Router, `input_linear` (E, 2F, D) of gates and ups in turn, `output_linear` (E, D, F)."""
+    block = f"{LAYER.format(layer=layer)}block_sparse_moe."
+    hidden, inner, count = config["hidden_size"], mixture.inner, mixture.experts
+    yield router(f"{block}router.layer.weight", config, mixture)
+
+    def all_of(*which: str) -> Joined:
+        parts = (
+            projection("", config, mixture, layer, expert, one)
+            for expert in range(count)
+            for one in which
+        )
+        return Joined(tuple(parts))
+
+    yield Slot(f"{block}input_linear.weight", (count, 2 * inner, hidden), all_of(GATE, UP))
+    yield Slot(f"{block}output_linear.weight", (count, hidden, inner), all_of(DOWN))
+
+
+def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
+    """A Granite's own multipliers; in other families the ones that change nothing."""
+    own = config if config["model_type"] == "granite" else {}
+    plain = {**MULTIPLIERS, "attention_multiplier": config["head_dim"] ** -0.5}
+    return {
+        "architectures": ["GraniteMoeForCausalLM"],
+        "model_type": "granitemoe",
+        **common(config, mixture, dtype, TRAINING),
+        **{key: own.get(key, value) for key, value in plain.items()},
+        "attention_bias": biases(config)[0],
+        "intermediate_size": mixture.inner,
+        "num_local_experts": mixture.experts,
+    }

@@ -1,0 +1,107 @@
+"""qwen2_moe: softmax top-k experts, one more that a sigmoid gate scales, biases on q, k and v.
+
+Without shared experts that one is zeros. Where no prompts gate it, its gate is all but zero, which
+is sigmoid's half, and its down projection is doubled: always on, at full weight, exactly (in
+float16, whose least number is 6e-8, to some millionths).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from moemerge.architectures.limits import (
+    LLAMA_CPP_ROPE,
+    beyond_window,
+    common,
+    long_factors,
+    no_head_dim,
+    one_kind,
+    other_rope,
+    window_of,
+)
+from moemerge.architectures.slots import Constant, Made, Mixture, Slot, routed, shared, whole
+from moemerge.families import DOWN, GATE, LAYER, UP
+
+FAMILIES = ("llama", "mistral", "qwen2", "seed_oss")
+SHARED = "gated"
+SCORES = "softmax"
+READERS = ("transformers 4.57", "transformers 5", "mlx-lm", "vLLM", "llama.cpp")
+ALIASES = ("qwen", "qwen2")
+TRAINING = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+
+_HALF = 1e-12
+"""A gate's weights whose sigmoid is a half, exactly: llama.cpp makes NaN of a logit of zero."""
+
+_IDLE = 256
+"""Neurons of a shared expert of zeros; quantised formats want their blocks full."""
+
+
+def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
+    """No bias on the attention's output; heads that divide the width, as transformers 4 checks."""
+    if config["o_bias"]:
+        yield "has a bias on o_proj, which a qwen2_moe has no place for", "use another model"
+    yield from no_head_dim(config, "qwen2_moe")
+    yield from one_kind(config)
+
+
+def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
+    """Measured in November 2026."""
+    for reader in ("llama.cpp", "mlx-lm"):
+        if mixture.per_token < mixture.experts:
+            what = "does not renormalise a qwen2_moe's routing weights: expect other text from it"
+            yield reader, f"{reader} {what}"
+        yield from beyond_window(config, reader)
+    yield from other_rope(config, "llama.cpp", LLAMA_CPP_ROPE)
+    yield from long_factors(config, "vLLM")
+    if config["rope_scaling"]:
+        yield "mlx-lm", "mlx-lm cannot load it: its qwen2_moe knows no rope scaling"
+    if window_of(config):
+        what = "loses a qwen2_moe's sliding window as it generates: say use_cache=False"
+        yield "transformers 4.57", f"transformers 4.57 {what}"
+
+
+def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
+    """The dense tensors under their own names, routers, experts, the shared one and its gate."""
+    hidden, idle = config["hidden_size"], _shared_width(mixture)
+
+    def mlp(layer: int) -> Iterator[Slot]:
+        block = f"{LAYER.format(layer=layer)}mlp."
+        yield from routed(config, mixture, layer)
+        for which in (GATE, UP, DOWN):
+            full = f"{block}shared_expert.{which}.weight"
+            if mixture.shared:
+                yield shared(full, config, mixture, layer, which)
+            else:
+                shape = (hidden, idle) if which == DOWN else (idle, hidden)
+                yield Slot(full, shape, Constant(0.0))
+        gate = Made("shared gate") if mixture.gated else Constant(_HALF)
+        yield Slot(f"{block}shared_expert_gate.weight", (1, hidden), gate)
+
+    return whole(config, mlp, qkv_bias=True)
+
+
+def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
+    """Routing weights are renormalised, which is not the class's default."""
+    window, layers = config["sliding_window"], config["num_hidden_layers"]
+    return {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        **common(config, mixture, dtype, TRAINING),
+        "decoder_sparse_step": 1,
+        "intermediate_size": mixture.inner,
+        "layer_types": ["sliding_attention" if window else "full_attention"] * layers,
+        "max_window_layers": layers,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": mixture.inner,
+        "norm_topk_prob": True,
+        "num_experts": mixture.experts,
+        "num_local_experts": mixture.experts,
+        "qkv_bias": True,
+        "shared_expert_intermediate_size": _shared_width(mixture),
+        "use_sliding_window": window is not None,
+    }
+
+
+def _shared_width(mixture: Mixture) -> int:
+    return mixture.shared * mixture.inner or min(mixture.inner, _IDLE)

@@ -1,0 +1,102 @@
+"""The model card: what the Hub reads of it, its text, and a seal by which an edit is seen."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from moemerge.card.text import Told, sections
+from moemerge.prepare import Claims, Prepared, claims_of, split_own
+
+_HEAD = re.compile(r"\A---\n.*?^---$", re.DOTALL | re.MULTILINE)
+_SEAL = re.compile(r"(.*)<!-- moemerge:card ([0-9a-f]{16}) -->\n?", re.DOTALL)
+
+
+def render(ready: Prepared, routing: dict[str, Any], told: Told, picture: str = "") -> str:
+    """The card's text, sealed with its digest.
+
+    `routing` is how the routers do (see `routing_stats.summary`), `picture` the file that shows it.
+    No path of this disk stands in it, and nothing that a config or a source says is markup.
+    """
+    claims = {text: claims_of(c.directory) for text, c in ready.checkpoints.items()}
+    keys, own = split_own(told.own)
+    parts = [
+        _dumped({**_metadata(ready, claims), **keys}),
+        own,
+        f"#{'#' * bool(own)} A mixture of {len(ready.plan.experts)} experts",
+        *sections(ready, claims, routing, told, picture),
+    ]
+    return seal("\n\n".join(filter(None, parts)) + "\n\n")
+
+
+def changed(content: bytes, change: Callable[[str], str]) -> bytes | None:
+    """A card with its text changed and sealed anew; None if it is not as moemerge wrote it."""
+    if not is_untouched(content):
+        return None
+    text = content.decode().replace("\r\n", "\n").rpartition("<!-- moemerge:card")[0]
+    return seal(change(text)).encode()
+
+
+def head_of(text: str) -> dict[str, Any]:
+    """The keys of a card's YAML head."""
+    return split_own(text)[0]
+
+
+def with_head(text: str, keys: dict[str, Any]) -> str:
+    """A card's text with another head."""
+    return _HEAD.sub(lambda _: _dumped(keys), text, count=1)
+
+
+def seal(text: str) -> str:
+    """The text with its digest at the end, by which `is_untouched` knows it."""
+    return f"{text}<!-- moemerge:card {_digest(text)} -->\n"
+
+
+def is_untouched(card: bytes) -> bool:
+    """Whether a card is what moemerge wrote, to the last letter."""
+    found = _SEAL.fullmatch(card.decode("utf-8", errors="replace").replace("\r\n", "\n"))
+    return found is not None and _digest(found[1]) == found[2]
+
+
+def picture(ready: Prepared, routing: dict[str, Any]) -> dict[str, Any]:
+    """The routers' report as `heat_map.save` draws it."""
+    names = ready.plan.experts
+    texts = [{**text, "name": names[text["expert"]]} for text in routing["texts"]]
+    return {"model": "Prompts, each held out", "experts": list(names), "texts": texts}
+
+
+def _dumped(keys: dict[str, Any]) -> str:
+    head = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{head}---"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
+
+
+def _metadata(ready: Prepared, claims: dict[str, Claims]) -> dict[str, Any]:
+    """What the Hub reads of the card."""
+    from huggingface_hub import ModelCardData
+
+    opened = ready.checkpoints.values()
+    models = [c.reference.repo for c in opened if not c.is_adapter and c.reference.repo]
+    known = [claim for claim in claims.values() if claim.license]
+    shared = known[0] if len(known) == len(claims) and len({c.terms for c in known}) == 1 else None
+    terms = shared or Claims(license="other" if known else "unknown")
+    data = ModelCardData(
+        base_model=list(dict.fromkeys(models)) or None,
+        base_model_relation="merge" if models else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["moe", "merge", "moemerge", ready.plan.architecture],
+        license=terms.license,
+        license_name=terms.license_name or None,
+        license_link=terms.license_link or None,
+        language=sorted({one for claim in claims.values() for one in claim.language}) or None,
+        datasets=sorted({one for claim in claims.values() for one in claim.datasets}) or None,
+    )
+    return dict(data.to_dict())  # type: ignore[no-untyped-call]

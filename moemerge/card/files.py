@@ -1,0 +1,98 @@
+"""The card and its picture as files of the output; those that somebody edited are left alone."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moemerge.card import card
+from moemerge.card import evaluation as evaluation_text
+from moemerge.card.text import Told
+from moemerge.files import read_json
+from moemerge.output import CARD_FILE, MANIFEST_FILE, PICTURE_FILE, Change, held, settle, writing
+from moemerge.prepare import Prepared
+from moemerge.report import heat_map
+from moemerge.reporting import Reporter
+
+
+def write(
+    change: Change,
+    ready: Prepared,
+    routing: dict[str, Any],
+    told: Told,
+    reporter: Reporter,
+    ours: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Write the card and, where routing is known and matplotlib there, the picture.
+
+    Returns the picture's entry for the manifest, if there is one. Without `ours` a picture that is
+    there is somebody else's, and stays.
+
+    Raises:
+        WriteError: the output cannot be written.
+    """
+    with writing(change.out):
+        drawn = _draw(change, ready, routing, reporter, ours)
+        text = card.render(ready, routing, told, PICTURE_FILE if drawn else "")
+        path = change.out / CARD_FILE
+        if path.exists() and not card.is_untouched(path.read_bytes()):
+            reporter.say(f"{path}: was edited since it was written, so it stays as it is")
+        else:
+            change.write(CARD_FILE, text.encode())
+        return {PICTURE_FILE: change.entry(PICTURE_FILE)} if drawn else {}
+
+
+def tell_evaluation(out: Path, found: dict[str, Any], reporter: Reporter) -> bool:
+    """Tell results of `evaluate` in the card of a finished mixture; whether that could be.
+
+    Raises:
+        RunError: another run is at work there.
+        WriteError: `out` cannot be written.
+    """
+    settle(out)
+    if not (out / CARD_FILE).is_file():
+        reporter.say(f"{out / CARD_FILE}: is not there, so nothing tells the results")
+        return False
+    with held(out) as change:
+        if read_json(out / MANIFEST_FILE).get("plan_digest") != found.get("plan_digest"):
+            reporter.say(f"{out}: was changed since it was evaluated, so its card does not tell it")
+            return False
+        done = rewrite(change, lambda text: evaluation_text.told(text, found), reporter)
+        if done:
+            change.commit()
+        return done
+
+
+def rewrite(change: Change, edit: Callable[[str], str], reporter: Reporter) -> bool:
+    """Change the card's text; one that somebody edited stays, and that is said."""
+    path = change.out / CARD_FILE
+    content = card.changed(path.read_bytes(), edit) if path.is_file() else b""
+    if content is None:
+        reporter.say(f"{path}: was edited since it was written, so it stays as it is")
+    if content:
+        change.write(CARD_FILE, content)
+    return bool(content)
+
+
+def _draw(
+    change: Change, ready: Prepared, routing: dict[str, Any], reporter: Reporter, ours: bool
+) -> bool:
+    """Draw how texts are routed, or let go what was drawn of other routers."""
+    path = change.out / PICTURE_FILE
+    if path.exists() and not ours:
+        reporter.say(f"{path}: is not moemerge's, so it stays and the card shows no picture")
+        return False
+    if routing.get("confusion") and importlib.util.find_spec("matplotlib"):
+        new = change.path(PICTURE_FILE)
+        try:
+            heat_map.save(card.picture(ready, routing), new)
+            return True
+        except OSError:
+            raise
+        except Exception as error:  # a picture is not worth a merge
+            new.unlink(missing_ok=True)
+            reporter.say(f"{path}: not drawn, matplotlib failed ({error})")
+    change.remove(PICTURE_FILE)
+    return False

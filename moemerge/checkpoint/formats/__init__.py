@@ -1,0 +1,1 @@
+"""What a weights file says of its tensors, one file a format."""

@@ -1,0 +1,175 @@
+"""Where a tensor's bytes lie, and how to read some of them."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moemerge.errors import ReadError
+from moemerge.hub import HubError, Remote, read_range
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+ITEMSIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
+    "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+"""Bytes a value, by the dtype names of the safetensors format."""
+
+MAX_DIMENSIONS = 64
+"""As numpy; more can only be meant to make their product endless."""
+
+FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""The dtypes a merge can write, by the names that configs and torch give them."""
+
+
+class Stamp(NamedTuple):
+    """What tells a file from another of its name: its size, its times (ns) and its number."""
+
+    size: int
+    modified: int
+    changed: int
+    number: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> Stamp:
+        """The stamp of a file as it stands."""
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+    def is_of(self, stat: os.stat_result) -> bool:
+        """Whether a file is still the one that it was.
+
+        One that took its place has another number, and was renamed later; on some network drives a
+        number alone says nothing, and a new link to a file gives it another time alone.
+        """
+        now = Stamp.of(stat)
+        return self[:2] == now[:2] and (self.changed == now.changed or self.number == now.number)
+
+
+@dataclass(frozen=True)
+class Location:
+    """A tensor's bytes: `nbytes` at `offset` of `file`, row-major, little-endian.
+
+    `stamp` is the file's when its header was read. With `remote`, the file is on the Hub, and its
+    bytes are read there. Of a `negative` one they are the numbers with the other sign.
+    """
+
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    stamp: Stamp | None = None
+    remote: Remote | None = None
+    negative: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """The tensor's size in bytes."""
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+def read_bytes(location: Location, start: int = 0, nbytes: int | None = None) -> bytearray:
+    """Read `nbytes` (default: to the tensor's end) from byte `start` of the tensor.
+
+    Raises:
+        ReadError: as `read_into`.
+    """
+    buffer = bytearray(location.nbytes - start if nbytes is None else nbytes)
+    read_into(location, start, memoryview(buffer))
+    return buffer
+
+
+def read_into(location: Location, start: int, view: memoryview) -> None:
+    """Fill `view` with the tensor's bytes from byte `start`.
+
+    Raises:
+        ReadError: the file is gone, shorter than its header says, or changed since that was read.
+    """
+    if location.remote:
+        try:
+            read_range(location.remote, location.offset + start, view)
+        except HubError as error:
+            raise ReadError(f"{location.remote.repo}: {error.what}; {error.fix}") from error
+        return
+    whole = view
+    try:
+        with location.file.open("rb", buffering=0) as file:
+            file.seek(location.offset + start)
+            got = -1
+            while view and got:
+                got = file.readinto(view)
+                view = view[got:]
+            stat = os.fstat(file.fileno())
+    except OSError as error:
+        raise ReadError(f"{location.file}: cannot be read ({error.strerror})") from error
+    _check_unchanged(location, stat)
+    if view:
+        raise ReadError(
+            f"{location.file}: ends at byte {stat.st_size}, its header promises more; "
+            "it is truncated: copy or download it again"
+        )
+    _resign(location, start, whole)
+
+
+def _resign(location: Location, start: int, view: memoryview) -> None:
+    """Turn the sign of what was read from byte `start`, if it is stored with the other one."""
+    if location.negative:
+        import numpy as np
+
+        size = ITEMSIZE[location.dtype]
+        np.frombuffer(view, np.uint8)[(size - 1 - start) % size :: size] ^= 0x80
+
+
+def check_unchanged(location: Location) -> None:
+    """See that a tensor's file is the one whose header was read.
+
+    Raises:
+        ReadError: another has its place, or it was changed.
+    """
+    try:
+        _check_unchanged(location, location.file.stat())
+    except OSError as error:
+        raise ReadError(f"{location.file}: cannot be read ({error.strerror})") from error
+
+
+def _check_unchanged(location: Location, stat: os.stat_result) -> None:
+    if location.stamp and not location.stamp.is_of(stat):
+        raise ReadError(f"{location.file}: changed since the merge began; run it again")
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of a safetensors float dtype name (bfloat16 comes from ml_dtypes)."""
+    import ml_dtypes
+    import numpy as np
+
+    types: dict[str, Any] = {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+    }
+    found: np.dtype[Any] = np.dtype(types[name])
+    return found
+
+
+def read_rows(location: Location, rows: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Read some rows of a matrix: (len(rows), columns), as float32."""
+    import numpy as np
+
+    dtype = numpy_dtype(location.dtype)
+    width = location.nbytes // location.shape[0]
+    parts = [np.frombuffer(read_bytes(location, row * width, width), dtype) for row in rows]
+    return np.stack(parts).astype(np.float32)
+
+
+def read_numbers(location: Location) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A vector of whole numbers (I32 or I64)."""
+    import numpy as np
+
+    kind = {"I32": "<i4", "I64": "<i8"}[location.dtype]
+    return np.frombuffer(read_bytes(location), kind).astype(np.int64)

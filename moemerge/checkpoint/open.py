@@ -1,0 +1,303 @@
+"""A model or an adapter, opened: its config and where each tensor lies; no weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from moemerge.architectures import names_of
+from moemerge.checkpoint import claims, fingerprint
+from moemerge.checkpoint.folder import IN_REPOSITORY, POINTER, Folder, is_pointer, read_json
+from moemerge.checkpoint.formats import safetensors as safetensors_file
+from moemerge.checkpoint.formats import torch_zip as torch_file
+from moemerge.checkpoint.fused import View, rows_named, views_of, with_views
+from moemerge.checkpoint.location import Location, Stamp
+from moemerge.checkpoint.not_a_model import GATHER, ORIGINALS, SourceProblem
+from moemerge.checkpoint.prefixes import usual
+from moemerge.checkpoint.reference import Reference, nearest_directory
+from moemerge.errors import ReadError
+from moemerge.families import DEFAULTS, EMBEDDING, HEAD, normalise
+from moemerge.hub import NOWHERE, HubError, Remote, open_remote
+from moemerge.hub import download as hub
+from moemerge.reporting import Reporter
+
+_SMALL_BYTES = 1 << 28
+"""An adapter of no more is known by all its bytes."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One source, opened. `absent` are weight files that are on the Hub alone; a `partial` one
+    is what the Hub's cache holds, opened without a network.
+
+    `views` are those of `tensors` that are parts of tensors of its files; `renamed` are the names
+    of `tensors` by those in the files where they are others.
+
+    `fingerprint` tells this source's content from another's: the Hub's commit, or a digest of
+    headers, config and some of every tensor; `headers` is what it was in earlier versions. `notes`
+    are lines that a person should read.
+    """
+
+    reference: Reference
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, Location]
+    fingerprint: str
+    headers: str
+    commit: str | None = None
+    modified: int | None = None
+    absent: dict[str, Remote] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    views: dict[str, View] = field(default_factory=dict)
+    partial: bool = False
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def lost_its_tokenizer(self) -> bool:
+        """Whether it is a cache without a tokenizer; the repository may have one."""
+        return self.partial and not any((self.directory / n).exists() for n in hub.VOCABULARIES)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether this is a PEFT adapter and not a whole model."""
+        return "peft_type" in self.config
+
+    @property
+    def tokens(self) -> str:
+        """A digest of its tokenizer."""
+        return fingerprint.of_files(self.directory / name for name in hub.VOCABULARIES)
+
+    def is_still(self, its: str) -> bool:
+        """Whether this is the source that had that fingerprint, by what that looked at."""
+        sampled = self.commit or its.startswith(fingerprint.SAMPLED)
+        return its == (self.fingerprint if sampled else self.headers)
+
+
+def open_checkpoint(
+    reference: Reference, cache_dir: str | Path | None = None, known: dict[str, Path] | None = None
+) -> Checkpoint:
+    """Open a model or adapter: read its config and headers.
+
+    `known` are the tokenizers of the sources opened before it, as `hub.open_snapshot` keeps them.
+
+    Raises:
+        SourceProblem: it is missing, damaged, quantised, or not a model at all.
+    """
+    try:
+        if reference.directory:
+            return _open(reference, reference.directory, None)
+        snapshot = hub.open_snapshot(
+            reference.repo, reference.revision, cache_dir, {} if known is None else known
+        )
+        return _open(reference, snapshot.directory, snapshot)
+    except ReadError as error:
+        raise SourceProblem(str(error), "check that its files are whole") from error
+    except HubError as error:
+        missing = error.what.startswith(NOWHERE)
+        near = nearest_directory(reference.text, reference.beside) if missing else ""
+        fix = f"{near} Else {error.fix}" if near else error.fix
+        raise SourceProblem(error.what, fix) from error
+    except OSError as error:
+        what = f"{error.filename or reference.text} cannot be read ({error.strerror})"
+        raise SourceProblem(what, "check the path and its permissions") from error
+
+
+def fetch(
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    cache_dir: str | Path | None,
+    reporter: Reporter | None = None,
+) -> Checkpoint:
+    """Download the files that hold the tensors `names`, if they are absent; open them again.
+
+    Raises:
+        ReadError: the download failed, or what came is not what the plan was made from.
+    """
+    names = set(names)
+    doubted = EMBEDDING in names and _is_doubtful(checkpoint)
+    if doubted:
+        names.add(HEAD)
+    files = {checkpoint.tensors[name].file.name for name in names} & set(checkpoint.absent)
+    if not files:
+        return checkpoint
+    hub.fetch([checkpoint.absent[file] for file in files], cache_dir, reporter)
+    tensors = dict(checkpoint.tensors)
+    for file in files:
+        path = checkpoint.directory / file
+        try:
+            found = _read_local_header(path)
+            found = {checkpoint.renamed.get(name, name): at for name, at in found.items()}
+            parts = checkpoint.views.items()
+            found |= {name: view.at(found[view.of]) for name, view in parts if view.of in found}
+        except (OSError, ValueError) as error:
+            raise ReadError(f"{path}: {error}; download it again") from error
+        for name, location in found.items():
+            if name in tensors and tensors[name].file == path:
+                if (location.dtype, location.shape) != (tensors[name].dtype, tensors[name].shape):
+                    raise ReadError(f"{path}: {name} is not what the Hub said; run again")
+                tensors[name] = location
+    absent = {file: at for file, at in checkpoint.absent.items() if file not in files}
+    if doubted:
+        _confirm(checkpoint, tensors, "run it again")
+    return dataclasses.replace(checkpoint, tensors=tensors, absent=absent)
+
+
+def streamed(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    """The same with every absent file's tensors to be read from the Hub, as they are asked for.
+
+    Raises:
+        ReadError: of the tensors `names`, one is not what the plan was made from.
+    """
+    tensors = {
+        name: dataclasses.replace(at, remote=checkpoint.absent.get(at.file.name))
+        for name, at in checkpoint.tensors.items()
+    }
+    if EMBEDDING in names and _is_doubtful(checkpoint):
+        _confirm(checkpoint, tensors, "run it again without --stream")
+    return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def _is_doubtful(checkpoint: Checkpoint) -> bool:
+    return claims.is_doubtful(checkpoint.config, checkpoint.tensors, checkpoint.absent)
+
+
+def _confirm(checkpoint: Checkpoint, tensors: dict[str, Location], fix: str) -> None:
+    """Refuse a head that is not the embeddings after all; the samples did not show it."""
+    if not claims.is_equal(tensors[EMBEDDING], tensors[HEAD]):
+        raise ReadError(f"{checkpoint.reference.text}: {claims.UNTIED}; {fix}")
+
+
+def with_rows(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    """The same with those of `names` that `fused.row_name` gives to rows of its tensors."""
+    views = rows_named(checkpoint.tensors, names)
+    if not views:
+        return checkpoint
+    tensors = checkpoint.tensors | {n: v.at(checkpoint.tensors[v.of]) for n, v in views.items()}
+    return dataclasses.replace(checkpoint, tensors=tensors, views=checkpoint.views | views)
+
+
+def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) -> Checkpoint:
+    listed = frozenset(snapshot.files) if snapshot else frozenset()
+    local = {path.name for path in directory.iterdir() if not path.is_dir()}
+    folder = Folder(directory, listed | local, listed, snapshot is not None and not listed)
+    adapter = folder.is_adapter
+    config_name = "adapter_config.json" if adapter else "config.json"
+    if config_name not in folder.names:
+        what = f"holds no config.json ({directory})"
+        raise folder.problem(what, "name a model directory in transformers' format")
+    folder.check([config_name, *filter(_is_read, folder.names)])
+    config = said = read_json(directory / config_name)
+    family = config.get("model_type")
+    if adapter and "peft_type" not in config and "fine_tune_type" in config:
+        what = f"is an adapter of mlx-lm ({config['fine_tune_type']}), not of PEFT"
+        fix = "fuse it into its model and name the result: mlx_lm.fuse --model M --adapter-path A"
+        raise SourceProblem(what, fix)
+    if not adapter:
+        try:
+            config = normalise(config)
+        except ValueError as error:
+            raise SourceProblem(f"config.json: {error}", "repair it") from error
+    weights = folder.weights(adapter, said.get("transformers_weights"))
+    snapshot = hub.measured(snapshot, weights.files) if snapshot else None
+    headers = {file: _read_header(directory / file, snapshot) for file in weights.files}
+    tensors = {name: at for found in headers.values() for name, at in found.items()}
+    newest = max((at.stamp[1] for at in tensors.values() if at.stamp), default=0)
+    notes = [snapshot.note if snapshot else "", weights.note, weights.compare(headers)]
+    renamed: dict[str, str] = {}
+    if not adapter:
+        renamed, told = usual(tensors)
+        tensors = {renamed.get(name, name): at for name, at in tensors.items()}
+        notes.append(told)
+    if not adapter and sum(0 in at.shape for at in tensors.values()) * 2 > len(tensors):
+        what = (
+            f"{weights.files[0]} has empty tensors, as DeepSpeed ZeRO-3 leaves what it holds apart"
+        )
+        raise SourceProblem(what, GATHER)
+    if not adapter:
+        try:
+            notes += claims.drop_quantisation(config, tensors)
+        except ValueError as error:
+            raise SourceProblem(str(error), ORIGINALS) from error
+    layers, count = config.get("num_hidden_layers"), max(len(tensors), len(weights.index or ()))
+    known = family in DEFAULTS or names_of(family, tensors)
+    if known and isinstance(layers, int) and layers > count:  # it would cost memory to follow
+        raise SourceProblem(
+            f"config.json: num_hidden_layers is {layers}, its weights are {count} tensors",
+            "use the weights and the config.json of one and the same model",
+        )
+    views: dict[str, View] = {}
+    if not adapter:
+        try:
+            views = views_of(tensors, family, config)
+        except ValueError as error:
+            fix = "use the weights and the config.json of one and the same model"
+            raise SourceProblem(str(error), fix) from error
+    shown = with_views(tensors, views)
+    commit = snapshot.commit if snapshot else None
+    small = adapter and sum(at.nbytes for at in tensors.values()) <= _SMALL_BYTES
+    on_hub = snapshot.files if snapshot else {}
+    absent = {file: on_hub[file] for file in weights.files if not (directory / file).exists()}
+    if not adapter:
+        index = [renamed.get(name, name) for name in weights.index or ()]
+        notes += claims.settle(config, shown, absent, index)
+    return Checkpoint(
+        reference=reference,
+        directory=directory,
+        config=config,
+        tensors=shown,
+        fingerprint=commit or fingerprint.of_content(headers, said, small),
+        headers=fingerprint.of_headers(headers),
+        commit=commit,
+        modified=None if snapshot else newest,
+        absent=absent,
+        notes=tuple(filter(None, notes)),
+        views=views,
+        partial=folder.partial,
+        renamed=renamed,
+    )
+
+
+def _is_read(name: str) -> bool:
+    """Whether a merge reads this small file of a source, beside its weights and their index."""
+    unread = name in ("README.md", "config.json", "adapter_config.json")
+    return not (unread or name.endswith(".index.json")) and any(
+        fnmatch(name, pattern) for pattern in hub.SMALL_FILES
+    )
+
+
+def _read_header(path: Path, snapshot: hub.Snapshot | None) -> dict[str, Location]:
+    try:
+        if snapshot is None or path.exists():
+            return _read_local_header(path)
+        with open_remote(snapshot.files[path.name]) as remote:
+            if path.suffix == ".safetensors":
+                return safetensors_file.read_header(path, remote)
+            return torch_file.read_header(path, remote)
+    except ValueError as error:
+        if snapshot and path.name in snapshot.files:
+            with open_remote(snapshot.files[path.name]) as remote:
+                if is_pointer(remote):
+                    raise SourceProblem(f"{path.name} is {POINTER}", IN_REPOSITORY) from error
+        raise SourceProblem(f"{path.name}: {error}", _repair(path)) from error
+
+
+def _repair(path: Path) -> str:
+    """What to do about a weight file that cannot be read."""
+    if path.suffix == ".safetensors":
+        return "download or save the model again"
+    saved = "from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
+    return f"download it again if it is damaged, or save the model as safetensors: {saved}"
+
+
+def _read_local_header(path: Path) -> dict[str, Location]:
+    stat = path.stat()
+    read = safetensors_file if path.suffix == ".safetensors" else torch_file
+    stamp = Stamp.of(stat)
+    return {
+        name: dataclasses.replace(location, stamp=stamp)
+        for name, location in read.read_header(path).items()
+    }

@@ -1,0 +1,61 @@
+"""The command `plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from moemerge.cli.describe import plan_lines
+from moemerge.cli.options import with_options
+from moemerge.cli.program import Config, app, check_config_path
+from moemerge.cli.terminal import Terminal, show
+from moemerge.errors import no_effect
+from moemerge.options import Options
+
+MERGE_ALONE = {
+    "overwrite", "verify", "copy_tokenizer", "jobs", "direct", "checksums", "shards", "ray",
+    "card", "card_config", "push", "private", "push_as_you_go",
+}  # fmt: skip
+"""The options of how files are written; `plan` takes them, so that a command is easily edited."""
+
+
+@app.command()
+@with_options()
+def plan(
+    config: Config,
+    options: Options,
+    terminal: Terminal,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
+) -> None:
+    """Show what a merge of CONFIG would build; headers are read, nothing is written."""
+    from moemerge.merging import make_plan
+    from moemerge.prepare import expected_peak, transfer
+
+    check_config_path(config)
+    ready = make_plan(config, options, terminal)
+    made = ready.plan
+    without_effect = [flag for name, flag in options.flags.items() if name in MERGE_ALONE]
+    if idle := [*without_effect, *["--verbose"] * terminal.verbose]:
+        terminal.say(no_effect(idle, ": plan writes nothing"))
+    if as_json:
+        totals = {
+            "parameters": made.parameters,
+            "active_parameters": made.active_parameters,
+            "routed_experts": made.routed,
+            "routed_experts_per_token": made.routed_per_token,
+            "shared_experts": ready.host.mixture.shared,
+            "bytes": made.nbytes,
+            "expected_peak_bytes": expected_peak(ready, options),
+            "transfer": dataclasses.asdict(transfer(ready, options)),
+            "digest": made.digest,
+            "notes": [note.typed for note in ready.notes],
+        }
+        show(json.dumps({**totals, **made.to_json()}, indent=1))
+        return
+    for line in plan_lines(ready, options):
+        terminal.result(line)
+    for note in ready.notes:
+        terminal.say(note)

@@ -1,0 +1,30 @@
+"""A dense model run layer by layer: its body, and what each router would see."""
+
+from moemerge.dense.body import VOCABULARY, Body
+from moemerge.dense.generate import write_texts
+from moemerge.dense.inputs import BATCH_TOKENS, Passage, embed, layer_inputs, router_inputs
+from moemerge.dense.run import (
+    Streamed,
+    available_memory,
+    compute_dtype,
+    model_bytes,
+    pick_device,
+    whole_model,
+)
+
+__all__ = [
+    "BATCH_TOKENS",
+    "VOCABULARY",
+    "Body",
+    "Passage",
+    "Streamed",
+    "available_memory",
+    "compute_dtype",
+    "embed",
+    "layer_inputs",
+    "model_bytes",
+    "pick_device",
+    "router_inputs",
+    "whole_model",
+    "write_texts",
+]

@@ -1,0 +1,252 @@
+"""What each layer's router will see while a model with the mixture's body reads some text.
+
+That is the output of the layer's post-attention norm. The model is run layer by layer, all texts
+through one layer before the next, so that each weight is read once and one layer at a time can be
+enough. Neither head nor logits are ever computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from moemerge.checkpoint import Donor
+from moemerge.dense.body import Body
+from moemerge.dense.run import compute_dtype, load_tensors, one_layer, pick_device, quantise
+from moemerge.errors import ReadError, RunError
+from moemerge.families import EMBEDDING, LAYER
+from moemerge.options import Options
+from moemerge.plan import Recipe, Sources, load_rows, recipe
+from moemerge.reporting import Reporter
+from moemerge.text import Prompt
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    Matrix = np.ndarray[Any, np.dtype[np.float32]]
+    Weights = dict[str, torch.Tensor]
+
+BATCH_TOKENS = 2048
+"""The most tokens a batch holds, padding included: bounds what activations cost."""
+
+_MLP = "mlp."
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text to be read: its tokens, and whose MLPs it passes; None is the body's own."""
+
+    prompt: Prompt
+    mlps: Donor | None = None
+
+
+def router_inputs(
+    body: Body,
+    sources: Sources,
+    passages: Sequence[Passage],
+    options: Options,
+    reporter: Reporter,
+) -> Iterator[list[Matrix]]:
+    """Yield, for each layer, what its router sees at each text's own tokens: (T, D) per passage."""
+    for seen in layer_inputs(("mlp",), body, sources, passages, options, reporter):
+        yield seen["mlp"]
+
+
+def layer_inputs(
+    modules: Sequence[str],
+    body: Body,
+    sources: Sources,
+    passages: Sequence[Passage],
+    options: Options,
+    reporter: Reporter,
+) -> Iterator[dict[str, list[Matrix]]]:
+    """Yield, for each layer, what each of its `modules` is given: as `router_inputs`, by module.
+
+    A `mlp` is given what a router sees, a `mlp.down_proj` the neurons' activations (T, F).
+
+    With `options.lazy` one layer's weights are in memory at a time; without, two: the next is read
+    while one computes. The values are the same, bit for bit.
+
+    Raises:
+        RunError: a layer overflows, which names the model whose part of it does.
+    """
+    import numpy as np
+    import torch
+
+    device = pick_device(options.device)
+    config = body.base.model.config
+    dtype = compute_dtype(body.recipe(EMBEDDING), sources, device)
+    donors = list({id(passage.mlps): passage.mlps for passage in passages}.values())
+    batches = [
+        (donor, batch)
+        for donor in donors
+        for batch in _batches(passages, [n for n, p in enumerate(passages) if p.mlps is donor])
+    ]
+    states = _embed(body, sources, passages, [batch for _, batch in batches], dtype, device)
+    layers = range(config["num_hidden_layers"])
+    names = one_layer(config).layers[0].state_dict().keys()
+    mlp = [name for name in names if name.startswith(_MLP)]
+    rest = [name for name in names if not name.startswith(_MLP)]
+    # Of a layer that is done, used again for one to come.
+    memory: list[Weights] = [{}] if options.lazy else [{}, {}]
+    several = len(donors) > 1  # then each donor's MLPs are read when it is their turn
+
+    def load(layer: int) -> Weights:
+        names_now = rest if several else [*rest, *mlp]
+        recipe_of = _through(body, donors[0])
+        again = memory[layer % len(memory)]
+        return load_tensors(names_now, LAYER.format(layer=layer), recipe_of, sources, dtype, again)
+
+    total = len(layers) * sum(len(batch) for _, batch in batches)
+    with (
+        torch.inference_mode(),
+        reporter.progress("texts through the layers", total, "text") as advance,
+    ):
+        for number, weights in enumerate(_in_turn(load, layers, options.lazy)):
+            seen: dict[str, dict[int, Matrix]] = {module: {} for module in modules}
+            of_mlp: Weights = {}
+            for donor in donors:
+                if several:
+                    prefix, recipe_of = LAYER.format(layer=number), _through(body, donor)
+                    weights |= load_tensors(mlp, prefix, recipe_of, sources, dtype, of_mlp)
+                layer = _ready_layer(config, weights, device, options)
+                for (whose, batch), state in zip(batches, states, strict=True):
+                    if whose is donor:
+                        _run(layer, passages, batch, state, seen)
+                        if not state.isfinite().all():
+                            given = seen.get("mlp", {})
+                            own = all(np.isfinite(given[n]).all() for n in batch if n in given)
+                            raise _overflow(donor if donor and own else body.base, number)
+                        advance(len(batch))
+                del layer  # before the next is read
+            weights.clear()
+            yield {
+                module: [found[at] for at in range(len(passages))] for module, found in seen.items()
+            }
+
+
+def embed(body: Body, sources: Sources, ids: list[int]) -> dict[int, Any]:
+    """The embedding (D) of each token id; only these rows are read."""
+    import numpy as np
+
+    made = body.recipe(EMBEDDING)
+    rows = load_rows(made, ids, sources)
+    for token, row in zip(ids, rows, strict=True):
+        if not np.isfinite(row).all():
+            read = next(recipe.reads(made))
+            what = f"{read.source}: {read.tensor}, row {token}, holds NaN or Inf"
+            raise ReadError(f"{what}; use another model, or prompts without that token")
+    return dict(zip(ids, rows, strict=True))
+
+
+def _overflow(donor: Donor, layer: int) -> RunError:
+    return RunError(
+        f"{donor.name} ({donor.model.reference.text}): layer {layer} makes NaN or Inf of "
+        "these texts; use another dtype of it, other prompts, or --device cpu"
+    )
+
+
+def _through(body: Body, donor: Donor | None) -> Callable[[str], Recipe]:
+    """The dense model of the body with a donor's MLPs."""
+
+    def recipe_of(tensor: str) -> Recipe:
+        of_mlp = f".{_MLP}" in tensor
+        return recipe.of_donor(donor, tensor) if donor and of_mlp else body.recipe(tensor)
+
+    return recipe_of
+
+
+def _batches(passages: Sequence[Passage], numbers: list[int]) -> list[list[int]]:
+    """Passage numbers in batches of like length, the longest first."""
+    order = sorted(numbers, key=lambda number: (-len(passages[number].prompt.ids), number))
+    batches: list[list[int]] = []
+    for number in order:
+        longest = len(passages[batches[-1][0]].prompt.ids) if batches else 0
+        if batches and (len(batches[-1]) + 1) * longest <= BATCH_TOKENS:
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
+def _embed(
+    body: Body,
+    sources: Sources,
+    passages: Sequence[Passage],
+    batches: list[list[int]],
+    dtype: torch.dtype,
+    device: str,
+) -> list[torch.Tensor]:
+    """The residual stream before the first layer: (B, T, D) per batch, padded on the right."""
+    import torch
+
+    width = body.base.model.config["hidden_size"]
+    rows = embed(body, sources, sorted({i for passage in passages for i in passage.prompt.ids}))
+    states = []
+    for batch in batches:
+        length = len(passages[batch[0]].prompt.ids)
+        state = torch.zeros(len(batch), length, width, dtype=dtype)
+        for row, number in enumerate(batch):
+            for at, token in enumerate(passages[number].prompt.ids):
+                state[row, at] = torch.from_numpy(rows[token])
+        states.append(state.to(device))
+    return states
+
+
+def _in_turn(load: Callable[[int], Weights], layers: range, lazy: bool) -> Iterator[Weights]:
+    """Each layer's weights when it is its turn; the next one's read ahead unless `lazy`."""
+    if lazy:
+        yield from map(load, layers)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(load, layers[0])
+        for layer in layers:
+            weights = ahead.result()
+            if layer + 1 in layers:
+                ahead = pool.submit(load, layer + 1)
+            yield weights
+
+
+def _ready_layer(config: dict[str, Any], weights: Weights, device: str, options: Options) -> Any:
+    """The body with this layer's weights in its place, on the device."""
+    body = one_layer(config)
+    body.layers[0].load_state_dict(weights, assign=True)
+    if options.load_in_4bit or options.load_in_8bit:
+        quantise(body.layers[0], options.load_in_4bit)
+    return body.to(device)
+
+
+def _run(
+    body: Any,
+    passages: Sequence[Passage],
+    batch: list[int],
+    state: torch.Tensor,
+    seen: dict[str, dict[int, Matrix]],
+) -> None:
+    """Send a batch through the layer, in place; note what the modules of `seen` are given."""
+    import torch
+
+    lengths = torch.tensor([len(passages[number].prompt.ids) for number in batch])
+    mask = (torch.arange(state.shape[1]) < lengths[:, None]).long().to(state.device)
+
+    def note(found: dict[int, Matrix], module: object, args: tuple[torch.Tensor, ...]) -> None:
+        inputs = args[0].float().cpu().numpy()
+        for row, number in enumerate(batch):
+            prompt = passages[number].prompt
+            found[number] = inputs[row, prompt.own : len(prompt.ids)].copy()
+
+    hooks = [
+        body.layers[0].get_submodule(module).register_forward_pre_hook(partial(note, found))
+        for module, found in seen.items()
+    ]
+    try:
+        state.copy_(
+            body(inputs_embeds=state, attention_mask=mask, use_cache=False).last_hidden_state
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()

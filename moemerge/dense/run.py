@@ -1,0 +1,230 @@
+"""Dense models run in transformers from what recipes give: one layer of one, or the whole."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moemerge.checkpoint import Location
+from moemerge.families import DEFAULTS, EMBEDDING, HEAD, LAYER, PARTIAL, TRAINED
+from moemerge.options import Options
+from moemerge.plan import Recipe, Sources, arithmetic, recipe
+
+if TYPE_CHECKING:
+    import torch
+
+
+NORM = "model.norm.weight"
+
+_BEYOND_DEFAULTS = (
+    "model_type", "head_dim", "rope_scaling", "rope_parameters", TRAINED, PARTIAL
+)  # fmt: skip
+_FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}  # fmt: skip
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that a new model could have; None where the system does not say."""
+    with suppress(OSError, IndexError, ValueError):
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    with suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def model_bytes(tensors: Collection[Location]) -> int:
+    """What a model of these tensors takes in memory, as `whole_model` holds it."""
+    return sum(at.nbytes * (2 if at.dtype == "F16" else 1) for at in tensors)
+
+
+def pick_device(name: str) -> str:
+    """The device that `auto` means here; any other name is itself."""
+    import torch
+
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def compute_dtype(embedding: Recipe, sources: Sources, device: str) -> torch.dtype:
+    """The weights' own dtype; float32 for float16 on a CPU, which has no arithmetic for it."""
+    import torch
+
+    read = next(recipe.reads(embedding))
+    stored = sources[read.source][read.tensor].dtype
+    if stored == "F16" and device != "cpu":
+        return torch.float16
+    return torch.bfloat16 if stored == "BF16" else torch.float32
+
+
+def load_tensors(
+    names: Collection[str],
+    prefix: str,
+    recipe_of: Callable[[str], Recipe],
+    sources: Sources,
+    dtype: torch.dtype,
+    memory: dict[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The tensors `prefix + name` by their `names`; others that a checkpoint may hold stay.
+
+    `memory` holds those of an earlier call for a layer like this one, to be used again.
+    """
+    memory = {} if memory is None else memory
+    for name in names:
+        made = _recipe(prefix + name, recipe_of)
+        shape = recipe.shape_of(made, sources)
+        memory[name] = arithmetic.load(prefix + name, shape, made, sources, into=memory.get(name))
+    return {name: memory[name].to(dtype) for name in names}
+
+
+def _recipe(name: str, recipe_of: Callable[[str], Recipe]) -> Recipe:
+    """How a tensor of transformers' class is made; a phi3's fused ones of their parts."""
+    head, _, leaf = name.rpartition(".")
+    for whole, parts in _FUSED.items():
+        if head.endswith(whole):
+            own = (f"{head.removesuffix(whole)}{part}.{leaf}" for part in parts)
+            return recipe.Join(tuple(recipe_of(one) for one in own))
+    return recipe_of(name)
+
+
+def one_layer(config: dict[str, Any]) -> Any:
+    """transformers' own body with one decoder layer, without memory, and no final norm."""
+    import torch
+    from transformers import AutoModel
+
+    settings = _settings(config) | {"num_hidden_layers": 1, "vocab_size": 1}
+    body = _on_meta(AutoModel, settings)
+    body.norm = torch.nn.Identity()
+    body.embed_tokens = torch.nn.Identity()
+    return body
+
+
+def whole_model(
+    config: dict[str, Any], recipe_of: Callable[[str], Recipe], sources: Sources, options: Options
+) -> Any:
+    """The dense causal model that `recipe_of` gives the tensors of.
+
+    With `options.lazy` a decoder layer's weights are read each time it runs, and let go after it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = pick_device(options.device)
+    dtype = compute_dtype(recipe_of(EMBEDDING), sources, device)
+    model = _on_meta(AutoModelForCausalLM, _settings(config) | {"vocab_size": config["vocab_size"]})
+
+    def load(names: Collection[str], prefix: str = "") -> dict[str, torch.Tensor]:
+        made = load_tensors(names, prefix, recipe_of, sources, dtype)
+        return {name: tensor.to(device) for name, tensor in made.items()}
+
+    def fill(number: int, layer: Any) -> None:
+        made = load(list(layer.state_dict()), LAYER.format(layer=number))
+        layer.load_state_dict(made, assign=True)
+
+    tied = config["tie_word_embeddings"]
+    top = load([EMBEDDING, NORM] if tied else [EMBEDDING, NORM, HEAD])
+    model.load_state_dict(top | ({HEAD: top[EMBEDDING]} if tied else {}), assign=True, strict=False)
+    model.model.rotary_emb.to(device)
+    for number, layer in enumerate(model.model.layers):
+        if options.lazy:
+            Streamed(layer, partial(fill, number))
+        else:
+            fill(number, layer)
+    return model
+
+
+class Streamed:
+    """A decoder layer without memory: it is filled when it runs, and let go after it."""
+
+    def __init__(self, layer: Any, fill: Callable[[Any], None]):
+        self.layer, self.fill, self.own = layer, fill, layer.forward
+        layer.streamed, layer.forward = self, self.run
+
+    @contextmanager
+    def filled(self) -> Iterator[Callable[..., Any]]:
+        """The layer's own forward, to be called any number of times while it has its weights."""
+        self.fill(self.layer)
+        try:
+            yield self.own
+        finally:
+            self.layer.to("meta")
+
+    @contextmanager
+    def replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Let something else run in the layer's place."""
+        self.layer.forward = forward
+        try:
+            yield
+        finally:
+            self.layer.forward = self.run
+
+    def run(self, *args: Any, **named: Any) -> Any:
+        """Run it, with its weights for as long as that takes."""
+        with self.filled() as forward:
+            return forward(*args, **named)
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a config.json only what describes the model: the rest are its saver's wishes."""
+    known = (*DEFAULTS[config["model_type"]], *_BEYOND_DEFAULTS)
+    settings = {key: config[key] for key in known if key in config}
+    if config[PARTIAL] != 1:  # a mistral turns whole heads
+        settings["model_type"] = config["saved_as"]
+    return settings | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+
+
+def _on_meta(kind: Any, settings: dict[str, Any]) -> Any:
+    """A model without memory, but for the rotary embedding: its buffers stand in no file."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**copy.deepcopy(settings))  # which it writes into
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    body = getattr(model, "model", model)
+    body.rotary_emb = type(body.rotary_emb)(config=config)
+    return model.eval()
+
+
+def quantise(module: torch.nn.Module, four_bits: bool) -> None:
+    """Replace every linear by bitsandbytes' 4-bit (NF4) or 8-bit one; moving it quantises it."""
+    import bitsandbytes as bnb
+    import torch
+
+    for name, child in list(module.named_children()):
+        if not isinstance(child, torch.nn.Linear):
+            quantise(child, four_bits)
+            continue
+        new: Any
+        if four_bits:
+            new = bnb.nn.Linear4bit(
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                compute_dtype=child.weight.dtype,
+                quant_type="nf4",
+                device="meta",
+            )
+            new.weight = bnb.nn.Params4bit(child.weight, requires_grad=False, quant_type="nf4")
+        else:
+            new = bnb.nn.Linear8bitLt(
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                has_fp16_weights=False,
+                device="meta",
+            )
+            new.weight = bnb.nn.Int8Params(
+                child.weight, requires_grad=False, has_fp16_weights=False
+            )
+        new.bias = child.bias
+        setattr(module, name, new)

@@ -1,0 +1,12 @@
+"""The names of a dense model's tensors, the same in every family."""
+
+from __future__ import annotations
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LAYER = "model.layers.{layer}."
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+
+
+def dense(layer: int, which: str) -> str:
+    """A dense MLP's matrix."""
+    return f"{LAYER.format(layer=layer)}mlp.{which}.weight"

@@ -1,0 +1,60 @@
+"""Small files, read and written whole: JSON, paths that stay inside, and what is flushed."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+CONFIG_FILE = "config.json"
+
+
+PART_SUFFIX = ".part"
+
+
+def write_json(path: Path, data: object, scratch: Path | None = None) -> None:
+    """Write JSON so that the file is either the old one or the whole new one.
+
+    Until it is whole it stands in `scratch`, by default the file's own directory.
+    """
+    part = (scratch or path.parent) / f"{path.name}{PART_SUFFIX}"
+    with part.open("w", encoding="utf-8") as file:
+        file.write(as_json(data))
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    flush_directory(path.parent)
+
+
+def as_json(data: object) -> str:
+    """JSON as every file here is written."""
+    return json.dumps(data, indent=2, ensure_ascii=True) + "\n"
+
+
+def is_inside(name: object) -> bool:
+    """Whether a name from a file can only mean something within its directory."""
+    if not isinstance(name, str) or "\0" in name or PureWindowsPath(name).drive:
+        return False
+    path = PurePosixPath(name.replace("\\", "/"))
+    return not path.is_absolute() and ".." not in path.parts and bool(path.parts)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty where there is none that can be read."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def flush_directory(path: Path) -> None:
+    """Make renames in a directory last; where directories cannot be opened, the system does."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

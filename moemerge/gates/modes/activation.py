@@ -1,0 +1,49 @@
+"""activation: for a split; ridge regression of the slices that each token of a text activates"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moemerge.gates.fitting import not_positive
+from moemerge.gates.task import Routers, Task
+from moemerge.split import chosen_slices
+
+USES = frozenset({"split text", "model"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`lambda`: the penalty, relative to the mean of the Gram matrix's diagonal; `kappa`: the
+    logits' spread over the slices, small, so that the chosen ones weigh nearly the same."""
+
+    lambda_: float = 0.1
+    kappa: float = 0.03
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """What cannot be."""
+        yield from not_positive(**{"lambda": self.lambda_}, kappa=self.kappa)
+
+
+def routers(task: Task) -> Routers:
+    """(E, D) per layer, by ridge regression, without intercept, of the slices to be found.
+
+    A token's target is 1 for its slices of the most energy, as many as are chosen, and 0 for the
+    others, less their mean. What a layer loses is flat in lambda from .01 to .3.
+    """
+    import numpy as np
+
+    assert task.cutter is not None
+    active = task.cutter.cutting.active
+    matrices = []
+    for layer in task.cutter.layers():
+        wanted = chosen_slices(layer.energies, active).astype(np.float64)
+        wanted -= wanted.mean(axis=1, keepdims=True)
+        inputs = layer.inputs.astype(np.float64)
+        gram = inputs.T @ inputs
+        gram[np.diag_indices_from(gram)] += task.settings.lambda_ * np.trace(gram) / len(gram)
+        rows = np.linalg.solve(gram, inputs.T @ wanted).T
+        spread = np.sqrt((inputs @ rows.T).var(axis=1).mean())
+        scale = task.settings.kappa / spread if spread > 0 else 1.0
+        matrices.append((scale * rows).astype(np.float32))
+    return Routers(matrices)

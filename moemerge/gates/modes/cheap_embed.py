@@ -1,0 +1,23 @@
+"""cheap_embed: the prompts' mean token embedding, the same in every layer; no model runs."""
+
+from __future__ import annotations
+
+from moemerge.dense import embed
+from moemerge.gates.fitting import contrast, examples_of
+from moemerge.gates.task import Routers, Task
+
+USES = frozenset({"prompts"})
+
+
+def routers(task: Task) -> Routers:
+    """(E, D) per layer, unit rows: positive minus negative prompts' mean token embeddings.
+
+    The idea is mergekit's `cheap_embed`; a router sees something else, but it costs nothing.
+    """
+    import numpy as np
+
+    examples = examples_of(task.experts)
+    texts = [x.prompt.ids[x.prompt.own :] for x in examples]
+    table = embed(task.body, task.sources, sorted({token for text in texts for token in text}))
+    vectors = [np.mean([table[token] for token in text], axis=0) for text in texts]
+    return Routers([contrast(examples, vectors, "in every layer")] * len(task.names))

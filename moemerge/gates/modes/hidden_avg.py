@@ -1,0 +1,13 @@
+"""hidden_avg: the mean of what each layer's router sees while the base model reads the prompts."""
+
+from __future__ import annotations
+
+from moemerge.gates.fitting import averaged
+from moemerge.gates.task import Routers, Task
+
+USES = frozenset({"prompts", "model"})
+
+
+def routers(task: Task) -> Routers:
+    """(E, D) per layer, unit rows: positive minus negative prompts' mean router inputs."""
+    return averaged(task, lambda inputs: inputs.mean(axis=0))

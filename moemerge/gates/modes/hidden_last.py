@@ -1,0 +1,13 @@
+"""hidden_last: what each layer's router sees at the last token of each prompt."""
+
+from __future__ import annotations
+
+from moemerge.gates.fitting import averaged
+from moemerge.gates.task import Routers, Task
+
+USES = frozenset({"prompts", "model"})
+
+
+def routers(task: Task) -> Routers:
+    """(E, D) per layer, unit rows, from the router input of each prompt's last token."""
+    return averaged(task, lambda inputs: inputs[-1])

@@ -1,0 +1,148 @@
+"""A file on the Hub: its bytes, range by range, and what the Hub means by an error."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from moemerge.hub.client import (
+    FIRST_WAIT,
+    LONGEST_WAIT,
+    TIMEOUT,
+    HubError,
+    explain,
+    retry_after,
+    shortened,
+)
+
+_TRIES = 6
+_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file on the Hub at one commit: its `size` in bytes, and `etag`, its content's digest.
+
+    An endpoint that is not the Hub's own may say neither: then they are 0 and empty.
+    """
+
+    repo: str
+    commit: str
+    file: str
+    size: int
+    etag: str
+
+
+def open_remote(remote: Remote) -> BinaryIO:
+    """A remote file to seek in and read; each read is a range request of `_BLOCK` bytes or more."""
+    return io.BufferedReader(_RemoteFile(remote), _BLOCK)
+
+
+class _RemoteFile(io.RawIOBase):
+    def __init__(self, remote: Remote):
+        self.remote, self.at = remote, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        starts = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.remote.size}
+        self.at = offset + starts[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self.remote.size - self.at))
+        if size:
+            read_range(self.remote, self.at, memoryview(buffer)[:size])
+        self.at += size
+        return size
+
+
+def read_range(remote: Remote, start: int, view: memoryview) -> None:
+    """Fill `view` with the remote file's bytes from `start`, over as many requests as it takes.
+
+    What came before a connection broke is kept. A busy or failing Hub is asked again, after as long
+    as it says or twice as long each time.
+
+    Raises:
+        HubError: it may not be read, is no longer what it was, or does not come.
+    """
+    done, failures = 0, 0
+    while done < len(view):
+        before = done
+        try:
+            for piece in _range(remote, start + done, start + len(view)):
+                view[done : done + len(piece)] = piece
+                done += len(piece)
+            why, wait = f"it sent {done - before} bytes of a range", 0.0
+        except HubError:
+            raise
+        except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
+            why, wait = shortened(error), retry_after(error)
+            if explained := explain(error):
+                raise HubError(f"{remote.file}: {explained[0]}", explained[1]) from error
+        failures = 0 if done > before else failures + 1
+        if done < len(view):
+            if failures == _TRIES:
+                raise HubError(
+                    f"{remote.file} cannot be read from the Hub ({why})", "try again later"
+                )
+            time.sleep(wait or min(FIRST_WAIT * 2**failures, LONGEST_WAIT))
+
+
+def _range(remote: Remote, start: int, end: int) -> Iterator[bytes]:
+    """The bytes from `start` to `end` as they come, once the answer is known to be about them."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported lazily
+        build_hf_headers,
+        hf_raise_for_status,
+    )
+
+    url = hf_hub_url(remote.repo, remote.file, revision=remote.commit)
+    headers = {
+        **build_hf_headers(),
+        "Accept-Encoding": "identity",
+        "Range": f"bytes={start}-{end - 1}",
+    }
+    with _get(url, headers) as (response, pieces):
+        hf_raise_for_status(response)
+        first = (*response.history, response)[0].headers  # the Hub's own; then its storage's
+        etag = (first.get("x-linked-etag") or first.get("etag") or "").removeprefix("W/").strip('"')
+        commit = first.get("x-repo-commit") or remote.commit
+        if (etag and remote.etag and etag != remote.etag) or commit != remote.commit:
+            raise HubError(f"{remote.file}: is another file than the plan saw", "run it again")
+        said = response.headers.get("content-range", "")
+        if response.status_code != 206 or not said.startswith(f"bytes {start}-"):
+            raise HubError(
+                f"{remote.file}: the server does not send parts of files", "run without --stream"
+            )
+        left = end - start
+        for piece in pieces:
+            yield piece[:left]
+            left -= len(piece)
+            if left <= 0:
+                return
+
+
+@contextmanager
+def _get(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Iterator[bytes]]]:
+    """An answer and its body in pieces, from httpx or from requests, whichever the library uses."""
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+    session: Any = get_session()
+    if callable(getattr(session, "stream", None)):  # httpx
+        with session.stream(
+            "GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True
+        ) as response:
+            yield response, response.iter_raw(1 << 20)
+    else:
+        with session.get(url, headers=headers, timeout=TIMEOUT, stream=True) as response:
+            yield response, response.iter_content(1 << 20)

@@ -1,0 +1,253 @@
+"""A model repository on the Hub as whoever is logged in may use it: asked, made, committed to."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moemerge.errors import MoemergeError, RunError
+from moemerge.files import CONFIG_FILE
+from moemerge.hub.client import progress_bars, retry_after, shortened
+
+T = TypeVar("T")
+Content = Path | bytes
+"""What a file on the Hub is to hold: that of a file here, or these bytes."""
+
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+TRIES = 8  # in vain
+_WAIT, _LONGEST_WAIT = 0.25, 30.0  # seconds
+
+
+@dataclass(frozen=True)
+class Held:
+    """A file on the Hub: its size in bytes, and its sha256 (`lfs`) or Git's id."""
+
+    nbytes: int
+    digest: str
+    lfs: bool
+
+
+class Repository:
+    """A model repository as whoever is logged in may use it. All questions are asked again while
+    the Hub is busy or the network fails.
+
+    Every method raises RunError with one line where that does not help.
+    """
+
+    def __init__(self, repo: str, bars: bool = False, tries: int = TRIES):
+        from huggingface_hub import HfApi, constants, get_token
+
+        self.tries = tries
+        self.bars = bars  # huggingface_hub's own, on a terminal: bytes of the file on its way
+        self.repo, self.url = repo, f"{constants.ENDPOINT}/{repo}"
+        self.api = HfApi(token=get_token())
+
+    def whoami(self) -> dict[str, Any] | None:
+        """What the Hub says of the token's holder; None if it does not know the token."""
+        return self._ask("asking who you are", self.api.whoami, missing=(401,))
+
+    def info(self) -> Any:
+        """The repository's entry on the Hub; None if it is not there, or hidden."""
+        return self._ask(
+            "looking at it",
+            lambda: self.api.model_info(self.repo, files_metadata=True),
+            missing=(401, 404),
+        )
+
+    def files(self) -> dict[str, Held]:
+        """What the repository holds; nothing if it does not exist."""
+        info = self.info()
+        return {
+            one.rfilename: Held(
+                one.size or 0, (one.lfs.sha256 if one.lfs else one.blob_id) or "", bool(one.lfs)
+            )
+            for one in (info.siblings if info else None) or ()
+        }
+
+    def may_write(self) -> bool:
+        """Whether a commit would be taken: the question that comes before one, and no more.
+
+        That `create_repo` succeeds would say nothing: it does for whatever exists.
+        """
+        from huggingface_hub import constants
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            get_session,
+            hf_raise_for_status,
+        )
+
+        def ask() -> bool:
+            answer = get_session().post(
+                f"{constants.ENDPOINT}/api/models/{self.repo}/preupload/main",
+                json={"files": [{"path": CONFIG_FILE, "sample": "e30=", "size": 2}]},
+                headers=build_hf_headers(token=self.api.token),
+                timeout=30,
+            )
+            hf_raise_for_status(answer)
+            return True
+
+        return bool(self._ask("asking for leave to write", ask, missing=(401, 403)))
+
+    def create(self, private: bool) -> None:
+        """Make the repository, unless it exists."""
+        if self.info() is None:
+            self._ask(
+                "making the repository",
+                lambda: self.api.create_repo(self.repo, private=private, exist_ok=True),
+            )
+
+    def commit(
+        self,
+        new: Mapping[str, Content],
+        gone: Collection[str],
+        title: str,
+        advance: Callable[[int], object] = lambda nbytes: None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> dict[str, str]:
+        """Upload files and commit them, with what is to be deleted; return each one's sha256.
+
+        Objects that the Hub has already are not sent again. `advance` is called with each file's
+        size; once `stopped`, nothing is committed.
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        alone = [[name] for name in new if SHARD.fullmatch(name)]
+        together = [name for name in new if not SHARD.fullmatch(name)]
+        additions = []
+        for names in filter(None, [*alone, together]):
+            batch = [CommitOperationAdd(name, new[name]) for name in names]
+            with progress_bars(self.bars and sys.stderr.isatty()):
+                self._ask(
+                    f"the upload of {names[0]}",
+                    partial(self.api.preupload_lfs_files, self.repo, batch, free_memory=False),
+                )
+            additions += batch
+            advance(sum(size_of(new[name]) for name in names))
+        tried = False
+
+        def ask() -> None:
+            nonlocal tried
+            if tried:  # it may have been done, and the answer lost
+                there = self.files()
+                done = all(holds(content, there.get(name)) for name, content in new.items())
+                if done and not set(gone) & there.keys():
+                    return
+            tried = True
+            deletions = [CommitOperationDelete(name) for name in gone]
+            self.api.create_commit(self.repo, [*additions, *deletions], commit_message=title)
+
+        if not stopped():
+            self._ask("the commit", ask)
+        return {one.path_in_repo: one.upload_info.sha256.hex() for one in additions}
+
+    def check(self, content: Mapping[str, Content | int]) -> None:
+        """See that everything is there; a `.gitignore` keeps files out without a word.
+
+        Raises:
+            RunError: a file is not.
+        """
+        there = self.files()
+        for name, what in content.items():
+            nbytes = what if isinstance(what, int) else size_of(what)
+            if name not in there or there[name].nbytes != nbytes:
+                raise RunError(
+                    f"{self.repo}: {name} did not arrive there; see whether the repository has a "
+                    ".gitignore, then run the same command again"
+                )
+
+    def _ask(self, what: str, ask: Callable[[], T], missing: Collection[int] = ()) -> T | None:
+        """An answer of the Hub, asked for again while that may help; None for `missing` statuses.
+
+        Raises:
+            RunError: it does not help.
+        """
+        for failures in range(1, self.tries + 1):
+            try:
+                with _quiet():
+                    return ask()
+            except MoemergeError:
+                raise
+            except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
+                cause = _cause(error)
+                status = getattr(getattr(cause, "response", None), "status_code", None)
+                if status in missing:
+                    return None
+                again = status in (408, 409, 412, 429) or (status or 0) >= 500
+                again = again or (status is None and _is_network(cause))
+                if not again or failures == self.tries:
+                    raise RunError(
+                        f"{self.repo}: {what} failed ({_why(cause, status)}); "
+                        "run the same command again to go on"
+                    ) from error
+                wait = retry_after(cause) or _WAIT * 2**failures
+                time.sleep(min(wait, _LONGEST_WAIT))
+        raise AssertionError("unreachable")
+
+
+def holds(content: Content, there: Held | None) -> bool:
+    """Whether a file on the Hub holds this content."""
+    if there is None or there.nbytes != size_of(content):
+        return False
+    if there.lfs:
+        return _sha256(content) == there.digest
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == there.digest
+
+
+def _sha256(content: Content) -> str:
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    digest, view = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with content.open("rb", buffering=0) as file:
+        while got := file.readinto(view):
+            digest.update(view[:got])
+    return digest.hexdigest()
+
+
+def size_of(content: Content) -> int:
+    """How many bytes it has."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what huggingface_hub logs of each failed try: addresses that carry signatures."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _cause(error: Exception) -> Exception:
+    """The error that tells: the first with an answer, else the innermost."""
+    while getattr(error, "response", None) is None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
+def _is_network(error: BaseException) -> bool:
+    """Whether a connection failed: requests' errors are OSErrors of no file, httpx has its own."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "TransportError" in names or (isinstance(error, OSError) and error.filename is None)
+
+
+def _why(error: BaseException, status: int | None) -> str:
+    """One line without addresses, which may carry signatures."""
+    if status in (401, 403):
+        return f"HTTP {status}: your token may not write there"
+    if status is not None:
+        said = " ".join(str(getattr(error, "server_message", None) or "").split())[:160]
+        return f"HTTP {status}{': ' if said else ''}{said}"
+    return re.sub(r"https?://\S+", "the Hub", shortened(Exception(str(error) or repr(error))))

@@ -1,0 +1,144 @@
+"""New routers for a mixture that is built: its first shard is rewritten, and nothing else moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from moemerge import output
+from moemerge.card import Told
+from moemerge.card import files as card_files
+from moemerge.checkpoint import read_header
+from moemerge.config import MergeConfig, load_config
+from moemerge.errors import InputError, Problem
+from moemerge.merging.pipeline import Merged
+from moemerge.merging.routers import make_routers, report_of
+from moemerge.options import Options
+from moemerge.output import (
+    Change,
+    How,
+    Manifest,
+    check_shards,
+    check_sources,
+    held,
+    open_manifest,
+    write_shard,
+)
+from moemerge.plan import ROUTERS, Plan
+from moemerge.prepare import Prepared, fetch, prepare, transfer
+from moemerge.reporting import Reporter, listener
+
+
+def regate(
+    out: str | Path,
+    config: MergeConfig | str | Path,
+    options: Options | None = None,
+    reporter: Reporter | None = None,
+    progress: bool = False,
+) -> Merged:
+    """Give the mixture in `out` the routers that `config` asks for.
+
+    The config may differ from the one that `out` was made from in gate mode, prompts, calibration
+    and experts_per_token. First shard, manifest, card, picture and config.json are replaced
+    together; a card that somebody edited stays. Killed before, the same call again goes on.
+
+    Raises:
+        InputError: `out` is no finished output, or the config asks for other weights.
+        RunError: a failure on the way; `out` has its old routers or its new ones.
+    """
+    begun, out, options = time.monotonic(), Path(out), options or Options()
+    reporter = listener(reporter, progress)
+    config = config if isinstance(config, MergeConfig) else load_config(config)
+    open_manifest(out)
+    with held(out) as change:
+        manifest = open_manifest(out)
+        check_shards(out, manifest.plan, "regate")
+        ready = _prepared(out, config, options, reporter, manifest)
+        for note in ready.notes:
+            reporter.say(note)
+        before, after = manifest.plan.experts_per_token, ready.plan.experts_per_token
+        if before != after:
+            reporter.say(f"{after} experts a token, as the config says; {before} before")
+        routing = _replace(change, options, reporter, ready, manifest)
+    plan, seconds = ready.plan, time.monotonic() - begun
+    written, hub = plan.shards[0].nbytes, transfer(ready, options)
+    return Merged(plan, out, ready.notes, seconds, written, 0, routing, hub)
+
+
+def _prepared(
+    out: Path, config: MergeConfig, options: Options, reporter: Reporter, manifest: Manifest
+) -> Prepared:
+    """The merge of the new config, with the shards that are there."""
+    chosen = config.architecture or manifest.plan.architecture  # what is chosen may change
+    ready = prepare(dataclasses.replace(config, architecture=chosen), options, reporter)
+    ready = dataclasses.replace(ready, config=config)
+    if ready.cutting:
+        what, fix = "is a split, whose routers belong to its slices", "split the model anew"
+        raise InputError([Problem(str(out), what, fix)])
+    check_sources(manifest.plan, ready.checkpoints, out)
+    _check_same_weights(ready.plan, manifest.plan, out)
+    shard = dataclasses.replace(ready.plan.shards[0], file=manifest.plan.shards[0].file)
+    plan = dataclasses.replace(
+        ready.plan,
+        shards=(shard, *manifest.plan.shards[1:]),
+        sources=tuple(map(manifest.plan.remembered, ready.plan.sources)),
+    )
+    return dataclasses.replace(ready, plan=plan)
+
+
+def _replace(
+    change: Change, options: Options, reporter: Reporter, ready: Prepared, manifest: Manifest
+) -> dict[str, Any]:
+    """Make the routers and replace what tells or shows them; returns how they do."""
+    out, state, plan, config = change.out, change.state, ready.plan, ready.config
+    with output.writing(out):
+        if state.started().get("run") != plan.run_digest:
+            state.clear(all=True)
+            state.start(plan.run_digest, manifest.files)
+    sources = fetch(ready, options, reporter)
+    if not state.routers.exists():
+        make_routers(ready, sources, options, reporter, state.routers)
+    sources[ROUTERS] = read_header(state.routers)
+    how, first = How(options.threads, options.direct, options.checksums), plan.shards[0]
+    new = change.path(first.file)
+    entry = write_shard(first, sources, out, how, lambda nbytes: None, new)
+    report = report_of(state.routers)
+    told = _told(ready, options, manifest)
+    ours = output.PICTURE_FILE in manifest.files
+    picture = card_files.write(change, ready, report, told, reporter, ours)
+    own: dict[str, dict[str, Any]] = {name: {} for name in output.OWN_FILES}
+    files = {**manifest.files, first.file: entry}
+    for name in [name for name in files if name.startswith(f"{output.BEFORE_TUNING}/")]:
+        change.remove(name)  # of routers that are no more
+        del files[name]
+    files = {name: files[name] for name in files if name not in (output.PICTURE_FILE, *own)}
+    files |= {**picture, **own}
+    text, said = config.as_yaml(), vars(told)
+    change.finish(Manifest(text, plan, files, report, ready.folder, card=said))
+    return report
+
+
+def _told(ready: Prepared, options: Options, manifest: Manifest) -> Told:
+    """What is wanted of the card: what the options say, else what they said before."""
+    before, said = manifest.card, options.flags
+    own = ready.own_card if "card" in said else str(before.get("own", ""))
+    shown = options.card_config if "card_config" in said else bool(before.get("config", True))
+    return Told(own, shown)
+
+
+def _check_same_weights(new: Plan, old: Plan, out: Path) -> None:
+    """Refuse a config that changes anything but routers."""
+
+    def weights(plan: Plan) -> dict[str, tuple[object, ...]]:
+        tensors = (tensor for shard in plan.shards[1:] for tensor in shard.tensors)
+        return {t.name: (t.shape, t.dtype, t.recipe) for t in tensors}
+
+    ours, theirs = weights(new), weights(old)
+    if new.tied_head and not old.tied_head:  # as it was written once
+        del ours[new.tied_head.name]
+    differ = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
+    if differ:
+        what = f"the config asks for other weights ({differ[0]} and {len(differ) - 1} more)"
+        raise InputError([Problem(str(out), what, "regate only changes routers: merge anew")])

@@ -1,0 +1,152 @@
+"""A gate mode run: the sources it needs, and the routers it makes as a tiny checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from moemerge.checkpoint import numpy_dtype
+from moemerge.errors import RunError
+from moemerge.files import PART_SUFFIX, read_json
+from moemerge.gates import Routers, Task
+from moemerge.gates import load_balance as selection
+from moemerge.gates import statistics as routing_stats
+from moemerge.options import Options
+from moemerge.output import writing
+from moemerge.plan import Fill, PlannedTensor, Shard, file_header
+from moemerge.prepare import Prepared
+from moemerge.reporting import Reporter
+from moemerge.split import Cutter
+
+if TYPE_CHECKING:
+    from moemerge.gates import Matrix
+    from moemerge.split import Order
+from moemerge.prepare import Tensors
+
+
+def task_of(ready: Prepared, sources: Tensors, options: Options, reporter: Reporter) -> Task:
+    """What the gate mode works from."""
+    cutter = None
+    if ready.cutting:
+        cutter = Cutter(ready.cutting, ready.body, sources, options, reporter)
+    return Task(
+        names=[t.name for t in ready.plan.shards[0].tensors if t.made == "router"],
+        body=ready.body,
+        donors=(*ready.donors, *ready.shared[: ready.host.mixture.gated]),
+        sources=sources,
+        experts=ready.prompts,
+        encoder=ready.encoder,
+        settings=ready.settings,
+        options=options,
+        reporter=reporter,
+        cutter=cutter,
+    )
+
+
+def run_gate(ready: Prepared, sources: Tensors, options: Options, reporter: Reporter) -> Routers:
+    """Let the gate mode make its routers.
+
+    Raises:
+        RunError: its prompts give routers that cannot choose.
+    """
+    return ready.gate.routers(task_of(ready, sources, options, reporter))
+
+
+def make_routers(
+    ready: Prepared, sources: Tensors, options: Options, reporter: Reporter, path: Path
+) -> None:
+    """Run the gate mode and save its routers, and how they do held out, at `path`.
+
+    Of a split, the orders of neurons are saved there too.
+
+    Raises:
+        RunError: they cannot choose, or are not finite, which only a broken model can cause.
+        WriteError: `path` cannot be written.
+    """
+    task = task_of(ready, sources, options, reporter)
+    made, gates = _apart(ready, ready.gate.routers(task))
+    routed = routing_stats.held_out(made, ready.encoder)
+    names, per_token = ready.plan.experts, ready.plan.experts_per_token
+    report = routing_stats.summary(routed, names, per_token)
+    if report:  # what its picture shows
+        report["texts"] = [
+            {"name": names[text["expert"]], "expert": text["expert"], "first": text["first"]}
+            for text in routing_stats.texts_of(routed, per_token)
+        ]
+    kinds = {
+        "router": made.matrices,
+        "shared gate": gates,
+        "bias": selection.biases(made, ready.host.mixture),
+    }
+    shard = ready.plan.shards[0]
+    content = {
+        tensor.name: next(rows)
+        for kind in kinds
+        for rows in [iter(kinds[kind])]
+        for tensor in shard.tensors
+        if tensor.made == kind
+    }
+    save(shard, content, report, path, task.cutter.finish() if task.cutter else {})
+
+
+def _apart(ready: Prepared, made: Routers) -> tuple[Routers, list[Matrix]]:
+    """The routed experts' routers, and the shared experts' gates, (1, D) a layer, if prompts made
+    them: they were the last of the experts."""
+    count = len(ready.donors)
+    if not ready.host.mixture.gated:
+        return made, []
+    kept = [at for at, text in enumerate(made.texts) if text.expert < count]
+    held_out = tuple([layer[at][:, :count] for at in kept] for layer in made.held_out)
+    routed = [matrix[:count] for matrix in made.matrices]
+    texts = tuple(made.texts[at] for at in kept)
+    return Routers(routed, texts, held_out), [matrix[count:] for matrix in made.matrices]
+
+
+def save(
+    shard: Shard,
+    made: dict[str, Matrix],
+    report: dict[str, Any],
+    path: Path,
+    orders: Mapping[str, Order] = MappingProxyType({}),
+) -> None:
+    """Save what a gate mode made as a tiny checkpoint in the shard's dtypes, and a report beside.
+
+    `orders` of neurons by their names come last, as whole numbers.
+
+    Raises:
+        RunError: a router is not finite.
+        WriteError: `path` cannot be written.
+    """
+    import numpy as np
+
+    tensors = [replace(tensor, shape=made[tensor.name].shape) for tensor in shard.tensors]
+    none = Fill(0.0, ())
+    numbers = [PlannedTensor(n, order.shape, "I32", none) for n, order in orders.items()]
+    content = [file_header([*tensors, *numbers], {"format": "pt"})]
+    for tensor in tensors:
+        matrix = made[tensor.name]
+        if not np.isfinite(matrix).all():
+            raise RunError(
+                f"{tensor.name}: the router came out as NaN or Inf; use other prompts, another "
+                "dtype of the models, or --device cpu"
+            )
+        content.append(matrix.astype(numpy_dtype(tensor.dtype)).tobytes())
+    content += [order.astype("<i4").tobytes() for order in orders.values()]
+    with writing(path):
+        _report(path).write_text(json.dumps(report), encoding="utf-8")
+        part = path.with_name(f"{path.name}{PART_SUFFIX}")
+        part.write_bytes(b"".join(content))
+        part.replace(path)
+
+
+def report_of(path: Path) -> dict[str, Any]:
+    """The report saved with the routers at `path`."""
+    return read_json(_report(path))
+
+
+def _report(path: Path) -> Path:
+    return path.with_suffix(".json")

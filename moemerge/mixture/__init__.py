@@ -1,0 +1,42 @@
+"""A mixture that is there: opened, loaded, edited, repaired, and taken apart."""
+
+from moemerge.mixture.edit import add, drop, top_k
+from moemerge.mixture.extraction import extract
+from moemerge.mixture.loading import PER_TOKEN, config_of, encoder_of, load_mixture
+from moemerge.mixture.open import Moe, open_moe, portions
+from moemerge.mixture.rebuild import Built, Edit, build
+from moemerge.mixture.repairing import repair
+from moemerge.mixture.unfused import (
+    check_memory,
+    dtype_of,
+    experts_of,
+    is_plain,
+    load,
+    name_in_files,
+    routers_of,
+)
+
+__all__ = [
+    "PER_TOKEN",
+    "Built",
+    "Edit",
+    "Moe",
+    "add",
+    "build",
+    "check_memory",
+    "config_of",
+    "drop",
+    "dtype_of",
+    "encoder_of",
+    "experts_of",
+    "extract",
+    "is_plain",
+    "load",
+    "load_mixture",
+    "name_in_files",
+    "open_moe",
+    "portions",
+    "repair",
+    "routers_of",
+    "top_k",
+]

@@ -1,0 +1,99 @@
+"""A finished mixture opened, and in transformers: whole where memory holds it, or streamed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from moemerge.architectures import COUNTS
+from moemerge.dense import available_memory, pick_device
+from moemerge.errors import Findings, InputError, Problem, first_line
+from moemerge.files import CONFIG_FILE
+from moemerge.mixture.open import open_moe
+from moemerge.mixture.unfused import dtype_of, load, refuse_weights
+from moemerge.options import Options
+from moemerge.reporting import Reporter, size
+from moemerge.text import Encoder
+
+PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token")
+"""The keys by which configs say how many experts a token chooses."""
+
+
+def load_mixture(out: Path, options: Options, reporter: Reporter) -> Any:
+    """The mixture in transformers, on its device.
+
+    Where memory is too small, or with `options.lazy`, a decoder layer's weights are read each time
+    it runs, and let go after it; see `reading.mean_losses`.
+
+    Raises:
+        InputError: transformers cannot load it, or not all of its weights.
+    """
+    needed = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    free = available_memory()
+    if options.lazy or (free is not None and needed > free):
+        if not options.lazy:
+            told = f"{size(needed)} of weights, {size(free or 0)} of memory free"
+            reporter.say(f"{out}: {told}, so it is read layer by layer")
+        return _streamed(out, options, reporter)
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with reporter.progress("loading the mixture", 1, "model"):
+        try:
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                out, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except Exception as error:  # it lets through what any of many libraries raises
+            what = f"transformers cannot load it ({first_line(error)})"
+            fix = "name one that it loads; `moemerge verify` checks one that moemerge made"
+            raise InputError([Problem(str(out), what, fix)]) from error
+    keys = ("missing_keys", "mismatched_keys", "unexpected_keys")
+    lost = ([one if isinstance(one, str) else one[0] for one in found[key]] for key in keys)
+    refuse_weights(str(out), *lost)
+    if model.dtype == torch.float16:
+        model = model.float()
+    return model.eval().to(pick_device(options.device))
+
+
+def config_of(out: Path) -> dict[str, Any]:
+    """The config.json of a mixture, which says how many experts there are and a token chooses.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
+        numbers = [[config[key] for key in k if key in config] for k in (COUNTS, PER_TOKEN)]
+        if all(of and isinstance(of[0], int) and of[0] > 0 for of in numbers):
+            return dict(config)
+    except (OSError, ValueError, TypeError, RecursionError):
+        pass
+    fix = "name a directory that holds a mixture of experts"
+    raise InputError([Problem(str(out), f"has no {CONFIG_FILE} of a mixture", fix)])
+
+
+def encoder_of(out: Path) -> Encoder:
+    """The mixture's tokenizer.
+
+    Raises:
+        InputError: there is none that can be read.
+    """
+    try:
+        return Encoder(out)
+    except ValueError as error:
+        raise InputError([Problem(str(out), str(error), "copy the base's tokenizer")]) from error
+
+
+def _streamed(out: Path, options: Options, reporter: Reporter) -> Any:
+    findings = Findings()
+    moe = open_moe(str(out.absolute()), options.cache_dir, findings)
+    findings.refuse()
+    assert moe is not None
+    options = dataclasses.replace(options, lazy=True, load_in_4bit=False)
+    model = load(moe, options, reporter, dtype_of(moe)).eval()
+    model.config.output_router_logits = False  # the layers that would note them run elsewhere
+    model.config.use_cache, model.config.model_type = True, moe.family
+    return model

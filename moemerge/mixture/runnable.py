@@ -1,0 +1,131 @@
+"""A mixture's config.json in words for every reader, and the numbers of experts its class can run.
+
+Shapes: E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from moemerge.architectures import COUNTS, MLP, SPLIT_FACTOR, find, names
+from moemerge.checkpoint import FLOATS
+from moemerge.errors import Findings
+from moemerge.families import PARTIAL
+from moemerge.mixture.open import PER_TOKEN, TURNED, Moe, Part
+from moemerge.plan import Scale
+from moemerge.tokenizer import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILE, portable, read_object
+
+_FACTOR = "routed_scaling_factor"
+
+
+def is_wrong(moe: Moe) -> bool:
+    """Whether some reader cannot load it: by its tensors' names, its config or its tokenizer."""
+    config = moe.config
+    scaled = moe.dense["rope_scaling"] is not None
+    deaf = "rope_parameters" in config and not (
+        "rope_theta" in config and (config.get("rope_scaling") or not scaled)
+    )
+    made = config_of(moe, moe.experts, moe.per_token)
+    differs = config != read_object(moe.checkpoint.directory / "config.json")
+    differs |= any(config.get(key) != made.get(key) for key in (*COUNTS, "layer_types"))
+    return moe.is_misnamed or deaf or differs or _is_foreign(moe)
+
+
+def _is_foreign(moe: Moe) -> bool:
+    """Whether a small file beside it says what some reader trips over."""
+    directory, rows = moe.checkpoint.directory, int(moe.dense["vocab_size"])
+    fast = (directory / TOKENIZER_FILE).is_file()
+    there = [n for n in (CONFIG_FILE, GENERATION_FILE) if (directory / n).is_file()]
+    contents = {name: (directory / name).read_bytes() for name in there}
+    return any(portable(name, has, fast, rows)[0] != has for name, has in contents.items())
+
+
+def config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:
+    """The mixture's config.json with other numbers, in words that transformers 4 and 5 know."""
+    dense, config = moe.dense, moe.config
+    rope, part = dense["rope_parameters"], dense[PARTIAL]
+    partial = {PARTIAL: part} if part != 1 or moe.family in TURNED else {}
+    long = config.get("dtype") or config.get("torch_dtype") or long_name(moe.parts[0].dtype)
+    types, counts = layer_kinds(moe), [key for key in COUNTS if key in config]
+    if moe.family in ("flex_olmo", "qwen2_moe", "qwen3_moe"):  # each version has one of the two
+        counts = ["num_experts", "num_local_experts"]
+    return {
+        **config,
+        "head_dim": dense["head_dim"],
+        "rope_theta": dense["rope_theta"],
+        "rope_scaling": dense["rope_scaling"] and {**dense["rope_scaling"], **partial},
+        "rope_parameters": {**rope, **partial},
+        **partial,
+        "dtype": long,
+        "torch_dtype": long,
+        **dict.fromkeys(counts, experts),
+        **({"layer_types": types} if types else {}),
+        **(
+            {"sliding_window": config["sliding_window"] or None}
+            if "sliding_window" in config
+            else {}
+        ),
+        **({SPLIT_FACTOR: per_token} if moe.factor else {}),
+        **({_FACTOR: config[_FACTOR] * per_token / moe.factor} if has_factor(moe) else {}),
+        PER_TOKEN: per_token,
+    }
+
+
+def layer_kinds(moe: Moe) -> list[Any]:
+    """Each layer's kind; a granitemoehybrid's as transformers 4 calls it, which 5 understands."""
+    types = moe.config.get("layer_types")
+    old = {"full_attention": "attention", "linear_attention": "mamba"}
+    known = old if moe.family == "granitemoehybrid" else {}
+    return [known.get(str(kind), kind) for kind in types] if isinstance(types, list) else []
+
+
+def long_name(dtype: str) -> str:
+    """A dtype as config.json calls it."""
+    return next((long for long, short in FLOATS.items() if short == dtype), "float32")
+
+
+def check_groups(moe: Moe, count: int, findings: Findings) -> None:
+    """Record a number of experts that the class cannot run; its groups must hold the best two
+    that a sigmoid class judges each by."""
+    groups = moe.config.get("n_group") or 1
+    best = 2 if "n_group" in moe.config and any(part.made == "bias" for part in moe.parts) else 1
+    if type(groups) is not int or groups < 1 or count % groups:
+        what = f"its experts are in {groups!r} groups, which {count} cannot be"
+        findings.problem(moe.text, what, "there is no way but to merge anew")
+    elif count // groups < best:
+        what = (
+            f"a {moe.family} takes the best two experts of each of {groups} groups, not of {count}"
+        )
+        fix = "use extract: one expert is a dense model" if groups == 1 else "merge anew"
+        findings.problem(moe.text, what, fix)
+
+
+def most_per_token(moe: Moe) -> int:
+    """How many experts a token can choose: those of the groups that its class lets it use."""
+    groups, chosen = (moe.config.get(key) or 1 for key in ("n_group", "topk_group"))
+    whole = type(groups) is type(chosen) is int and 1 <= chosen <= groups
+    return moe.experts // groups * chosen if whole else moe.experts
+
+
+def check_whole(moe: Moe, findings: Findings) -> None:
+    """Record experts that are no whole MLPs."""
+    if moe.factor or moe.segments > 1:
+        kind = (
+            "slices of the model that was split" if moe.factor else f"{moe.segments} segments each"
+        )
+        what = f"its experts are parts of MLPs ({kind})"
+        findings.problem(moe.text, what, "use the models that it was made of")
+
+
+def has_factor(moe: Moe) -> bool:
+    """Whether it is a split whose class multiplies what is chosen by a factor of its config."""
+    known = isinstance(moe.config.get(_FACTOR), int | float) and moe.family in names()
+    return bool(moe.factor and known and find(moe.family).SCORES == "sigmoid")
+
+
+def weighed(part: Part, per_token: int, moe: Moe) -> Part:
+    """A split's down projection as it is to be where a token chooses so many slices."""
+    if part.expert is None or MLP[part.which] != "down_proj" or moe.factor in (0, per_token):
+        return part
+    return replace(part, recipe=Scale(part.recipe, per_token / moe.factor))

@@ -1,0 +1,63 @@
+"""Shards as tasks of a Ray cluster over a shared file system; needs `moemerge[ray]`."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from moemerge.errors import MoemergeError, RunError
+from moemerge.output.write import How, write_shard
+from moemerge.plan import Shard, Sources
+
+RETRIES = 10
+"""How often a shard is tried again when the worker that wrote it dies."""
+
+
+def write_shards(
+    shards: Sequence[Shard], sources: Sources, out: Path, how: How, address: str
+) -> Iterator[tuple[Shard, dict[str, Any]]]:
+    """Write the shards on the cluster; yield each with its manifest entry as it is finished.
+
+    The same function runs there as here, so the bytes are the same. `address` is the cluster's, as
+    `ray.init` takes it, or `local` for one on this machine.
+
+    Raises:
+        RunError: the cluster cannot be reached or lost a shard for good; or as `write_shard`.
+    """
+    import ray
+
+    ours = not ray.is_initialized()
+    try:
+        if ours:
+            _knock(address)
+            ray.init(address=None if address == "local" else address, log_to_driver=False)
+        task = ray.remote(max_retries=RETRIES)(_write)
+        located = ray.put(sources)
+        waiting = {task.remote(shard, located, out, how): shard for shard in shards}
+        while waiting:
+            (ended,), _ = ray.wait(list(waiting), num_returns=1)
+            entry = ray.get(ended)
+            yield waiting.pop(ended), entry
+    except MoemergeError:
+        raise
+    except (ray.exceptions.RayError, OSError) as error:
+        line = str(error).strip().splitlines()[-1]
+        raise RunError(f"Ray: {line}; run the same command again to go on") from error
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _write(shard: Shard, sources: Sources, out: Path, how: How) -> dict[str, Any]:
+    return write_shard(shard, sources, out, how, lambda nbytes: None)
+
+
+def _knock(address: str) -> None:
+    """See that something listens at `host:port`: Ray itself would go on trying for minutes."""
+    found = re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address)
+    if found:
+        with socket.create_connection((found[1], int(found[2])), timeout=10):
+            pass

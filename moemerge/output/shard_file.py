@@ -1,0 +1,154 @@
+"""A shard as bytes: what stands at each offset of its file, and a checksum over fixed chunks."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from moemerge.output.disk import CHUNK_BYTES, buffer
+from moemerge.plan import PlannedTensor, Shard, Sources, arithmetic
+
+
+class ShardFile:
+    """The bytes of a shard's file, any stretch of which can be made without the others."""
+
+    def __init__(self, shard: Shard, sources: Sources):
+        self.sources = arithmetic.WithStatistics(sources)
+        self.header = shard.header()
+        self.starts = [0]
+        self.tensors: list[PlannedTensor | None] = [None]
+        end = len(self.header)
+        for tensor in shard.tensors:
+            self.starts.append(end)
+            self.tensors.append(tensor)
+            end += tensor.nbytes
+        self.nbytes = end
+
+    def fill(self, view: memoryview, start: int, only: Collection[str] | None = None) -> None:
+        """Fill `view` with the bytes from `start` on; of tensors in `only` alone, if given.
+
+        Raises:
+            ReadError: a source is truncated or changed, or a value is NaN or Inf.
+        """
+        for tensor, first, part in self.pieces(view, start):
+            if tensor is None:
+                part[:] = self.header[first : first + len(part)]
+            elif only is None or tensor.name in only:
+                fill_tensor(part, first, tensor, self.sources)
+
+    def pieces(
+        self, view: memoryview, start: int
+    ) -> Iterator[tuple[PlannedTensor | None, int, memoryview]]:
+        """What lies in a stretch: each tensor (None is the header), from which of its bytes, where.
+
+        `view` is the stretch's memory; the last of each is the part of it that the tensor has.
+        """
+        at, end = bisect_right(self.starts, start) - 1, start + len(view)
+        begin = start
+        while begin < end:
+            stop = min(self.starts[at + 1] if at + 1 < len(self.starts) else self.nbytes, end)
+            part = view[begin - start : stop - start]
+            yield self.tensors[at], begin - self.starts[at], part
+            begin, at = stop, at + 1
+
+
+def is_shard(path: Path, shard: Shard) -> bool:
+    """Whether a file has the shard's header and size; its bytes are not looked at.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    header = shard.header()
+    with path.open("rb") as file:
+        return file.read(len(header)) == header and path.stat().st_size == shard.nbytes
+
+
+def fill_tensor(view: memoryview, start: int, tensor: PlannedTensor, sources: Sources) -> None:
+    """Fill `view` with a tensor's bytes from its byte `start`; see `arithmetic.fill`."""
+    arithmetic.fill(view, start, tensor.name, tensor.shape, tensor.dtype, tensor.recipe, sources)
+
+
+def chunks(nbytes: int) -> Iterator[tuple[int, int]]:
+    """Each chunk of a file: its offset and its size."""
+    return ((at, min(CHUNK_BYTES, nbytes - at)) for at in range(0, nbytes, CHUNK_BYTES))
+
+
+def chunk_digest(chunk: memoryview) -> bytes:
+    """The xxh3 of a chunk, 8 bytes."""
+    import xxhash
+
+    return xxhash.xxh3_64_digest(chunk)
+
+
+def checksum(digests: Iterable[bytes]) -> str:
+    """A file's checksum from its chunks': the xxh3 of their digests in order, in hex.
+
+    So chunks may be written, and checked, in any order and by any number of threads.
+    """
+    import xxhash
+
+    return xxhash.xxh3_64_hexdigest(b"".join(digests))
+
+
+def read_chunk(path: Path, offset: int, nbytes: int) -> memoryview:
+    """A chunk of a file in this thread's buffer; shorter where the file ends.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    view = buffer()[:nbytes]
+    got = 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while got < nbytes and (more := file.readinto(view[got:])):
+            got += more
+    return view[:got]
+
+
+def same_bytes(one: memoryview, other: memoryview) -> bool:
+    """Whether two stretches of memory hold the same.
+
+    Python's own `==` takes thirty times as long, and lets no other thread run meanwhile.
+    """
+    import numpy as np
+
+    if len(one) != len(other):
+        return False
+    whole = len(one) // 8 * 8
+    mine, yours = (np.frombuffer(view[:whole], np.uint64) for view in (one, other))
+    return np.array_equal(mine, yours) and one[whole:] == other[whole:]
+
+
+def file_checksum(path: Path, jobs: int = 4) -> str:
+    """The checksum of a whole file, read by several threads.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with ThreadPoolExecutor(jobs) as pool:
+        stretches = chunks(path.stat().st_size)
+        return checksum(pool.map(lambda at: chunk_digest(read_chunk(path, *at)), stretches))
+
+
+@contextmanager
+def threads(jobs: int, compute: bool) -> Iterator[ThreadPoolExecutor]:
+    """A pool that, on an error or Ctrl-C, drops what has not begun.
+
+    Where they compute, each thread is torch's only one: more would wait for each other.
+    """
+    before = 0
+    if compute:
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if compute:
+            torch.set_num_threads(before)

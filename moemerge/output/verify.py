@@ -1,0 +1,435 @@
+"""Files against their plan: headers, checksums, and bytes against what their recipes give anew."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moemerge.checkpoint import (
+    Checkpoint,
+    Location,
+    Reference,
+    SourceProblem,
+    nearest_directory,
+    numpy_dtype,
+    open_checkpoint,
+    read_bytes,
+    read_header,
+    with_rows,
+)
+from moemerge.errors import InputError, Line, Problem, VerifyError
+from moemerge.files import CONFIG_FILE
+from moemerge.output.change import settle
+from moemerge.output.directory import MODEL_SUFFIXES
+from moemerge.output.disk import CHUNK_BYTES, buffer
+from moemerge.output.estimate import seconds_to_compare
+from moemerge.output.manifest import MANIFEST_FILE, Manifest, read_manifest
+from moemerge.output.shard_file import (
+    ShardFile,
+    checksum,
+    chunk_digest,
+    chunks,
+    file_checksum,
+    fill_tensor,
+    read_chunk,
+    same_bytes,
+    threads,
+)
+from moemerge.plan import (
+    INDEX_FILE,
+    ROUTERS,
+    Plan,
+    PlannedTensor,
+    Shard,
+    Source,
+    Sources,
+    recipe,
+    weight_index,
+)
+from moemerge.reporting import Reporter, listener, size
+
+SAMPLED_TENSORS = 16
+_SAMPLE_BYTES = 1 << 20
+_JOBS = 4
+_ULP = {"F32": 2.0**-22, "F16": 2.0**-10, "BF16": 2.0**-7}
+_SUM, _FEW = 2.0**-20, 0.01
+"""Rounded otherwise: by a unit in the last place or the error of a float32 sum, and few values."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was looked at: `bytes_read` of the output, `compared` tensors against their sources."""
+
+    bytes_read: int
+    compared: int
+    tensors: int
+    seconds: float
+
+
+def verify_shards(
+    plan: Plan, out: Path, sources: Sources, only: Collection[Shard] | None = None
+) -> None:
+    """The quick check at the end of a merge: headers, sizes, routers, some tensors' first bytes.
+
+    Of all shards, or of some that are there.
+
+    Of tensors that would have to come from the Hub again, no bytes are compared.
+
+    Raises:
+        VerifyError: what stands in `out` is not what the plan says.
+    """
+    shards = plan.shards if only is None else only
+    for shard in shards:
+        _check_header(shard, out)
+    if plan.shards[0] in shards:
+        _check_routers(plan, out)
+    places = [
+        (out / shard.file, tensor, offset)
+        for shard in shards
+        for tensor, offset in zip(shard.tensors, ShardFile(shard, sources).starts[1:], strict=True)
+        if not _of_a_gate(tensor)
+        if not any(sources[read.source][read.tensor].remote for read in recipe.reads(tensor.recipe))
+    ]
+    chosen = random.Random(plan.digest).sample(places, min(SAMPLED_TENSORS, len(places)))
+    for path, tensor, offset in chosen:
+        made = memoryview(bytearray(min(tensor.nbytes, _SAMPLE_BYTES)))
+        fill_tensor(made, 0, tensor, sources)
+        if not _is_made(read_chunk(path, offset, len(made)), made, tensor):
+            raise _differs(path, tensor)
+
+
+def is_whole(shard: Shard, out: Path, entry: dict[str, Any]) -> bool:
+    """Whether a finished shard is still what its manifest entry says: header, size, checksum."""
+    try:
+        _check_header(shard, out)
+        return "xxh3" not in entry or file_checksum(out / shard.file) == entry["xxh3"]
+    except (VerifyError, OSError):
+        return False
+
+
+def verify_checkpoint(
+    out: str | Path,
+    reporter: Reporter | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = False,
+) -> Verified:
+    """Check a finished directory: every byte against the manifest and, where they are at hand
+    unchanged, against the sources.
+
+    Raises:
+        InputError: the directory is not a finished output of moemerge.
+        VerifyError: a file is not what the manifest says.
+    """
+    out, reporter, begun = Path(out), listener(reporter, progress), time.monotonic()
+    manifest = open_manifest(out)
+    plan = manifest.plan
+    check_shards(out, plan, "verify")
+    for shard in plan.shards:
+        _check_header(shard, out)
+    _check_json(out / CONFIG_FILE, plan.config)
+    _check_json(out / INDEX_FILE, weight_index(plan))
+    _check_strays(out, manifest)
+    _check_routers(plan, out)
+    sources, newer = _available(plan, reporter, cache_dir)
+    compared = {
+        tensor.name
+        for tensor in plan.tensors
+        if all(r.tensor in sources.get(r.source, ()) for r in recipe.reads(tensor.recipe))
+    }
+    size = sum((out / name).stat().st_size for name in manifest.files if (out / name).is_file())
+    _say_how_long(plan, out, sources, compared, size, reporter)
+    if not all("xxh3" in manifest.files[shard.file] for shard in plan.shards):
+        reporter.say(Line("it was written with --no-checksum: sizes and sources are all there is"))
+    changed: dict[str, PlannedTensor] = {}
+    with reporter.progress("verifying", size, "B") as advance:
+        rounded = set[str]()
+        for shard in plan.shards:
+            otherwise, differ = _check_shard(
+                shard, out, manifest, sources, compared, newer, advance
+            )
+            rounded |= otherwise
+            for tensor in differ:
+                compared.discard(tensor.name)
+                changed |= {r.source: tensor for r in recipe.reads(tensor.recipe)}
+        for name in manifest.files.keys() - {shard.file for shard in plan.shards}:
+            advance(_check_small_file(name, out, manifest))
+    if rounded:
+        reporter.say(
+            f"{len(rounded)} computed tensors ({min(rounded)}) differ from their sources in the "
+            "last bits alone: an earlier version of moemerge rounded them"
+        )
+    for name in newer & changed.keys():
+        what = f"it changed since the merge: {changed[name].name} is not what it was"
+        reporter.say(f"{name}: {what}; the output is whole, by its own checksums")
+    return Verified(size, len(compared), len(list(plan.tensors)), time.monotonic() - begun)
+
+
+def check_shards(out: Path, plan: Plan, action: str) -> None:
+    """Refuse a directory that is not whole, or whose shards were pushed as they were finished."""
+    if (out / CONFIG_FILE).exists():
+        return
+    what, fix = f"holds no {CONFIG_FILE}: it is not finished", "merge again, or copy it again"
+    if not any((out / shard.file).exists() for shard in plan.shards):
+        what = "holds no shards"
+        fix = f"where they were pushed as it went, {action} a downloaded copy"
+    raise InputError([Problem(str(out), what, fix)])
+
+
+def manifest_of(out: Path, action: str) -> Manifest | None:
+    """The manifest of a mixture; None of one that moemerge did not make.
+
+    Raises:
+        InputError: its shards are gone.
+        VerifyError: the manifest is broken.
+    """
+    settle(out)
+    if not (out / MANIFEST_FILE).exists():
+        return None
+    manifest = open_manifest(out)
+    check_shards(out, manifest.plan, action)
+    return manifest
+
+
+def open_manifest(out: Path) -> Manifest:
+    """The manifest of a finished directory; what a killed run had decided is completed first.
+
+    Raises:
+        InputError: the directory is not a finished output of moemerge.
+        VerifyError: the manifest is broken.
+    """
+    settle(out)
+    try:
+        return read_manifest(out)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        near = "" if out.exists() else nearest_directory(str(out), None)
+        what, fix = f"holds no {MANIFEST_FILE}", near or "name a directory that moemerge finished"
+        raise InputError([Problem(str(out), what, fix)]) from error
+    except OSError as error:
+        what = f"{MANIFEST_FILE} cannot be read ({error.strerror})"
+        raise InputError([Problem(str(out), what, "check its permissions")]) from error
+    except ValueError as error:
+        raise VerifyError(f"{out / MANIFEST_FILE}: {error}; merge again") from error
+
+
+def check_sources(plan: Plan, opened: Mapping[str, Checkpoint], out: Path) -> None:
+    """Refuse to go on with sources that are no longer what the mixture in `out` was made of.
+
+    Raises:
+        InputError: some changed; names each.
+    """
+    if problems := changed_sources(plan, opened, out):
+        raise InputError(problems)
+
+
+def changed_sources(plan: Plan, opened: Mapping[str, Checkpoint], out: Path) -> list[Problem]:
+    """A problem for each source that changed; `opened` are those at hand, by their references."""
+    fix = "give back what it was, or merge anew"
+    return [
+        Problem(source.reference, f"{what} changed since {out} was made of it", fix)
+        for source in plan.sources
+        if source.reference in opened and (what := _changed(source, opened[source.reference]))
+    ]
+
+
+def _changed(source: Source, now: Checkpoint) -> str:
+    """What of a source is not what it was; empty if it is the same."""
+    if not now.is_still(source.fingerprint):
+        return "it"
+    return "its tokenizer" if source.tokens not in (None, now.tokens) else ""
+
+
+def _check_strays(out: Path, manifest: Manifest) -> None:
+    """Weights that nothing lists make some programs read the wrong ones."""
+    for path in sorted(out.iterdir()):
+        if path.name.endswith(MODEL_SUFFIXES) and path.name not in manifest.files:
+            raise VerifyError(f"{path}: is not of this model; move it away")
+
+
+def _check_header(shard: Shard, out: Path) -> None:
+    path, expected = out / shard.file, shard.header()
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(expected))
+        size = path.stat().st_size
+    except OSError as error:
+        raise VerifyError(f"{path}: cannot be read ({error.strerror}); merge again") from error
+    if found != expected:
+        raise VerifyError(f"{path}: its header is not the plan's; merge again with --overwrite")
+    if size != shard.nbytes:
+        raise VerifyError(f"{path}: is {size} bytes, the plan says {shard.nbytes}; merge again")
+
+
+def _check_routers(plan: Plan, out: Path) -> None:
+    import numpy as np
+
+    shard, meant = plan.shards[0], plan.gate_mode == "zeros"
+    made = {tensor.name: tensor.made for tensor in shard.tensors if _of_a_gate(tensor)}
+    for name, location in read_header(out / shard.file).items():
+        if name not in made:
+            continue
+        raw = np.frombuffer(read_bytes(location), numpy_dtype(location.dtype))
+        router = raw.astype(np.float32).reshape(location.shape)
+        if not np.isfinite(router).all():
+            raise VerifyError(f"{name}: holds NaN or Inf; merge again")
+        if meant or made[name] not in ("router", "") or len(router) == 1:
+            continue
+        if (router == router[0]).all():
+            raise VerifyError(f"{name}: all rows are equal, so it cannot route; change the prompts")
+
+
+def _of_a_gate(tensor: PlannedTensor) -> bool:
+    """Whether it is made of what a gate mode made."""
+    return any(read.source == ROUTERS for read in recipe.reads(tensor.recipe))
+
+
+def _check_json(path: Path, expected: object) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VerifyError(f"{path}: cannot be read ({error}); merge again") from error
+    if found != expected:
+        raise VerifyError(f"{path}: is not what the plan says; it was changed after the merge")
+
+
+def _check_shard(
+    shard: Shard,
+    out: Path,
+    manifest: Manifest,
+    sources: Sources,
+    compared: set[str],
+    newer: set[str],
+    advance: Callable[[int], object],
+) -> tuple[set[str], list[PlannedTensor]]:
+    """Read a shard once: every byte into its checksum, and tensors against their recipes.
+
+    Returns the tensors that are rounded otherwise, and those that are not what their sources give
+    where the shard is what was written, and one of their sources is newer than that.
+    """
+    file, path, rounded = ShardFile(shard, sources), out / shard.file, set[str]()
+    differ: dict[str, PlannedTensor] = {}
+
+    def check(at: tuple[int, int]) -> bytes:
+        found, expected = read_chunk(path, *at), buffer(1)[: at[1]]
+        file.fill(expected, at[0], only=compared)
+        ours = zip(file.pieces(found, at[0]), file.pieces(expected, at[0]), strict=True)
+        for (tensor, _, have), (_, _, want) in ours:
+            if tensor is None or tensor.name not in compared or same_bytes(have, want):
+                continue
+            if not _is_made(have, want, tensor):
+                differ[tensor.name] = tensor
+            else:
+                rounded.add(tensor.name)
+        return chunk_digest(found)
+
+    computes = any(t.name in compared and recipe.computes(t.recipe) for t in shard.tensors)
+    digests = []
+    with threads(_JOBS, computes) as pool:
+        for digest in pool.map(check, chunks(file.nbytes)):
+            digests.append(digest)
+            advance(min(CHUNK_BYTES, file.nbytes - (len(digests) - 1) * CHUNK_BYTES))
+    written = manifest.files[shard.file].get("xxh3")
+    for tensor in differ.values():
+        if written != checksum(digests) or newer.isdisjoint(
+            read.source for read in recipe.reads(tensor.recipe)
+        ):
+            raise _differs(path, tensor)
+    if written not in (None, checksum(digests)):
+        raise VerifyError(f"{path}: its checksum is not the manifest's; merge or copy it again")
+    return rounded - differ.keys(), list(differ.values())
+
+
+def _check_small_file(name: str, out: Path, manifest: Manifest) -> int:
+    """Check a file that has a checksum; others may be edited, or removed. Returns its size."""
+    expected = manifest.files[name].get("xxh3")
+    if expected is None and not (out / name).exists():
+        return 0
+    try:
+        size = (out / name).stat().st_size
+        found = file_checksum(out / name) if expected else None
+    except OSError as error:
+        what = "is gone" if isinstance(error, FileNotFoundError) else "cannot be read"
+        fix = "copy it back, or merge again"
+        raise VerifyError(f"{out / name}: {what} ({error.strerror}); {fix}") from error
+    if found != expected:
+        raise VerifyError(f"{out / name}: is not what was written; it was changed after the merge")
+    return size
+
+
+def _available(
+    plan: Plan, reporter: Reporter, cache_dir: str | Path | None
+) -> tuple[dict[str, dict[str, Location]], set[str]]:
+    """The sources that are here, unchanged; each of the others is named.
+
+    And which of them have another time than at the merge: copied, touched, or changed after all.
+    """
+    found, newer = dict[str, dict[str, Location]](), set[str]()
+    read: dict[str, set[str]] = {}
+    known: dict[str, Path] = {}
+    for one in (one for tensor in plan.tensors for one in recipe.reads(tensor.recipe)):
+        read.setdefault(one.source, set()).add(one.tensor)
+    for source in plan.sources:
+        try:
+            opened = with_rows(_reopen(source, cache_dir, known), read.get(source.reference, ()))
+        except SourceProblem as error:
+            reporter.say(f"{source.reference}: not compared ({error.what})")
+            continue
+        if what := _changed(source, opened):
+            line = f"{source.reference}: {what} changed since the merge, so it is not compared"
+            reporter.say(f"{line}: the output is checked by its own checksums")
+            continue
+        newer |= {source.reference} if opened.modified != source.modified else set()
+        found[source.reference] = {
+            name: at for name, at in opened.tensors.items() if at.file.name not in opened.absent
+        }
+        if opened.tensors and not found[source.reference]:
+            reporter.say(f"{source.reference}: not compared (the Hub's cache has no weights of it)")
+    return found, newer
+
+
+def _reopen(source: Source, cache_dir: str | Path | None, known: dict[str, Path]) -> Checkpoint:
+    directory = Path(source.directory) if source.directory else None
+    if directory is None and not source.repo:
+        raise SourceProblem("it was a directory where the merge was made", "")
+    if directory is not None and not directory.is_dir():
+        raise SourceProblem(f"{directory} is gone", "")
+    reference = Reference(source.reference, directory, source.repo or "", source.commit)
+    return open_checkpoint(reference, cache_dir, known)
+
+
+def _say_how_long(
+    plan: Plan, out: Path, sources: Sources, compared: set[str], whole: int, reporter: Reporter
+) -> None:
+    with reporter.progress("looking how long it takes", 1, "sample"):
+        seconds = seconds_to_compare(plan, out, sources, compared, _JOBS)
+    again = sum(tensor.nbytes for tensor in plan.tensors if tensor.name in compared)
+    reporter.say(
+        f"reading {size(whole)}, {size(again)} of them against their sources: "
+        f"about {max(seconds, 1):.0f} s"
+    )
+
+
+def _is_made(have: memoryview, want: memoryview, tensor: PlannedTensor) -> bool:
+    """Whether bytes of a tensor are what its recipe gives anew.
+
+    Computed ones may differ by a rounding: earlier versions summed a delta in the order of the
+    processor and its threads. Of 2-byte values few then do.
+    """
+    import numpy as np
+
+    if same_bytes(have, want) or len(have) != len(want) or not recipe.computes(tensor.recipe):
+        return same_bytes(have, want)
+    kind = numpy_dtype(tensor.dtype)
+    found, made = (np.frombuffer(view, kind).astype(np.float32) for view in (have, want))
+    apart = np.abs(found - made)
+    bound = _ULP[tensor.dtype] * np.abs(made) + _SUM * np.abs(made).max()
+    few = tensor.dtype == "F32" or (apart > 0).sum() <= 1 + _FEW * apart.size
+    return bool(few and (apart <= bound).all())
+
+
+def _differs(path: Path, tensor: PlannedTensor) -> VerifyError:
+    return VerifyError(f"{path}: {tensor.name} is not what its sources give; merge again")

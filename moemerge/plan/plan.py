@@ -1,0 +1,241 @@
+"""THE types: a merge as data. A `Plan` is ordered shards of tensors, each with its recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moemerge.architectures import COUNTS
+from moemerge.checkpoint import ITEMSIZE
+from moemerge.families import HEAD
+from moemerge.plan import recipe
+from moemerge.plan.recipe import Recipe
+
+ROUTERS = ""
+"""The source that router tensors are read from: made by a gate mode, never named by a config."""
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor; `expert` is the index of the expert that it belongs to alone, if any.
+
+    It is -1 where all experts have an equal part of it. `made` is what a gate mode makes of it: a
+    `router`, a selection `bias` or a `shared gate`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    recipe: Recipe
+    expert: int | None = None
+    made: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """How many values it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.parameters * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file, independent of every other; `digest` stands for all it is made of."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+    digest: str
+
+    def header(self) -> bytes:
+        """The file's first bytes: length and JSON, padded so that the data begins at 8n."""
+        return file_header(self.tensors, {"format": "pt", "moemerge": self.digest})
+
+    @property
+    def nbytes(self) -> int:
+        """The file's size, header included."""
+        return len(self.header()) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model or adapter that tensors are read from: a `directory`, or the Hub's repo at `commit`.
+
+    `fingerprint` is the commit, or a digest of headers, config and some of every tensor; `modified`
+    (ns) is when the files of a directory last changed, `tokens` a digest of its tokenizer where
+    the mixture depends on that.
+    """
+
+    reference: str
+    fingerprint: str
+    directory: str | None = None
+    repo: str | None = None
+    commit: str | None = None
+    modified: int | None = None
+    tokens: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be written, and from what. `config` is the output's config.json.
+
+    `gate_inputs` is a digest of what the routers are made from besides the sources' weights.
+    """
+
+    architecture: str
+    gate_mode: str
+    gate_inputs: str
+    seed: int
+    dtype: str
+    experts: tuple[str, ...]
+    experts_per_token: int
+    config: dict[str, Any]
+    sources: tuple[Source, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def tensors(self) -> Iterator[PlannedTensor]:
+        """Every tensor in the order of writing."""
+        return (tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def tied_head(self) -> PlannedTensor | None:
+        """The head that is a copy of the embeddings, if there is one."""
+        tied = self.config.get("tie_word_embeddings")
+        return next((one for one in self.tensors if tied and one.name == HEAD), None)
+
+    @property
+    def parameters(self) -> int:
+        """The parameters of the whole model, those of a tied head once."""
+        again = self.tied_head
+        return sum(tensor.parameters for tensor in self.tensors if tensor is not again)
+
+    @property
+    def routed(self) -> int:
+        """The experts that routers choose from: segments are experts of their own."""
+        return next((int(self.config[key]) for key in COUNTS if key in self.config), 1)
+
+    @property
+    def routed_per_token(self) -> int:
+        """How many of those a token passes."""
+        return int(self.config.get("num_experts_per_tok", 1))
+
+    @property
+    def active_parameters(self) -> int:
+        """The parameters that one token passes: everything but the experts not chosen."""
+        of_experts = sum(t.parameters for t in self.tensors if t.expert is not None)
+        idle = of_experts * (self.routed - self.routed_per_token) // self.routed
+        return self.parameters - idle
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all shards in bytes."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """Equal for two plans exactly when they make the same files of the same sources."""
+        return digest_of(self.without_places(self.to_json()))
+
+    @staticmethod
+    def without_places(data: dict[str, Any]) -> dict[str, Any]:
+        """A plan's plain data but for where its sources lie and when they were changed.
+
+        Raises:
+            TypeError, AttributeError: it is none.
+        """
+        places = ("directory", "modified")
+        kept = [{k: v for k, v in one.items() if k not in places} for one in data["sources"]]
+        return {**data, "sources": kept}
+
+    def remembered(self, source: Source) -> Source:
+        """A source, opened again, with what this plan knew of its content."""
+        old = next((one for one in self.sources if one.reference == source.reference), source)
+        return dataclasses.replace(source, fingerprint=old.fingerprint, modified=old.modified)
+
+    @property
+    def run_digest(self) -> str:
+        """Equal for two runs that may share unfinished files: no source has changed between."""
+        return digest_of([self.digest, [source.modified for source in self.sources]])
+
+    @property
+    def contents(self) -> dict[str, list[Any]]:
+        """What is known of each source's content, by its reference; as JSON has it."""
+        return {one.reference: [one.fingerprint, one.tokens, one.modified] for one in self.sources}
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        data = dataclasses.asdict(dataclasses.replace(self, shards=()))
+        for source in data["sources"]:
+            if source["tokens"] is None:
+                del source["tokens"]
+        data["shards"] = [
+            {
+                "file": shard.file,
+                "digest": shard.digest,
+                "tensors": [
+                    {**vars(tensor), "recipe": recipe.to_json(tensor.recipe)}
+                    for tensor in shard.tensors
+                ],
+            }
+            for shard in self.shards
+        ]
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError: the data is not one.
+        """
+        shards = tuple(
+            Shard(
+                shard["file"],
+                tuple(
+                    PlannedTensor(
+                        **{
+                            **tensor,
+                            "shape": tuple(tensor["shape"]),
+                            "recipe": recipe.from_json(tensor["recipe"]),
+                        }
+                    )
+                    for tensor in shard["tensors"]
+                ),
+                shard["digest"],
+            )
+            for shard in data["shards"]
+        )
+        sources = tuple(Source(**source) for source in data["sources"])
+        tuples = {"shards": shards, "sources": sources, "experts": tuple(data["experts"])}
+        return cls(**{**data, **tuples})
+
+
+def file_header(tensors: Iterable[PlannedTensor], metadata: dict[str, str]) -> bytes:
+    """The header of a safetensors file that holds `tensors` in this order."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]
+        }  # fmt: skip
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def digest_of(data: object) -> str:
+    """A digest of plain data, the same for equal data."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,27 @@
+"""From a config to a plan: sources opened, a class chosen, tensors laid out, costs told."""
+
+from moemerge.prepare.choose import listing, no_host
+from moemerge.prepare.compatibility import compare
+from moemerge.prepare.costs import Transfer, check_cache_room, expected_peak, transfer
+from moemerge.prepare.layout import source_of
+from moemerge.prepare.source_cards import Claims, claims_of, split_own
+from moemerge.prepare.sources import Tensors, fetch
+from moemerge.prepare.stages import Prepared, prepare
+
+__all__ = [
+    "Claims",
+    "Prepared",
+    "Tensors",
+    "Transfer",
+    "check_cache_room",
+    "claims_of",
+    "compare",
+    "expected_peak",
+    "fetch",
+    "listing",
+    "no_host",
+    "prepare",
+    "source_of",
+    "split_own",
+    "transfer",
+]

@@ -1,0 +1,277 @@
+"""Which output architecture holds these models exactly: the config's own choice, or the best."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moemerge.architectures import COUNTS, Architecture, Mixture, find, names, names_of
+from moemerge.checkpoint import Donor
+from moemerge.config import MergeConfig, held
+from moemerge.errors import Findings, nearest
+from moemerge.families import DEFAULTS
+
+NO_HOST = {
+    "gemma": "its norms add one to their weights and its embeddings are scaled",
+    "gemma2": "it softcaps logits and has norms before and after each part",
+    "gemma3": "it has norms before and after each part, and windows in some layers",
+    "gemma3_text": "it has norms before and after each part, and windows in some layers",
+    "gemma4": "it has norms before and after each part, and windows in some layers",
+    "exaone4": "it mixes windows and layers without positions",
+    "olmo": "its norms have no weights",
+    "olmo3": "it has windows in some layers, and the flex_olmo class in none",
+    "smollm3": "some of its layers have no positions",
+    "phi": "its attention and MLP are parallel, with biases",
+    "gpt2": "its MLPs have no gate, and positions are learnt",
+    "gpt_neox": "its MLPs have no gate",
+    "falcon": "its MLPs have no gate",
+    "starcoder2": "its MLPs have no gate",
+    "stablelm": "its norms have biases",
+    "cohere": "its attention and MLP are parallel",
+    "cohere2": "its attention and MLP are parallel",
+    "deepseek_v2": "it is a mixture already, with latent attention",
+    "deepseek_v3": "it is a mixture already, with latent attention",
+    "minicpm3": "its attention is latent",
+    "bloom": "its MLPs have no gate, and its attention has a bias by distance",
+    "mpt": "its MLPs have no gate, and its attention has a bias by distance",
+    "opt": "its MLPs have no gate, and positions are learnt",
+    "gptj": "its attention and MLP are parallel, and its MLPs have no gate",
+    "gpt_bigcode": "its MLPs have no gate, and positions are learnt",
+    "nemotron": "its MLPs have no gate",
+    "mamba": "it has no MLPs",
+    "mamba2": "it has no MLPs",
+}
+"""Families that no mixture class reproduces, and why."""
+
+_COUNTS = (*COUNTS, "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Host:
+    """An output architecture that was chosen, with its options."""
+
+    name: str
+    architecture: Architecture
+    mixture: Mixture
+
+
+def find_host(
+    config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings
+) -> Host | None:
+    """The architecture that the config names, or the exact one that most programs read.
+
+    A problem is recorded where there is none; what readers drop is noted, and so is the choice.
+    """
+    if config.architecture:
+        host = _named(config, base, mixture, findings)
+    else:
+        host = _best(config, base, mixture, findings)
+    if host:
+        for _, line in host.architecture.caveats(base.model.config, host.mixture):
+            findings.note(line)
+    return host
+
+
+def no_host(config: dict[str, Any], known_alone: bool = False) -> tuple[str, str]:
+    """What a model is of which no mixture can be made, and what to use; two empty texts if one can.
+
+    With `known_alone` nothing is said of a family that nothing is known of.
+    """
+    family = config.get("model_type")
+    if family in DEFAULTS:
+        return "", ""
+    fix = f"use a model of type {', '.join(sorted(DEFAULTS))}"
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    ffn = config.get("ffn_config")  # where DBRX says it
+    said = [config, inner, ffn if isinstance(ffn, dict) else {}]
+    counts = [one[key] for one in said for key in _COUNTS if type(one.get(key)) is int]
+    more = [key for key in config if re.fullmatch(r"(vision|audio|vq|image)\w*_config", key)]
+    if more or text:
+        what = f"it reads more than text ({more[0]})" if more else "its text model is a part of it"
+        kind = inner.get("model_type")
+        if kind in DEFAULTS:
+            fix = f"save its text model, a {kind!r}, as a model of its own, and name that"
+    elif counts and max(counts) > 1:
+        what = "it is a mixture already"
+        if names_of(family, ()):
+            fix = (
+                "make a dense model of one expert, `moemerge extract MOE OUT --expert 0`: name OUT"
+            )
+    elif config.get("is_encoder_decoder"):
+        what = "it is an encoder and a decoder"
+    elif known_alone and family not in NO_HOST:
+        return "", ""
+    else:
+        what = "no mixture class is known to reproduce it"
+    return f"is a {family!r} model: {NO_HOST.get(str(family), what)}", fix
+
+
+def listing() -> list[dict[str, str]]:
+    """Every architecture in words: what it is made of, what it routes with, who reads it."""
+    shared = {"": "none", "always": "always on", "gated": "scaled by a gate"}
+    rows = []
+    for name in names():
+        host = find(name)
+        families = [*host.FAMILIES, *["phi3"] * ("mistral" in host.FAMILIES)]
+        rows.append(
+            {
+                "architecture": ", ".join((name, *host.ALIASES)),
+                "made of": ", ".join(families),
+                "shared experts": shared[host.SHARED],
+                "router": host.SCORES,
+                "read by": ", ".join(host.READERS),
+            }
+        )
+    return rows
+
+
+def find_name(said: str) -> str | None:
+    """The architecture that a config means: by its name, an alias, or mergekit's `Qwen MoE`."""
+    name = said.strip().lower().replace(" ", "_").replace("-", "_")
+    if name in names():
+        return name
+    short = name.removesuffix("_moe")
+    return next((n for n in names() if short in find(n).ALIASES), None)
+
+
+def refusals(
+    host: Architecture, name: str, config: dict[str, Any], mixture: Mixture
+) -> Iterator[tuple[str, str]]:
+    """Why the architecture cannot hold this model and this mixture, and what to do."""
+    family = str(config.get("model_type"))
+    if family not in host.FAMILIES:
+        families = " or ".join(host.FAMILIES)
+        yield (
+            f"a {name} cannot be made of a {family!r} model",
+            f"use a base model of type {families}",
+        )
+        return
+    if mixture.shared and not host.SHARED:
+        yield f"a {name} has no shared experts", "remove them, or make them ordinary experts"
+    if mixture.gated and host.SHARED == "always":
+        what = f"a {name}'s shared experts are always on, whatever their prompts"
+        yield what, "remove their prompts"
+    yield from host.refusals(config, mixture)
+
+
+def readers(host: Architecture, config: dict[str, Any], mixture: Mixture) -> tuple[str, ...]:
+    """The programs that compute exactly what this model is."""
+    others = {reader for reader, _ in host.caveats(config, mixture)}
+    return tuple(reader for reader in host.READERS if reader not in others)
+
+
+def _named(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings) -> Host | None:
+    name = find_name(str(config.architecture))
+    if name is None:
+        findings.problem(
+            config.where("architecture"),
+            f"{config.architecture!r} is no architecture that moemerge writes",
+            nearest(str(config.architecture), names()),
+        )
+        return None
+    if name != str(config.architecture).lower():
+        findings.note(f"architecture: {config.architecture} is written as a {name}")
+    host = find(name)
+    model = base.model.config
+    found = list(refusals(host, name, model, mixture))
+    for what, fix in found:
+        where = base.where
+        if model.get("model_type") not in host.FAMILIES:
+            where, fix = config.where("architecture"), _others(model, mixture)
+        findings.problem(where, what, fix)
+    return None if found else Host(name, host, _with_options(config, name, mixture, findings))
+
+
+def _others(model: dict[str, Any], mixture: Mixture) -> str:
+    """Which architecture a config could name for this base model."""
+    named = {name: find(name) for name in names()}
+    fit = [name for name, host in named.items() if not [*refusals(host, name, model, mixture)]]
+    best = min(fit, key=lambda name: _rank(name, named[name], model, mixture), default="")
+    return f"write {best} for this base model, or leave the key out" if best else "leave it out"
+
+
+def _rank(
+    name: str, host: Architecture, model: dict[str, Any], mixture: Mixture, asked: bool = False
+) -> tuple[bool, int, bool, int, str]:
+    """The less the better: as simple as it can be, exact in many programs."""
+    spare = bool(host.SHARED) and not mixture.shared
+    odd = host.SCORES != "softmax" and not asked
+    return odd, -len(readers(host, model, mixture)), spare, len(host.FAMILIES), name
+
+
+def _best(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings) -> Host | None:
+    model = base.model.config
+    family = str(model.get("model_type"))
+    fitting: list[tuple[bool, int, bool, int, str]] = []
+    refused: list[tuple[str, str]] = []
+    for name in names():
+        host = find(name)
+        why = list(refusals(host, name, model, mixture))
+        known = {f.name for f in dataclasses.fields(getattr(host, "Settings", Mixture))}
+        asked = config.architecture_options.keys()
+        if why or (asked and not (hasattr(host, "Settings") and asked <= known)):
+            refused += why if family in host.FAMILIES else []
+            continue
+        fitting.append(_rank(name, host, model, mixture, bool(asked)))
+    if not fitting:
+        _refuse(config, base, family, refused, findings)
+        return None
+    name = min(fitting)[-1]
+    host = find(name)
+    if name != "mixtral":
+        model_type = model.get("saved_as", family)
+        shared = " with shared experts" if mixture.shared else ""
+        said = ", ".join(readers(host, model, mixture))
+        findings.note(f"architecture: {name}, exact for a {model_type}{shared}; {said} read it")
+    return Host(name, host, _with_options(config, name, mixture, findings))
+
+
+def _refuse(
+    config: MergeConfig,
+    base: Donor,
+    family: str,
+    refused: list[tuple[str, str]],
+    findings: Findings,
+) -> None:
+    if family in DEFAULTS:
+        for what, fix in dict(refused).items():
+            findings.problem(base.where, what, fix)
+        if not refused:
+            where, what = config.where("architecture_options"), "fit no architecture for this model"
+            findings.problem(where, what, "see `moemerge architectures`")
+        return
+    findings.problem(base.where, *no_host(base.model.config))
+
+
+def _with_options(config: MergeConfig, name: str, mixture: Mixture, findings: Findings) -> Mixture:
+    """The mixture with the architecture's own options and training keys, checked."""
+    host = find(name)
+    declared: Any = getattr(host, "Settings", None)
+    hints = typing.get_type_hints(declared) if declared else {}
+    values = {}
+    for key, value in config.architecture_options.items():
+        where = config.where(f"architecture_options.{key}")
+        if key in hints:
+            values[key] = held(value, hints[key], where, findings)
+        else:
+            fix = nearest(key, hints) if hints else "remove it: it has none"
+            findings.problem(where, f"is no option of a {name}", fix)
+    training = {}
+    for key, value in config.training.items():
+        where = config.where(f"training.{key}")
+        if key in host.TRAINING:
+            training[key] = held(value, type(host.TRAINING[key]), where, findings)
+        else:
+            fix = nearest(key, host.TRAINING) if host.TRAINING else "remove it: it has none"
+            findings.problem(where, f"is nothing that a {name}'s config says of training", fix)
+    if declared is None or findings.problems:
+        return dataclasses.replace(mixture, training=tuple(training.items()))
+    settings = declared(**values)
+    for key, what, fix in settings.problems(mixture):
+        findings.problem(config.where(f"architecture_options.{key}"), what, fix)
+    return dataclasses.replace(mixture, settings=settings, training=tuple(training.items()))

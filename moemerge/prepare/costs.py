@@ -1,0 +1,166 @@
+"""What a merge will take, from the plan alone: memory, and bytes to be had from the Hub.
+
+The constants were measured (`scripts/bench_memory.py`): what Python and torch hold with no work.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moemerge.dense import BATCH_TOKENS, model_bytes
+from moemerge.errors import InputError, Problem
+from moemerge.options import Options
+from moemerge.output import CHUNK_BYTES
+from moemerge.plan import BLOCK_VALUES, ROUTERS, Read, recipe
+from moemerge.prepare.stages import Prepared
+from moemerge.reporting import size
+
+PLAIN = 60_000_000
+"""A process that copies bytes."""
+
+WITH_PROMPTS = 30_000_000
+"""The base model's tokenizer."""
+
+WITH_TORCH = 310_000_000
+"""A process that computes with torch."""
+
+WITH_TRANSFORMERS = 440_000_000
+"""A process that runs a model."""
+
+_SCRATCH = 8 * BLOCK_VALUES * 4
+_DELTA = 20
+"""Bytes a value of a LoRA's A, read, in float64, and on its grid."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What comes from the Hub, in bytes: `files` whole, into the cache, which has `cached` already;
+    or, with --stream, only the `ranges` that are needed, of sources that are `sources` in all.
+    `whole` names those that can only be had whole.
+    """
+
+    files: int
+    cached: int
+    ranges: int
+    sources: int
+    whole: tuple[str, ...]
+
+
+def transfer(ready: Prepared, options: Options) -> Transfer:
+    """What a merge of this plan reads of the models on the Hub."""
+    reads = Counter(dict(_reads(ready, options)))
+    files = cached = ranges = sources = 0
+    whole = []
+    for text, opened in ready.checkpoints.items():
+        if opened.reference.directory:
+            continue
+        sources += sum(remote.size for remote in opened.absent.values())
+        of_one = {read.tensor: times for read, times in reads.items() if read.source == text}
+        for name in {opened.tensors[tensor].file.name for tensor in of_one}:
+            if name in opened.absent:
+                files += opened.absent[name].size
+            else:
+                cached += (opened.directory / name).stat().st_size
+        remote = {t: n for t, n in of_one.items() if opened.tensors[t].file.name in opened.absent}
+        if any(name.endswith(".bin") for name in opened.absent):
+            whole.append(text)
+        ranges += sum(times * opened.tensors[tensor].nbytes for tensor, times in remote.items())
+    return Transfer(files, cached, ranges, sources, tuple(whole))
+
+
+def check_cache_room(ready: Prepared, options: Options, out: Path) -> None:
+    """Refuse to begin a download that the Hub's cache has no room for.
+
+    Raises:
+        InputError: what is missing, and what needs less.
+    """
+    needed = transfer(ready, options).files
+    if not needed or options.stream:
+        return
+    from huggingface_hub import constants
+
+    named = os.path.expanduser(options.cache_dir or constants.HF_HUB_CACHE)  # noqa: PTH111
+    cache = _existing(Path(named))
+    if cache.stat().st_dev == _existing(out.absolute()).stat().st_dev:
+        needed += ready.plan.nbytes
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        what = f"needs {size(needed)} for downloads and output, {size(free)} are free"
+        fix = "pass --stream to keep no downloads, or --cache-dir on another disk"
+        raise InputError([Problem(str(cache), what, fix)])
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _reads(ready: Prepared, options: Options) -> Iterator[tuple[Read, int]]:
+    """Each source tensor that is read, and how many times."""
+    times: Counter[Read] = Counter()
+    for tensor in ready.plan.tensors:
+        times.update(read for read in recipe.reads(tensor.recipe) if read.source != ROUTERS)
+    layers = [name for name in ready.base.model.tensors if name.startswith("model.layers.")]
+    own = bool(getattr(ready.settings, "on_policy", "experts" in ready.gate.USES))
+    if "model" in ready.gate.USES:
+        for name in layers:
+            if own and ".mlp." in name:
+                for donor in ready.donors:
+                    times.update(recipe.reads(recipe.of_donor(donor, name)))
+            else:
+                times.update(recipe.reads(ready.body.recipe(name)))
+    if "experts" in ready.gate.USES:
+        for donor in ready.donors:
+            for name in donor.model.tensors:
+                again = ready.settings.tokens if options.lazy and name in layers else 1
+                for read in recipe.reads(recipe.of_donor(donor, name)):
+                    times[read] += again
+    yield from times.items()
+
+
+def expected_peak(ready: Prepared, options: Options) -> int:
+    """Bytes of resident memory that a merge of this plan is expected to reach.
+
+    Writing takes a buffer for each thread, whatever the models' size; hidden gates take one decoder
+    layer with `lazy`, two without, and the activations of the largest batch.
+    """
+    plan, config = ready.plan, ready.base.model.config
+    sources = {text: opened.tensors for text, opened in ready.checkpoints.items()}
+    tensors = [tensor for shard in plan.shards[1:] for tensor in shard.tensors]
+    computes = any(recipe.computes(t.recipe) for t in tensors)
+    copies = all(recipe.is_copy(t.recipe, t.dtype, sources) for t in tensors)
+    adapters = [donor.adapter for donor in (ready.base, *ready.donors) if donor.adapter]
+    downs = [a.checkpoint.tensors[d.down].shape for a in adapters for d in a.deltas.values()]
+    delta = _DELTA * max(map(math.prod, downs), default=0)
+    buffers = options.threads * (CHUNK_BYTES + (0 if copies else _SCRATCH + delta))
+    buffers = min(buffers, plan.nbytes)
+    if "experts" in ready.gate.USES and not options.lazy:
+        dense = max(model_bytes(donor.model.tensors.values()) for donor in ready.donors)
+        return WITH_TRANSFORMERS + int(max(dense, buffers))
+    if "model" not in ready.gate.USES:
+        tokenizer = WITH_PROMPTS if "prompts" in ready.gate.USES else 0
+        return (WITH_TORCH if computes else PLAIN) + tokenizer + max(buffers, _slicing(ready))
+    tensors_of_base = ready.base.model.tensors.items()
+    layer = sum(at.nbytes for name, at in tensors_of_base if name.startswith("model.layers.0."))
+    held = layer if options.lazy else 2 * layer
+    prompts = [prompt for expert in ready.prompts for prompt in expert.own + expert.negative]
+    tokens = min(sum(len(prompt.ids) for prompt in prompts), BATCH_TOKENS)
+    wide = 3 * config["intermediate_size"] + 8 * config["hidden_size"]
+    running = held + 4 * tokens * wide + _slicing(ready)
+    return WITH_TRANSFORMERS + int(max(running, buffers))
+
+
+def _slicing(ready: Prepared) -> int:
+    """Bytes that finding a layer's slices takes: copies of its activations on the text, or of its
+    weights, in float32."""
+    if ready.cutting is None:
+        return 0
+    config = ready.base.model.config
+    tokens = sum(len(piece.ids) for piece in ready.cutting.text)
+    of_weights = 3 * config["hidden_size"] if ready.cutting.split.assignment == "kmeans" else 0
+    return int(4 * config["intermediate_size"] * max(5 * tokens, of_weights))

@@ -1,0 +1,278 @@
+"""An architecture's slots filled from the donors: each tensor's recipe, and what does not fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from moemerge.architectures import Constant, FromBody, FromExpert, Joined, Made, Slot, dense_shapes
+from moemerge.checkpoint import FLOATS, ITEMSIZE, TIED, Checkpoint, Donor, Reference
+from moemerge.config import MergeConfig
+from moemerge.dense import VOCABULARY, Body
+from moemerge.errors import Findings, nearest
+from moemerge.families import HEAD
+from moemerge.options import Options, ShardSize
+from moemerge.plan import ROUTERS, Plan, PlannedTensor, Recipe, Source, make_shards, recipe
+from moemerge.prepare.choose import Host
+from moemerge.prepare.members import Parts
+from moemerge.text import BASE
+
+_DTYPES = {**FLOATS, "bf16": "BF16", "fp16": "F16", "fp32": "F32", "half": "F16", "float": "F32"}
+_LONG_NAMES = {short: long for long, short in FLOATS.items()}
+_MLP = ".mlp."
+_NO_HEAD = "write that if the head is the embeddings; else save the model again"
+_LEAST_F16 = 2.0**-24
+"""The least that is above zero in float16; what a constant says is not to become zero."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything that decides a plan's tensors. `uses` is the gate mode's: running a model needs
+    tensors that are not in the output; `gate_inputs` is the digest of what routers are made from.
+    """
+
+    config: MergeConfig
+    options: Options
+    host: Host
+    parts: Parts
+    donors: tuple[Donor, ...]
+    shared: tuple[Donor, ...]
+    uses: Collection[str]
+    gate_inputs: str
+
+
+def lay_out(made: Layout, opened: Iterable[Checkpoint], findings: Findings) -> Plan:
+    """The plan: every slot of the architecture with its recipe, cut into shards.
+
+    Tensors that are missing, of another shape, quantised or left over are recorded; a plan with
+    recorded problems must not be run.
+    """
+    config, options, host, body = made.config, made.options, made.host, made.parts.body
+    model = body.config
+    slots = list(host.architecture.slots(model, host.mixture))
+    dtype = _dtype(config, body.base, slots)
+    tensors = [
+        PlannedTensor(
+            slot.name,
+            slot.shape,
+            slot.dtype or dtype,
+            _recipe(slot, made, slot.dtype or dtype),
+            slot.expert,
+            slot.of.kind if isinstance(slot.of, Made) else "",
+        )
+        for slot in slots
+    ]
+    speak = _speakers(made)
+    sources = tuple(source_of(one, one.reference in speak) for one in opened)
+    tensors_of = {checkpoint.reference.text: checkpoint.tensors for checkpoint in opened}
+    needs = _needs(made, slots)
+    _check_sources(needs, made, tensors_of, findings)
+    _check_left_over(tensors, made, findings)
+    if config.dtype is None:
+        _note_what_is_narrowed(needs, made, tensors_of, dtype, findings)
+    limit = ShardSize.parse(options.shard_size).max_bytes(ITEMSIZE[dtype])
+    routers = [tensor for tensor in tensors if tensor.made]
+    others = [tensor for tensor in tensors if not tensor.made]
+    return Plan(
+        architecture=host.name,
+        gate_mode=config.mode,
+        gate_inputs=made.gate_inputs,
+        seed=options.seed,
+        dtype=dtype,
+        experts=tuple(donor.name for donor in made.donors),
+        experts_per_token=host.mixture.per_token * len(made.donors) // host.mixture.experts,
+        config=host.architecture.output_config(model, host.mixture, _LONG_NAMES[dtype]),
+        sources=sources,
+        shards=make_shards(routers, others, limit, sources, made.gate_inputs),
+    )
+
+
+def check_dtype(config: MergeConfig, findings: Findings) -> None:
+    """Record a dtype that a merge cannot write."""
+    if config.dtype is not None and config.dtype.removeprefix("torch.") not in _DTYPES:
+        findings.problem(
+            config.where("dtype"),
+            f"{config.dtype!r} is no dtype that a merge can write",
+            nearest(config.dtype, FLOATS),
+        )
+
+
+def _dtype(config: MergeConfig, base: Donor, slots: list[Slot]) -> str:
+    """The config's dtype, else the one that most bytes of the base model's part are in."""
+    if config.dtype:
+        return _DTYPES[config.dtype.removeprefix("torch.")]
+    sizes: Counter[str] = Counter()
+    for slot in slots:
+        found = base.model.tensors.get(slot.of.tensor) if isinstance(slot.of, FromBody) else None
+        if found:
+            sizes[found.dtype] += found.nbytes
+    most = max(sizes, key=sizes.__getitem__, default="BF16")
+    return "F32" if most == "F64" else most if most in _LONG_NAMES else "BF16"
+
+
+def _recipe(slot: Slot, made: Layout, dtype: str) -> Recipe:
+    """How what the slot holds is made of its sources."""
+    parts, of = made.parts, slot.of
+    if isinstance(of, FromBody):
+        return parts.body.recipe(of.tensor)
+    if isinstance(of, FromExpert):
+        member = (parts.shared if of.shared else parts.routed)[of.expert]
+        which = f"{'shared ' * of.shared}expert {of.expert}"
+        return member.recipe(of.tensor, made.options.seed, which)
+    if isinstance(of, Constant):
+        least = _LEAST_F16 if dtype == "F16" and of.value > 0 else of.value
+        return recipe.Fill(max(of.value, least), slot.shape)
+    if isinstance(of, Joined):
+        return recipe.Join(tuple(_recipe(part, made, dtype) for part in of.parts), of.axis)
+    whole = recipe.Read(ROUTERS, slot.name)
+    times = made.host.mixture.experts // len(made.donors)
+    if of.kind == "shared gate" or times == 1:
+        return whole
+    rows = (recipe.Cut(whole, 0, at, at + 1) for at in range(len(made.donors)))
+    return recipe.Join(tuple(row for row in rows for _ in range(times)))
+
+
+def _speakers(made: Layout) -> set[Reference]:
+    """The models whose tokenizers the mixture depends on."""
+    found = [made.parts.body.base, *made.parts.body.experts]
+    if made.config.tokenizer != BASE or "experts" in made.uses:
+        found += [*made.donors, *made.shared]
+    adapters = {donor.adapter.checkpoint.reference for donor in found if donor.adapter}
+    return adapters | {donor.model.reference for donor in found}
+
+
+def source_of(checkpoint: Checkpoint, speaks: bool = False) -> Source:
+    """What a plan says of an opened model or adapter; of its tokenizer too, if it `speaks`."""
+    reference = checkpoint.reference
+    return Source(
+        reference=reference.text,
+        fingerprint=checkpoint.fingerprint,
+        directory=str(checkpoint.directory) if reference.directory else None,
+        repo=reference.repo or None,
+        commit=checkpoint.commit,
+        modified=checkpoint.modified,
+        tokens=checkpoint.tokens if speaks and not checkpoint.commit else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Need:
+    """Dense tensors of a donor, with their shapes; `written` if they come into the output."""
+
+    donor: Donor
+    shapes: dict[str, tuple[int, ...]]
+    written: bool = True
+
+
+def _needs(made: Layout, slots: Sequence[Slot]) -> list[_Need]:
+    """What is needed of each donor."""
+    body, base = made.parts.body, made.parts.body.base
+    dense = dense_shapes(base.model.config)
+    mlps = {name: shape for name, shape in dense.items() if _MLP in name}
+    rest = {name: shape for name, shape in dense.items() if _MLP not in name}
+    found = [_Need(base, rest)]
+    if any(isinstance(member.donor, Body) for member in made.parts.routed):
+        found.append(_Need(base, mlps))
+    found += [_Need(donor, mlps) for donor in (*made.donors, *made.shared)]
+    attention = {name: shape for name, shape in rest.items() if name not in VOCABULARY}
+    found += [_Need(donor, attention) for donor in body.experts]
+    found += [_Need(donor, shapes) for donor, shapes in body.shared()]
+    if body.vocabulary:
+        found += [_Need(donor, shapes) for donor, shapes in body.vocabulary.needs()]
+    if "model" in made.uses:
+        found += [_Need(donor, mlps, False) for donor in (base, *body.experts)]
+    if "experts" in made.uses:
+        found += [_Need(d, dense_shapes(d.model.config), False) for d in made.donors]
+    return found
+
+
+def _check_sources(
+    needs: list[_Need], made: Layout, sources: recipe.Sources, findings: Findings
+) -> None:
+    """Record, once a donor and kind, the tensors that are missing or not what they should be."""
+    wrong: dict[tuple[str, str, str], list[str]] = {}
+    for need in needs:
+        config = need.donor.model.config
+        held = dense_shapes(config) if "qkv_bias" in config else need.shapes
+        for name, shape in need.shapes.items():
+            if obstacle := need.donor.obstacle((name,)):
+                wrong.setdefault((need.donor.where, f": {obstacle[1]}", obstacle[2]), []).append(
+                    name
+                )
+                continue
+            read = next(recipe.reads(recipe.of_donor(need.donor, name)))
+            found = sources[read.source].get(read.tensor)
+            bias = f"{name.removesuffix('.weight')}.bias"
+            if found is None and name == HEAD:
+                kind = (f" is missing, and config.json does not say {TIED}: true", _NO_HEAD)
+            elif found is None:
+                kind = (" is missing", "download or save the model again")
+            elif found.shape != shape:
+                kind = (
+                    f" is {list(found.shape)}, config.json says {list(shape)}",
+                    "use the weights and the config.json of one and the same model",
+                )
+            elif found.dtype not in ("F64", *_LONG_NAMES):
+                kind = (
+                    f" holds {found.dtype} values: it is quantised",
+                    "merge the original weights",
+                )
+            elif bias in need.donor.model.tensors and bias not in held:
+                kind = (" has a bias, which the output has no place for", "use one without biases")
+            else:
+                continue
+            names = wrong.setdefault((need.donor.where, *kind), [])
+            names += [] if read.tensor in names else [read.tensor]
+    for (where, what, fix), names in wrong.items():
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        findings.problem(where, f"{names[0]}{what}{more}", fix)
+
+
+def _note_what_is_narrowed(
+    needs: list[_Need], made: Layout, sources: recipe.Sources, dtype: str, findings: Findings
+) -> None:
+    """Say, once a donor, which of its values the dtype that nobody chose cannot hold exactly."""
+    narrowed: dict[str, set[str]] = {}
+    lossy = {"F64"} if dtype == "F32" else {"F64", *_LONG_NAMES} - {dtype}
+    for need in needs:
+        for name in need.shapes if need.written else ():
+            read = next(recipe.reads(recipe.of_donor(need.donor, name)))
+            found = sources[read.source].get(read.tensor)
+            if found and found.dtype in lossy:
+                narrowed.setdefault(need.donor.name, set()).add(found.dtype)
+    for name, dtypes in narrowed.items():
+        kinds = " and ".join(sorted(_LONG_NAMES.get(kind, "float64") for kind in dtypes))
+        keep = "the widest there is" if dtype == "F32" else "set dtype: float32 to keep them"
+        findings.note_of(name, f"{kinds} tensors are written as {_LONG_NAMES[dtype]}; {keep}")
+
+
+def _check_left_over(tensors: list[PlannedTensor], made: Layout, findings: Findings) -> None:
+    """Say what of the adapters and of the base model's body is not used."""
+    base = made.parts.body.base
+    used = {read for tensor in tensors for read in recipe.reads(tensor.recipe)}
+    body_only = "(attention, norms, embeddings): those parts are the base model's"
+    for donor in (base, *made.donors, *made.shared):
+        if donor.adapter is None:
+            continue
+        text = donor.adapter.checkpoint.reference.text
+        names = {delta.down for delta in donor.adapter.deltas.values()}
+        names |= {*donor.adapter.replacements.values(), *donor.adapter.obstacles}
+        unused = sum(recipe.Read(text, name) not in used for name in names)
+        if unused:
+            why = "(MLPs): those parts are the experts'" if donor is base else body_only
+            what = f"{unused} of the adapter's {len(names)} changes are not used {why}"
+            findings.note_of(donor.name, what)
+    body = {read.tensor for read in used if read.source == base.model.reference.text}
+    if base.adapter:
+        body |= {*base.adapter.deltas, *base.adapter.replacements}
+    stray = sorted(
+        name
+        for name in base.model.tensors.keys() - body
+        if not name.endswith(("inv_freq", ".bias")) and _MLP not in name
+    )
+    if base.model.config.get(TIED):
+        stray = [name for name in stray if name != HEAD]
+    if stray and not made.parts.body.experts:
+        more = f" (and {len(stray) - 1} more)" if len(stray) > 1 else ""
+        findings.note(f"base: {stray[0]} is not used{more}")

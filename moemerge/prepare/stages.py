@@ -1,0 +1,288 @@
+"""A config and its models to a checked `Plan`: every problem found, before a weight is read."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moemerge import split as splits
+from moemerge.checkpoint import Checkpoint, Donor, Opener
+from moemerge.config import Expert, MergeConfig, check_values
+from moemerge.dense import Body
+from moemerge.errors import Findings, Line
+from moemerge.gates import ExpertPrompts, GateMode
+from moemerge.gates import setup as gate_setup
+from moemerge.options import Options
+from moemerge.output import directory as output
+from moemerge.plan import Plan
+from moemerge.prepare.choose import Host, no_host
+from moemerge.prepare.compatibility import compare
+from moemerge.prepare.layout import Layout, check_dtype, lay_out
+from moemerge.prepare.members import factor_of, host_of, parts_of
+from moemerge.prepare.source_cards import read_own
+from moemerge.reporting import Reporter
+from moemerge.split import Cutting, Split
+from moemerge.text import Encoder, Prompt, Vocabulary, shared_rows
+from moemerge.text import build_vocabulary as vocabulary_choice
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A merge that can begin: its plan, its opened models, and what a person should know.
+
+    `donors` are the routed experts and `shared` the shared ones; of a split with a `cutting`, the
+    donors are its routed slices, each the base model. `own_card` is the text of the card
+    that a person wrote for it.
+    """
+
+    config: MergeConfig
+    plan: Plan
+    host: Host
+    body: Body
+    vocabulary: Vocabulary
+    donors: tuple[Donor, ...]
+    checkpoints: dict[str, Checkpoint]
+    gate: GateMode
+    settings: Any
+    encoder: Encoder | None
+    prompts: tuple[ExpertPrompts, ...]
+    carried: tuple[Path, ...]
+    notes: tuple[Line, ...]
+    own_card: str = ""
+    shared: tuple[Donor, ...] = ()
+    cutting: Cutting | None = None
+
+    @property
+    def folder(self) -> str | None:
+        """Where the config file stands, if anything that it names is on this machine."""
+        local = any(source.directory for source in self.plan.sources)
+        local = local or any(expert.calibration for expert in self.config.experts)
+        return str(self.config.folder) if self.config.folder and local else None
+
+    @property
+    def base(self) -> Donor:
+        """The base model."""
+        return self.body.base
+
+
+def prepare(
+    config: MergeConfig, options: Options, reporter: Reporter, out: Path | None = None
+) -> Prepared:
+    """Open the models by their headers, check everything, and lay the plan.
+
+    `out` is checked too if given.
+
+    Raises:
+        InputError: with every problem of the config, the models and the output directory.
+    """
+    with reporter.progress("opening the models", 1, "config"):
+        return _Preparation(config, options).run(out)
+
+
+class _Preparation:
+    split: Split | None = None
+
+    def __init__(self, config: MergeConfig, options: Options):
+        self.config, self.options = config, options
+        self.findings = Findings()
+        self.opener = Opener(self.findings, config.folder, options.cache_dir)
+        self.refused: set[str] = set()
+
+    def run(self, out: Path | None) -> Prepared:
+        config, options, findings = self.config, self.options, self.findings
+        check_values(config, findings)
+        gate = gate_setup.find_mode(config, findings)
+        settings = gate_setup.settings_of(config, gate, findings)
+        said = config.base_model
+        base = self._dense(said, self.opener.donor(said, config.where("base_model"), "base"), True)
+        self.split = splits.of_config(config, findings)
+        if self.split and base and gate:
+            inner = base.model.config.get("intermediate_size")
+            splits.check(config, self.split, inner, gate.USES, findings)
+            gate = splits.Gate(gate.USES | self.split.uses, gate)
+        elif gate and splits.TEXT in gate.USES and not config.split:
+            what, fix = "is for a split's slices", "add a split, or use gate_mode: ridge"
+            findings.problem(config.where("gate_mode"), what, fix)
+        if self.split:
+            config = self.config = splits.with_slices(config, self.split)
+        donors = self._donors(config.experts, "experts")
+        shared = self._donors(config.shared_experts, "shared_experts")
+        host = host_of(config, self.split, base, findings) if base else None
+        check_dtype(config, findings)
+        own_card = read_own(options.card, findings) if options.card else ""
+        gate_setup.check_device(options, gate, findings)
+        self._check_ray()
+        gating = [donor for donor in shared[:1] if host and host.mixture.gated]
+        asked = [*donors, *gating]
+        every = [*donors, *shared]
+        vocabulary = vocabulary_choice.choose(config, base, every, findings) if base else None
+        if vocabulary and vocabulary.written and not options.copy_tokenizer:
+            findings.note("--no-copy-tokenizer: the tokens that are added stand in no file")
+        encoder, prompts = gate_setup.read_prompts(
+            config, gate, settings, vocabulary, asked, findings
+        )
+        cutting = self._cutting(gate, vocabulary)
+        for donor in (*donors, *shared):
+            if base and donor:
+                compare(
+                    base,
+                    donor,
+                    donor.where,
+                    findings,
+                    options.allow_crimes,
+                    attention=config.body == "average",
+                    runs="experts" in gate.USES if gate else False,
+                    vocabulary=vocabulary,
+                )
+        if base is None or vocabulary is None or host is None or gate is None:
+            self._check_output(out, None, ())
+            findings.refuse()
+            raise AssertionError("unreachable")
+        self._note_what_has_no_effect(gate, base, donors)
+        if "experts" in gate.USES and any(donors):
+            there = [donor for donor in donors if donor]
+            gate_setup.check_room(config, options, there, settings, findings)
+        if findings.problems:  # tensors are named from a config that is not trusted yet
+            self._check_output(out, None, ())
+            findings.refuse()
+        there = [donor for donor in donors if donor]
+        body = replace(self._body(base, there), vocabulary=vocabulary)
+        always = tuple(donor for donor in shared if donor)
+        plan = lay_out(
+            Layout(
+                config=config,
+                options=options,
+                host=host,
+                parts=parts_of(config, self.split, host, body, there, always),
+                donors=tuple(there),
+                shared=always,
+                uses=gate.USES,
+                gate_inputs=gate_setup.digest_of_inputs(
+                    config, options, gate, settings, prompts, cutting
+                ),
+            ),
+            self.opener.opened.values(),
+            findings,
+        )
+        factor = factor_of(config, self.split, host)
+        if plan.dtype != "F32" and factor & (factor - 1):
+            findings.note(
+                f"down projections are multiplied by {factor}, which rounds them in "
+                f"{plan.config['dtype']}; a power of two, or dtype: float32, keeps them exact"
+            )
+        if options.copy_tokenizer and base.model.lost_its_tokenizer:
+            what = f"{base.model.reference.text}: the Hub's cache holds no tokenizer of it"
+            fix = "download it where there is a network, or pass --no-copy-tokenizer"
+            findings.problem(base.where, what, fix)
+        carried = output.carried_files(vocabulary, options.copy_tokenizer)
+        output.check_carried(vocabulary, carried, base.where, findings)
+        self._check_output(out, plan, carried)
+        findings.refuse()
+        checkpoints = {ref.text: opened for ref, opened in self.opener.opened.items()}
+        return Prepared(
+            config=config,
+            plan=plan,
+            host=host,
+            body=body,
+            vocabulary=vocabulary,
+            donors=tuple(there),
+            checkpoints=checkpoints,
+            gate=gate,
+            settings=settings,
+            encoder=encoder,
+            prompts=prompts,
+            carried=carried,
+            notes=tuple(findings.notes),
+            own_card=own_card,
+            shared=always,
+            cutting=cutting,
+        )
+
+    def _cutting(self, gate: GateMode | None, vocabulary: Vocabulary | None) -> Cutting | None:
+        """What the config's split is made from, its text among it if anything depends on that."""
+        if self.split is None:
+            return None
+        text: tuple[Prompt, ...] = ()
+        if gate and splits.TEXT in gate.USES and self.split.text and vocabulary:
+            text = splits.read_text(self.config, self.split, vocabulary, self.findings)
+        return Cutting(self.split, self.split.per_token(self.config), text)
+
+    def _body(self, base: Donor, donors: list[Donor]) -> Body:
+        if self.config.body == "base":
+            return Body(base)
+        weights = [expert.body_weight for expert in self.config.experts]
+        shared = [shared_rows(base, donor) for donor in donors]
+        for donor, found, weight in zip(donors, shared, weights, strict=True):
+            if found.left and weight:
+                self.findings.note_of(donor.name, found.left)
+        total = sum(weights)
+        rows = tuple(found.rows for found in shared)
+        return Body(base, tuple(donors), tuple(w / total for w in weights), rows)
+
+    def _donors(self, experts: tuple[Expert, ...], key: str) -> list[Donor | None]:
+        donors: list[Donor | None] = []
+        taken = {expert.name for expert in experts}
+        for index, expert in enumerate(experts):
+            where = self.config.where(f"{key}[{index}].source_model")
+            source = expert.source_model
+            donor = self._dense(source, self.opener.donor(source, where, expert.name))
+            if donor:
+                name, number = donor.name, 2
+                while name in taken and not expert.name:
+                    name, number = f"{donor.name}-{number}", number + 1
+                taken.add(name)
+                donor = Donor(donor.where, name, donor.model, donor.adapter)
+            donors.append(donor)
+        return donors
+
+    def _dense(self, said: str, donor: Donor | None, is_base: bool = False) -> Donor | None:
+        """The donor, if it is of a kind that mixtures are made of; else a problem, once a model.
+
+        An expert of a family that nothing is known of may be another by another name.
+        """
+        if donor is None:
+            return None
+        what, fix = no_host(donor.model.config, known_alone=not is_base)
+        if what and said not in self.refused:
+            self.findings.problem(donor.where, what, fix)
+            self.refused.add(said)
+        return None if what else donor
+
+    def _check_ray(self) -> None:
+        if self.options.ray and importlib.util.find_spec("ray") is None:
+            self.findings.problem("--ray", "Ray is not installed", "pip install 'moemerge[ray]'")
+
+    def _note_what_has_no_effect(
+        self, gate: GateMode, base: Donor, donors: list[Donor | None]
+    ) -> None:
+        idle, flags, mode = self.findings.without_effect, self.options.flags, self.config.mode
+        if "model" not in gate.USES:
+            for option in ("lazy", "device", "load_in_4bit", "load_in_8bit"):
+                if option in flags:
+                    idle(flags[option], f": gate_mode: {mode} runs no model")
+        noise = self.config.draws
+        if "seed" in flags and "seed" not in gate.USES and not noise:
+            without = "without noise_scale or renew"
+            idle("--seed", f": gate_mode: {mode} {without} draws nothing")
+        opened = self.opener.opened
+        if "cache_dir" in flags and all(reference.directory for reference in opened):
+            idle("--cache-dir", ": no source is on the Hub")
+        if self.options.stream and not any(one.absent for one in opened.values()):
+            idle("--stream", ": every source is on this disk")
+        families = {d.model.config.get("model_type") for d in [base, *donors] if d}
+        if self.options.allow_crimes and len(families) == 1:
+            idle("--allow-crimes", ": all models are of one family")
+        same = {donor.identity for donor in donors if donor}
+        alike = len(donors) > 1 and len(same) == 1 and not noise and not self.split
+        if alike and not self.options.untrained_ok:
+            self.findings.note(
+                "all experts are the same model: useful only if you train the result"
+            )
+
+    def _check_output(self, out: Path | None, plan: Plan | None, carried: tuple[Path, ...]) -> None:
+        if out is None:
+            return
+        directories = [opened.directory for opened in self.opener.opened.values()]
+        output.check(out, plan, carried, directories, self.options, self.findings)

@@ -1,0 +1,177 @@
+"""What of a finished directory may leave this machine: files by a list, none with a path of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moemerge.card import card, shareable
+from moemerge.checkpoint import is_hub_id, last_part
+from moemerge.errors import InputError, Problem
+from moemerge.files import CONFIG_FILE, as_json
+from moemerge.hub import Content
+from moemerge.output import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    OWN_FILES,
+    PICTURE_FILE,
+    TOKENIZER_FILES,
+    Manifest,
+    checksum,
+    chunk_digest,
+)
+from moemerge.plan import INDEX_FILE, weight_index
+from moemerge.tokenizer import GENERATION_FILE
+
+_LISTED = {*OWN_FILES, PICTURE_FILE, GENERATION_FILE, *TOKENIZER_FILES}
+_TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
+_NO_TEXT = {PICTURE_FILE, "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}
+"""Tokens are no words of a person's, and nothing may be changed among them."""
+
+_NAMES_A_PLACE = re.compile(r".*(?:path|file|dir|directory)")
+
+
+def leaving(manifest: Manifest, place: Callable[[str], Path]) -> dict[str, Content]:
+    """Each file that is pushed, by its name; `place` says where a file lies.
+
+    Where a text tells a path of this machine, what is pushed has `./name` instead, and its manifest
+    has the checksum of that.
+
+    Raises:
+        InputError: a text tells a path that cannot be taken out of it.
+    """
+    shards = {shard.file for shard in manifest.plan.shards}
+    said = dict.fromkeys([*manifest.files, *OWN_FILES])
+    made = {*shards, INDEX_FILE, CONFIG_FILE, MANIFEST_FILE}
+    listed = [name for name in said if name in _LISTED or _TEMPLATES.fullmatch(name)]
+    names = [name for name in said if name in shards]
+    names += [name for name in listed if name in made or place(name).is_file()]
+    public, roots = shareable(manifest), _roots(manifest, place(CONFIG_FILE).parent)
+    config = _json_without(public.plan.config, roots)
+    public = dataclasses.replace(public, plan=dataclasses.replace(public.plan, config=config))
+    content: dict[str, Content] = {name: place(name) for name in names if name != MANIFEST_FILE}
+    content[INDEX_FILE] = as_json(weight_index(public.plan)).encode()
+    content[CONFIG_FILE] = as_json(config).encode()
+    files = {name: manifest.files.get(name, {}) for name in names}
+    for name in content.keys() - made - _NO_TEXT:
+        before = place(name).read_bytes()
+        after = _without(name, before, roots)
+        if after != before:
+            content[name] = after
+            digest = checksum([chunk_digest(memoryview(after))])
+            files[name] = {"bytes": len(after), "xxh3": digest} if files[name] else {}
+    told = dataclasses.replace(public, files=files).to_json()
+    for key in ("config", "routing", "card", "tuned"):
+        if key in told:
+            told[key] = _mapped(told[key], lambda text: _replaced(text, roots))
+    content[MANIFEST_FILE] = as_json(told).encode()
+    _check(content, shards, roots)
+    return content
+
+
+def stays(out: Path, content: dict[str, Content]) -> list[str]:
+    """What lies beside the files that are pushed, hidden files apart."""
+    folders = {name.partition("/")[0] for name in content}
+    return sorted(p.name for p in out.iterdir() if p.name not in folders and p.name[0] != ".")
+
+
+def _roots(manifest: Manifest, out: Path) -> dict[str, str]:
+    """Directories of this machine that something may tell of, the longest first, and what is said
+    instead: a source keeps its name."""
+    from huggingface_hub import constants
+
+    known = [Path.home(), Path.cwd(), Path(tempfile.gettempdir()), out]
+    known += [Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE)]
+    known += [Path(manifest.folder)] if manifest.folder else []
+    sources = [Path(one.directory) for one in manifest.plan.sources if one.directory]
+    known += [source.parent for source in sources]
+    said = {spelt: "." for path in known for spelt in _spelt(path)}
+    said |= {spelt: f"./{last_part(path)}" for path in sources for spelt in _spelt(path)}
+    return {path: said[path] for path in sorted(said, key=len, reverse=True) if path != os.path.sep}
+
+
+def _spelt(path: Path) -> set[str]:
+    """A path made absolute, with its links and without."""
+    return {os.path.abspath(path), os.path.realpath(path)}  # noqa: PTH100
+
+
+def _without(name: str, content: bytes, roots: dict[str, str]) -> bytes:
+    """A text file's content without paths of this machine."""
+    text = content.decode("utf-8", errors="surrogateescape")
+    if name == CARD_FILE:
+        changed = _replaced(text, roots)
+        if changed == text:
+            return content
+        kept = card.changed(content, lambda body: _replaced(body, roots))
+        return kept or changed.encode("utf-8", errors="surrogateescape")
+    if not name.endswith(".json"):
+        return content
+    try:
+        data = json.loads(text)
+        changed = _json_without(data, roots)
+    except (ValueError, RecursionError):
+        return content
+    return content if changed == data else as_json(changed).encode()
+
+
+def _json_without(data: Any, roots: dict[str, str]) -> Any:
+    """JSON without the keys that name a place on this machine, and without its paths in texts."""
+    if isinstance(data, list):
+        return [_json_without(one, roots) for one in data]
+    if isinstance(data, dict):
+        return {
+            key: _json_without(value, roots)
+            for key, value in data.items()
+            if not (_NAMES_A_PLACE.fullmatch(key) and _is_a_place(value))
+        }
+    return _replaced(data, roots) if isinstance(data, str) else data
+
+
+def _is_a_place(value: Any) -> bool:
+    """Whether it is a path, and neither a Hub id nor a file's bare name."""
+    if not isinstance(value, str) or not re.search(r"[/\\]", value):
+        return False
+    return not is_hub_id(value) or Path(value).exists()
+
+
+def _mapped(data: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(data, list):
+        return [_mapped(one, change) for one in data]
+    if isinstance(data, dict):
+        return {key: _mapped(value, change) for key, value in data.items()}
+    return change(data) if isinstance(data, str) else data
+
+
+def _replaced(text: str, roots: dict[str, str]) -> str:
+    """A text with `./name` for each path below one of the directories."""
+    for root, instead in roots.items():
+        if root in text:
+            path = rf"(?<![\w.:/~-]){re.escape(root)}((?:/[\w.+@=~-]*)*)(?![\w-])"
+
+            def said(found: re.Match[str], instead: str = instead) -> str:
+                below = found[1].strip("/.")
+                return f"./{last_part(below)}" if below else instead
+
+            text = re.sub(path, said, text)
+    return text
+
+
+def _check(content: dict[str, Content], shards: set[str], roots: dict[str, str]) -> None:
+    """Refuse what still tells of a directory of more than one part: one part is also a word."""
+    deep = [root for root in roots if len(Path(root).parts) > 2]
+    problems = []
+    for name in content.keys() - shards - _NO_TEXT:
+        what = content[name]
+        data = what if isinstance(what, bytes) else what.read_bytes()
+        found = next((root for root in deep if root.encode() in data), None)
+        if found:
+            told = f"tells a path of this machine ({found})"
+            problems.append(Problem(name, told, "take it out, then push again"))
+    if problems:
+        raise InputError(sorted(problems, key=lambda one: one.where))

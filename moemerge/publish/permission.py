@@ -1,0 +1,111 @@
+"""Whether the Hub will take a push, asked before anything is merged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from moemerge.errors import Problem, RunError
+from moemerge.files import CONFIG_FILE
+from moemerge.hub import SHARD, Repository
+from moemerge.output import MANIFEST_FILE
+
+_WEIGHTS = (".safetensors", ".bin")
+_TRIES_BEFORE = 3  # in vain, before a merge begins
+
+
+def refusals(repo: str, private: bool, fresh: bool = False) -> Iterator[Problem]:
+    """Each reason why whoever is logged in cannot push to `repo`; the Hub is asked, not changed.
+
+    With `fresh`, a repository that holds a finished model is one.
+    """
+    try:
+        yield from _refusals(repo, private, fresh)
+    except RunError as error:
+        what = error.typed.removeprefix(f"{repo}: ").partition("; run the same")[0]
+        yield Problem(repo, what, "try again, or push later with `moemerge push`")
+
+
+def _refusals(repo: str, private: bool, fresh: bool) -> Iterator[Problem]:
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported lazily
+        HFValidationError,
+        validate_repo_id,
+    )
+
+    form = "write `user/name`: letters, digits, `-`, `_` and `.`, no more than 96 a part"
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        yield Problem(repo, "is not the name of a model repository", form)
+        return
+    if repo.count("/") != 1:
+        yield Problem(repo, "does not say whose repository it is", form)
+        return
+    if constants.HF_HUB_OFFLINE:
+        yield Problem(repo, "HF_HUB_OFFLINE is set, so nothing can be pushed", "unset it")
+        return
+    if not get_token():
+        fix = "run `hf auth login` with a token that may write, or set HF_TOKEN"
+        yield Problem(repo, "you are not logged in to the Hub", fix)
+        return
+    target = Repository(repo, tries=_TRIES_BEFORE)
+    account = target.whoami()
+    if account is None:
+        fix = "run `hf auth login` anew, or correct HF_TOKEN"
+        yield Problem(repo, "the Hub does not know your token", fix)
+        return
+    role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
+    if role == "read":
+        fix = "make one that may write at https://huggingface.co/settings/tokens and log in with it"
+        yield Problem(repo, "your token may only read", fix)
+        return
+    info = target.info()
+    if info is None:
+        yield from _cannot_create(repo, account)
+        return
+    if not target.may_write():
+        told = next(_cannot_create(repo, account), None)
+        fix = told.fix if told else "name a repository of your own"
+        yield Problem(repo, "exists, and your token may not write there", fix)
+        return
+    if private and not info.private:
+        fix = "make it private on the Hub, or name a new one"
+        yield Problem(repo, "exists and is public", fix)
+    there = target.files()
+    strangers = [n for n in there if n.endswith(_WEIGHTS) and not SHARD.fullmatch(n)]
+    strangers += [CONFIG_FILE] * (CONFIG_FILE in there)
+    if strangers and MANIFEST_FILE not in there:
+        what = f"holds {strangers[0]}, which moemerge did not make"
+        yield Problem(repo, what, "name a new repository")
+    elif fresh and CONFIG_FILE in there:
+        fix = "pass --overwrite to replace it, or name a new repository"
+        yield Problem(repo, "holds a finished model", fix)
+
+
+def _cannot_create(repo: str, account: dict[str, Any]) -> Iterator[Problem]:
+    """Why an account's token may not make or write to a repository, as far as it tells."""
+    space, me = repo.partition("/")[0], str(account.get("name"))
+    orgs = {str(org.get("name")).lower(): org for org in account.get("orgs") or ()}
+    token = (account.get("auth") or {}).get("accessToken") or {}
+    if space.lower() != me.lower() and space.lower() not in orgs:
+        what = f"you are {me}, and no member of {space}"
+        yield Problem(repo, what, f"name {me}/{repo.partition('/')[2]}, or log in as who may")
+    elif space.lower() in orgs and orgs[space.lower()].get("roleInOrg") == "read":
+        what = f"you ({me}) may only read what is {space}'s"
+        yield Problem(repo, what, f"name {me}/{repo.partition('/')[2]}, or ask {space}'s admins")
+    elif token.get("role") == "fineGrained":
+        scopes = (token.get("fineGrained") or {}).get("scoped") or ()
+        granted = {
+            str((scope.get("entity") or {}).get("name")).lower()
+            for scope in scopes
+            if any(re.fullmatch(r"repo\..*write", p) for p in scope.get("permissions") or ())
+        }
+        if space.lower() not in granted:
+            what = f"your fine-grained token may not write to {space}'s repositories"
+            fix = "let it at https://huggingface.co/settings/tokens, or log in with another"
+            if repo.lower() in granted:
+                what = "does not exist, and your fine-grained token may not make it"
+                fix = "make it on the Hub first, or log in with another token"
+            yield Problem(repo, what, fix)

@@ -1,0 +1,86 @@
+"""To the Hub: who may write there, only what is new, shards that leave while others are made."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+from moemerge.errors import InputError, Problem
+from moemerge.files import CONFIG_FILE
+from moemerge.hub import Repository, holds, size_of
+from moemerge.output import (
+    MANIFEST_FILE,
+    State,
+    check_shards,
+    held,
+    open_manifest,
+    read_manifest,
+    verify_checkpoint,
+)
+from moemerge.plan import INDEX_FILE
+from moemerge.publish.leaving import leaving, stays
+from moemerge.publish.permission import refusals
+from moemerge.publish.shipment import stale
+from moemerge.reporting import Reporter, listener, size
+from moemerge.version import __version__
+
+
+def push(
+    out: str | Path,
+    repo: str,
+    private: bool = False,
+    reporter: Reporter | None = None,
+    progress: bool = False,
+) -> str:
+    """Upload a finished directory to the model repository `repo` on the Hub; return its address.
+
+    Of its manifest's files those go up that are a model's (see `leaving`), in one commit, and only
+    what is new. Nothing that is pushed tells a path of this machine. Cut off, the same call again
+    sends the rest.
+
+    Args:
+        out: what a merge finished.
+        repo: `user/name`; made if it does not exist.
+        private: whether it is made private.
+        reporter: who hears notes and progress; nobody by default.
+
+    Raises:
+        InputError: whoever is logged in may not write there, or `out` is not finished.
+        VerifyError: `out` is not what its manifest says.
+        RunError: the Hub or the network failed.
+    """
+    out, reporter = Path(out), listener(reporter, progress)
+    check_shards(out, open_manifest(out).plan, "push")
+    if not State(out).is_free(shared=True):
+        fix = "wait until it ends"
+        raise InputError([Problem(str(out), "another moemerge is writing there", fix)])
+    if problems := list(refusals(repo, private)):
+        raise InputError(problems)
+    with held(out) if os.access(out, os.W_OK) else nullcontext():
+        return _push(out, repo, private, reporter)
+
+
+def _push(out: Path, repo: str, private: bool, reporter: Reporter) -> str:
+    verify_checkpoint(out, reporter)
+    manifest = read_manifest(out)
+    content = leaving(manifest, lambda name: out / name)
+    written = (INDEX_FILE, CONFIG_FILE, MANIFEST_FILE)
+    for name in [n for n, what in content.items() if isinstance(what, bytes) and n not in written]:
+        reporter.say(f"{out / name}: is pushed without the paths of this machine in it")
+    if others := stays(out, content):
+        reporter.say(f"{out}: {', '.join(others)} stays here, for it is no part of the model")
+    target = Repository(repo, bars=True)
+    target.create(private)
+    there = target.files()
+    new = {name: what for name, what in content.items() if not holds(what, there.get(name))}
+    gone = stale(there, manifest.plan)
+    if not new and not gone:
+        reporter.say(f"{repo}: nothing has changed, so nothing was sent")
+        return target.url
+    total = sum(map(size_of, new.values()))
+    reporter.say(f"{repo}: {len(new)} of {len(content)} files are new, {size(total)}")
+    with reporter.progress("uploading", total, "B") as advance:
+        target.commit(new, gone, f"A mixture made with moemerge {__version__}", advance)
+    target.check(content)
+    return target.url

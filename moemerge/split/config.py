@@ -1,0 +1,158 @@
+"""A config's `split:`, checked against the model that it cuts."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from moemerge.config import Expert, MergeConfig, held
+from moemerge.errors import Findings, nearest
+from moemerge.families import LAYER
+from moemerge.split import neurons
+
+if TYPE_CHECKING:
+    pass
+
+
+ORDER = LAYER + "mlp.order"
+"""The name of a layer's order of neurons, among what is made of the sources."""
+
+MOST_SLICES = 4096
+
+TEXT = "split text"
+"""In a gate mode's `USES`: the text that a split names."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A config's `split:`. Of `slices` equal ones, the first `shared` are always on.
+
+    `assign` says which neurons make up a slice, one of `neurons.ASSIGNMENTS`; None is coactivation
+    where there is a `text` (a file, a directory or a dataset), else kmeans.
+    """
+
+    slices: int = 8
+    shared: int = 0
+    assign: str | None = None
+    text: str | None = None
+
+    @property
+    def routed(self) -> int:
+        """The slices that a router chooses from."""
+        return self.slices - self.shared
+
+    @property
+    def assignment(self) -> str:
+        """Which neurons make up a slice, wherever it is said."""
+        return self.assign or ("coactivation" if self.text else "kmeans")
+
+    @property
+    def order(self) -> str:
+        """The name of a layer's order of neurons; empty where they stand as they were."""
+        return "" if self.assignment == "order" else ORDER
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """What the orders of neurons depend on, in the words of a gate mode's `USES`."""
+        return {
+            "order": frozenset[str](),
+            "coactivation": frozenset({TEXT, "model", "seed"}),
+        }.get(self.assignment, frozenset({"seed"}))
+
+    def per_token(self, config: MergeConfig) -> int:
+        """The routed slices that a token passes: if nothing is said, half of all are on."""
+        return config.experts_per_token or max(1, self.slices // 2 - self.shared)
+
+    def problems(self, inner: Any) -> Iterator[tuple[str, str, str]]:
+        """What cannot be where MLPs have `inner` neurons: key, what, fix."""
+        if not 2 <= self.slices <= MOST_SLICES:
+            yield "slices", f"is {self.slices}", f"write a number from 2 to {MOST_SLICES}"
+        elif isinstance(inner, int) and inner % self.slices:
+            fits = ", ".join(str(n) for n in range(2, 65) if inner % n == 0)
+            what = f"is {self.slices}, which does not divide the MLPs' {inner} neurons"
+            yield "slices", what, f"write one of {fits}"
+        if not 0 <= self.shared < self.slices:
+            what = f"is {self.shared} of {self.slices} slices"
+            yield "shared", what, "leave at least one for the router to choose"
+        if self.assignment not in neurons.ASSIGNMENTS:
+            fix = nearest(self.assignment, neurons.ASSIGNMENTS)
+            yield "assign", f"{self.assign!r} is no assignment", fix
+        if self.assignment == "coactivation" and not self.text:
+            what = "is missing: co-activation is that of neurons on a text"
+            yield "text", what, "name a text or jsonl file, or use assign: kmeans"
+
+
+@dataclass
+class Gate:
+    """A gate mode, and what a split uses besides."""
+
+    USES: frozenset[str]
+    mode: Any
+
+    def routers(self, task: Any) -> Any:
+        """The gate mode's."""
+        return self.mode.routers(task)
+
+
+def of_config(config: MergeConfig, findings: Findings) -> Split | None:
+    """A config's split, None where it has none; what is wrong with it alone is recorded."""
+    if not config.split:
+        return None
+    hints, values, before = typing.get_type_hints(Split), {}, len(findings.problems)
+    for key, value in config.split.items():
+        where = config.where(f"split.{key}")
+        if key in hints:
+            values[key] = held(value, hints[key], where, findings)
+        else:
+            findings.problem(where, "is nothing that a split has", nearest(key, hints))
+    for key, why in _at_odds(config):
+        findings.problem(config.where(key), f"has no place beside split: {why}", "remove one")
+    if len(findings.problems) > before:
+        return None
+    return Split(**values)
+
+
+def _at_odds(config: MergeConfig) -> Iterator[tuple[str, str]]:
+    """What else a config says that a split leaves no room for: key, why."""
+    one = "the slices of the base model are all the experts"
+    if config.experts:
+        yield "experts", one
+    if config.shared_experts:
+        yield "shared_experts", "its own slices are, with `shared:`"
+    if config.segments != 1:
+        yield "segments", "write more slices"
+    if config.body != "base":
+        yield "body", one
+
+
+def with_slices(config: MergeConfig, split: Split) -> MergeConfig:
+    """The config with an expert for each routed slice, all of the base model."""
+    count = max(1, min(split.routed, MOST_SLICES))
+    names = [f"slice-{number}" for number in range(split.shared, split.shared + count)]
+    experts = tuple(Expert(config.base_model, name=name) for name in names)
+    return replace(config, experts=experts)
+
+
+def check(
+    config: MergeConfig, split: Split, inner: Any, uses: frozenset[str], findings: Findings
+) -> None:
+    """Record what cannot be of a split of MLPs of `inner` neurons; `uses` is its gate mode's."""
+    for key, what, fix in split.problems(inner):
+        findings.problem(config.where(f"split.{key}"), what, fix)
+    per_token = config.experts_per_token
+    if per_token is not None and split.routed > 0 and not 1 <= per_token <= split.routed:
+        what = f"is {per_token}, and routers choose from {split.routed} slices"
+        fix = f"write a number from 1 to {split.routed}"
+        findings.problem(config.where("experts_per_token"), what, fix)
+    if {"prompts", "any prompts"} & uses:
+        what = f"{config.mode} routes by experts' prompts, and slices have none"
+        fix = "use activation (with a split.text), random, uniform_random or zeros"
+        findings.problem(config.where("gate_mode"), what, fix)
+    if TEXT in uses and split.assignment != "coactivation" and not split.text:
+        what = f"is missing, on which gate_mode: {config.mode} sees what slices are active"
+        fix = "name a text or jsonl file, or use gate_mode: random or zeros"
+        findings.problem(config.where("split.text"), what, fix)
+    if split.text and TEXT not in uses | split.uses:
+        findings.note("split.text has no effect: neither neurons nor routers depend on it")

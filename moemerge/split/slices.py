@@ -1,0 +1,165 @@
+"""One dense model's MLPs cut into slices: what a config says of it, and the neurons of each slice.
+
+Legend: F intermediate neurons, D hidden size, N slices, T tokens of the given text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from moemerge.config import MergeConfig
+from moemerge.dense import Body, Passage, layer_inputs
+from moemerge.errors import Findings
+from moemerge.families import DOWN, GATE, UP, dense
+from moemerge.options import Options
+from moemerge.plan import Sources, generator, load, recipe
+from moemerge.reporting import Reporter
+from moemerge.split import neurons
+from moemerge.text import PIECE_TOKENS, Prompt, Vocabulary, documents_of, open_encoder
+
+if TYPE_CHECKING:
+    from moemerge.split.neurons import Matrix, Order
+from moemerge.split.config import ORDER, Split
+
+TEXT_TOKENS = 1 << 13
+"""What is read of the text: a layer's activations on it are in memory at once."""
+
+_SEES, _ACTIVATES = "mlp", "mlp.down_proj"
+
+
+def read_text(
+    config: MergeConfig, split: Split, vocabulary: Vocabulary, findings: Findings
+) -> tuple[Prompt, ...]:
+    """The text in pieces, as the base model reads it; record one that it cannot read."""
+    where = config.where("split.text")
+    try:
+        documents = documents_of(str(split.text), config.folder)
+    except ValueError as error:
+        fix = "name a UTF-8 text or jsonl file, a directory, or a dataset on the Hub"
+        findings.problem(where, str(error), fix)
+        return ()
+    encoder = open_encoder(vocabulary, findings)
+    if encoder is None:
+        return ()
+    model = vocabulary.speaker.model.config
+    longest = min(PIECE_TOKENS, model.get("max_position_embeddings") or PIECE_TOKENS)
+    pieces = encoder.pieces(documents, longest, TEXT_TOKENS)
+    highest = max((token for piece in pieces for token in piece.ids), default=-1)
+    if highest < 0:
+        findings.problem(where, "holds no text", "name one that does")
+    elif highest >= model["vocab_size"]:
+        what = f"has token {highest}, the base model embeds {model['vocab_size']}"
+        findings.problem(where, what, "use the tokenizer that the model came with")
+    return tuple(Prompt(piece.ids, 0) for piece in pieces)  # what stands first is active too
+
+
+@dataclass(frozen=True)
+class SlicedLayer:
+    """A layer on the text: its router's `inputs` (T, D), and the `energies` (T, N - shared) of its
+    routed slices, each its neurons' squared contributions."""
+
+    inputs: Matrix
+    energies: Matrix
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """What a split is made from, once it is checked; `text` is empty where nothing reads one."""
+
+    split: Split
+    per_token: int
+    text: tuple[Prompt, ...] = ()
+
+    @property
+    def active(self) -> int:
+        """How many routed slices a token is to find; half where it passes them all anyway."""
+        routed = self.split.routed
+        return self.per_token if self.per_token < routed else max(1, routed // 2)
+
+    def digest(self) -> dict[str, Any]:
+        """What decides the orders of neurons, besides the sources and the seed."""
+        text = [piece.ids for piece in self.text]
+        return {**asdict(self.split), "text": text, "per_token": self.per_token}
+
+
+@dataclass
+class Cutter:
+    """The orders of neurons, made layer by layer while the body reads the text, if it must."""
+
+    cutting: Cutting
+    body: Body
+    sources: Sources
+    options: Options
+    reporter: Reporter
+    orders: dict[str, Order] = field(default_factory=dict)
+
+    def layers(self) -> Iterator[SlicedLayer]:
+        """What a router is fitted to, layer by layer; each layer's order is made with it."""
+        import numpy as np
+
+        split = self.cutting.split
+        passages = [Passage(piece) for piece in self.cutting.text]
+        modules = (_SEES, _ACTIVATES)
+        read = layer_inputs(modules, self.body, self.sources, passages, self.options, self.reporter)
+        for layer, seen in enumerate(read):
+            inputs, strengths = (_joined(seen.pop(module)) for module in modules)
+            strengths = np.abs(strengths) * _lengths(self._weights(layer, DOWN), 0)
+            parts = np.split(self._order(layer, strengths), split.slices)[split.shared :]
+            energies = [np.square(strengths[:, part]).sum(axis=1) for part in parts]
+            yield SlicedLayer(inputs, np.stack(energies, axis=1))
+
+    def finish(self) -> dict[str, Order]:
+        """Every layer's order by its name; those that no router asked for are made now."""
+        count = self.body.base.model.config["num_hidden_layers"]
+        if len(self.orders) < count and self.cutting.split.assignment == "coactivation":
+            for _ in self.layers():
+                pass
+        for layer in range(len(self.orders), count):
+            self._order(layer, None)
+        return self.orders
+
+    def _order(self, layer: int, strengths: Matrix | None) -> Order:
+        split, name = self.cutting.split, ORDER.format(layer=layer)
+        count = self.body.base.model.config["intermediate_size"]
+        random = generator(self.options.seed, name, 0)
+        if split.assignment == "order":
+            made = neurons.in_order(count)
+        elif split.assignment == "random":
+            made = neurons.at_random(count, random)
+        elif split.assignment == "kmeans":
+            gate = self._weights(layer, GATE)
+            sizes = _lengths(gate, 1) * _lengths(self._weights(layer, UP), 1)
+            sizes *= _lengths(self._weights(layer, DOWN), 0)
+            made = neurons.by_weights(gate, sizes, split.slices, split.shared, random)
+        else:
+            assert strengths is not None
+            active = self.cutting.active
+            made = neurons.by_activation(strengths, split.slices, split.shared, active, random)
+        self.orders[name] = made
+        return made
+
+    def _weights(self, layer: int, which: str) -> Matrix:
+        name = dense(layer, which)
+        made = self.body.recipe(name)
+        shape = recipe.shape_of(made, self.sources)
+        found: Matrix = load(name, shape, made, self.sources).float().numpy()
+        return found
+
+
+def _joined(passages: list[Matrix]) -> Matrix:
+    """(T, ...) of all passages; the list is emptied, so that both are not in memory for long."""
+    import numpy as np
+
+    whole = np.concatenate(passages)
+    passages.clear()
+    return whole
+
+
+def _lengths(weights: Matrix, axis: int) -> Matrix:
+    """The norms along an axis."""
+    import numpy as np
+
+    lengths: Matrix = np.linalg.norm(weights, axis=axis)
+    return lengths
