@@ -179,6 +179,9 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     settings = {key: config[key] for key in known if key in config}
     if config[PARTIAL] != 1:  # a mistral turns whole heads
         settings["model_type"] = config["saved_as"]
+        if scaling := settings["rope_scaling"]:  # a phi3 of transformers 4 takes three keys alone
+            factors = {key: scaling[key] for key in scaling if key.endswith("_factor")}
+            settings["rope_scaling"] = {"type": scaling["rope_type"], **factors}
     return settings | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
