@@ -275,7 +275,7 @@ def test_batches_bound_what_is_written_at_once(
     text = with_gate(base, [first, second], "mode: self")
     begun = [Prompt((1, *range(5, 5 + n)), 1) for n in (1, 4, 2)]
     whole = own_texts(text, 0, begun, temperature=1e-6)
-    monkeypatch.setattr("moemerge.own_text.BATCH_TOKENS", 40)
+    monkeypatch.setattr("moemerge.dense.generate.BATCH_TOKENS", 40)
     assert own_texts(text, 0, begun, temperature=1e-6) == whole
 
 
@@ -503,7 +503,7 @@ def test_documents_are_cut_into_pieces_that_the_base_reads(
     pieces = make_plan(parse_config(text)).prompts[0].calibration
     assert [len(piece.ids) for piece in pieces] == [128, 128, 47, 2]  # max_position_embeddings
     assert {piece.ids[0] for piece in pieces} == {1}
-    monkeypatch.setattr("moemerge.prompts.CALIBRATION_TOKENS", 130)
+    monkeypatch.setattr("moemerge.text.encoder.CALIBRATION_TOKENS", 130)
     pieces = make_plan(parse_config(text)).prompts[0].calibration
     assert [len(piece.ids) for piece in pieces] == [128, 4]
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 OPEN = """
 import json, sys
 from moemerge.checkpoint.not_a_model import SourceProblem
-from moemerge.checkpoint.model import open_checkpoint
+from moemerge.checkpoint import open_checkpoint
 from moemerge.checkpoint.reference import Reference
 for repo in sys.argv[1:]:
     try:

@@ -397,7 +397,7 @@ def test_a_download_that_does_not_come_is_said(
     commit = hub.repositories["lab/base"].refs["main"]
     script = f"""
 from moemerge.checkpoint import hub
-from moemerge.checkpoint.remote import Remote
+from moemerge.hub import Remote
 from moemerge.errors import ReadError
 try:
     hub.fetch([Remote("lab/base", "{commit}", "model-mlp.safetensors", 0, "")], None)

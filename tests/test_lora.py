@@ -211,8 +211,8 @@ def test_four_bits_learn_too(tmp_path: Path, data: str) -> None:
 CHILD = """
 import json, os, signal, sys, warnings
 warnings.simplefilter("ignore")
-from moemerge.training import finetune as room
-from moemerge.training.tuning import Tuning
+from moemerge.training import lora as room
+from moemerge.training import Tuning
 
 out, adapter, last, lora, tuning = json.loads(sys.argv[1])
 whole, read = room.collate, []

@@ -381,7 +381,7 @@ def test_cut_off_the_same_call_goes_on(
 
     for place in ("write_shard", "verify_shards", "Change.finish"):
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(f"moemerge.rebuild.{place}", die)
+            patched.setattr(f"moemerge.mixture.rebuild.{place}", die)
             add(*arguments, tmp_path / "out")
         assert not (tmp_path / "out/config.json").exists()
     add(*arguments, tmp_path / "out")
