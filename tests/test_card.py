@@ -30,7 +30,7 @@ from moemerge import (
 )
 from moemerge.card import card
 from moemerge.card.text import Told
-from moemerge.cli.program import app
+from moemerge.cli import app
 from moemerge.output.manifest import read_manifest
 from moemerge.prepare.source_cards import Claims, claims_of
 

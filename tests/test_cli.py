@@ -17,8 +17,8 @@ from babies import simple_config, write_config
 from transformers import AutoModelForCausalLM
 
 from moemerge import Options, make_plan, verify_checkpoint
+from moemerge.cli import app
 from moemerge.cli.options import NO_MEANING, NO_MEANING_WITH_VALUE, with_ray_address
-from moemerge.cli.program import app
 from moemerge.cli.terminal import Terminal
 from moemerge.merging import pipeline
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from moemerge import InputError, Options, merge, output, regate, top_k, verify_checkpoint
 from moemerge.card.card import is_untouched
 from moemerge.card.files import tell_evaluation
-from moemerge.cli.program import app
+from moemerge.cli import app
 from moemerge.evaluation.loss import mean_losses, passages_of
 from moemerge.evaluation.run import Wanted, evaluate
 from moemerge.mixture.loading import load_mixture

@@ -34,7 +34,7 @@ from moemerge import (
     verify_checkpoint,
 )
 from moemerge.checkpoint.location import Stamp
-from moemerge.cli.program import app
+from moemerge.cli import app
 from moemerge.errors import ARGUMENTS, SWITCHES, Line, Problem
 from moemerge.output import estimate
 from moemerge.output.shard_file import ShardFile, read_chunk, same_bytes

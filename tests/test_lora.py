@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moemerge import InputError, Options, verify_checkpoint
-from moemerge.cli.program import app
+from moemerge.cli import app
 from moemerge.mixture.unfused import load
 from moemerge.text.encoder import Encoder
 from moemerge.training import lora as room

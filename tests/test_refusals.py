@@ -19,7 +19,7 @@ from babies import make_adapter, make_model, save_weights
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from moemerge.cli.program import app
+from moemerge.cli import app
 from moemerge.gates import modes as gates
 
 GOOD = """\

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moemerge import InputError, Options, RunError, merge, output, verify_checkpoint
-from moemerge.cli.program import app
+from moemerge.cli import app
 from moemerge.merging.new_routers import regate
 from moemerge.output.state import State
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moemerge import InputError, Options, RunError, make_plan, merge
-from moemerge.cli.program import app
+from moemerge.cli import app
 from moemerge.evaluation.routing import report
 from moemerge.gates.statistics import Routed, summary
 from moemerge.reporting import Silent

@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 from moemerge import InputError, Options, merge, regate, routing_report, verify_checkpoint
 from moemerge.architectures import types
 from moemerge.card.sharing import shareable
-from moemerge.cli.program import app
+from moemerge.cli import app
 from moemerge.mixture.edit import add, drop, top_k
 from moemerge.mixture.extraction import extract
 from moemerge.mixture.repairing import repair

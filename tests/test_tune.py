@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moemerge import InputError, Options, RunError, merge, output, regate, top_k, verify_checkpoint
-from moemerge.cli.program import app
+from moemerge.cli import app
 from moemerge.errors import Findings
 from moemerge.mixture.open import open_moe
 from moemerge.mixture.unfused import load, memory_of, name_in_files
