@@ -17,9 +17,14 @@ from dataclasses import dataclass
 
 _SHOWN = 4
 
+_SPELLED = {
+    "checksums": "checksum", "card_config": "config-in-card",
+    "untrained_ok": "i-understand-this-is-not-useful-without-training",
+}  # fmt: skip
+"""The options whose flags are called otherwise."""
+
 ARGUMENTS = {
-    "checksum": "checksums", "config-in-card": "card_config", "text": "texts",
-    "i-understand-this-is-not-useful-without-training": "untrained_ok",
+    **{flag: name for name, flag in _SPELLED.items()}, "text": "texts",
     "gradient-checkpointing": "checkpointing", "qlora": "load_in_4bit", "png": "path",
     "ADAPTER": "adapter", "MOE": "old", "OUT": "out", "SOURCE": "source",
 }  # fmt: skip
@@ -71,6 +76,11 @@ def _as_argument(found: re.Match[str]) -> str:
     if found["pair"]:
         return f"{name}={{NAME: FILE}}"
     return f"{name}={found['device'].strip()!r}" if found["device"] else name
+
+
+def flag(name: str, value: object = True) -> str:
+    """The flag of an option, as a person types it: `--no-...` where its value is False."""
+    return f"--{'no-' * (value is False)}{_SPELLED.get(name, name).replace('_', '-')}"
 
 
 class MoemergeError(Exception):

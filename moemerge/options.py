@@ -1,21 +1,17 @@
-"""How a merge is run, as opposed to what it makes: one frozen record, checked on creation."""
+"""How a merge is run, as opposed to what it makes: frozen records, checked on creation."""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from moemerge.errors import InputError, Problem
+from moemerge.errors import InputError, Problem, flag
 
 _POWERS = {"": 0, "K": 1, "M": 2, "B": 3, "G": 3, "T": 4}
-_SPELLED = {
-    "checksums": "checksum",
-    "card_config": "config-in-card",
-    "untrained_ok": "i-understand-this-is-not-useful-without-training",
-}
 
 
 @dataclass(frozen=True)
@@ -50,95 +46,72 @@ class ShardSize:
 
 
 @dataclass(frozen=True)
-class Options:
-    """Every way to run a merge; none changes what the config says is made, save `seed`.
+class RunOptions:
+    """How sources are read, and how models run for gate modes that need it.
 
-    `jobs` None is two a processor; `shards` is this run's share, as `0/8`; `ray` is a cluster's
-    address, `local` for one of its own; `push` is a repository on the Hub. `given` names options
-    that a person spelled out; `flags` adds those that differ from their defaults, so that one
-    without effect can be said.
+    `lazy` holds fewer decoder layers in memory at a time; `stream` keeps no copy of models on the
+    Hub; `cache_dir` None is the Hub's usual cache.
     """
 
     lazy: bool = False
-    shard_size: str = "5GB"
     seed: int = 0
     device: str = "auto"
     load_in_4bit: bool = False
     load_in_8bit: bool = False
+    cache_dir: str | Path | None = None
+    stream: bool = False
+
+    def problems(self) -> Iterator[Problem]:
+        """What no run can be asked for."""
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
+            fix = "write auto, cpu, cuda, cuda:1 or mps"
+            yield Problem("--device", f"{self.device!r} is not a device", fix)
+        if self.load_in_4bit and self.load_in_8bit:
+            yield Problem("--load-in-4bit", "and --load-in-8bit cannot both be", "keep one of them")
+        if not 0 <= self.seed < 2**63:
+            yield Problem("--seed", f"is {self.seed}", "write a whole number from 0 to 2^63 - 1")
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How files are written.
+
+    `jobs` None is two threads a processor. `direct` None writes past the page cache where the file
+    system can, True remarks where it cannot. `shards` is this run's share, as `0/8`; `ray` is a
+    cluster's address, `local` for one of its own.
+    """
+
+    shard_size: str = "5GB"
     overwrite: bool = False
     verify: bool = True
     copy_tokenizer: bool = True
-    allow_crimes: bool = False
-    untrained_ok: bool = False
-    cache_dir: str | Path | None = None
     jobs: int | None = None
-    direct: bool = True
+    direct: bool | None = None
     checksums: bool = True
     shards: str = ""
     ray: str = ""
-    stream: bool = False
-    push: str = ""
-    private: bool = False
-    push_as_you_go: bool = False
-    card: str | Path = ""
-    card_config: bool = True
-    given: frozenset[str] = field(default=frozenset(), compare=False)
 
-    def __post_init__(self) -> None:
-        problems: list[Problem] = []
+    def problems(self) -> Iterator[Problem]:
+        """What no files can be written by."""
         try:
             ShardSize.parse(self.shard_size)
         except InputError as error:
-            problems += error.problems
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
-            fix = "write auto, cpu, cuda, cuda:1 or mps"
-            problems.append(Problem("--device", f"{self.device!r} is not a device", fix))
-        if self.load_in_4bit and self.load_in_8bit:
-            what = "and --load-in-8bit cannot both be"
-            problems.append(Problem("--load-in-4bit", what, "keep one of them"))
-        if not 0 <= self.seed < 2**63:
-            fix = "write a whole number from 0 to 2^63 - 1"
-            problems.append(Problem("--seed", f"is {self.seed}", fix))
+            yield from error.problems
         if self.jobs is not None and not 1 <= self.jobs <= 256:
-            problems.append(Problem("--jobs", f"is {self.jobs}", "write a number from 1 to 256"))
+            yield Problem("--jobs", f"is {self.jobs}", "write a number from 1 to 256")
         if self.shards and self.share is None:
             fix = "write PART/PARTS, as 0/8 to 7/8 for eight runs"
-            problems.append(Problem("--shards", f"{self.shards!r} is no share", fix))
-        for other, why in (("ray", "Ray shares the work by itself"),
-                           ("overwrite", "each run would remove the others' work")):  # fmt: skip
-            if self.shards and getattr(self, other):
-                problems.append(Problem("--shards", f"and --{other} cannot both be", why))
-        for name in ("private", "push_as_you_go"):
-            if getattr(self, name) and not self.push:
-                fix = "add --push USER/NAME"
-                problems.append(Problem(self._flag(name), "says nothing without --push", fix))
-        if self.push and self.shards:
-            fix = f"run `moemerge push OUT {self.push}` when all shares are done"
-            problems.append(Problem("--push", "and --shards cannot both be", fix))
-        if self.push_as_you_go and self.ray:
-            why = "shards leave one after another: use --push alone"
-            problems.append(Problem("--push-as-you-go", "and --ray cannot both be", why))
-        if problems:
-            raise InputError(problems)
+            yield Problem("--shards", f"{self.shards!r} is no share", fix)
+        if self.shards and self.ray:
+            yield Problem("--shards", "and --ray cannot both be", "Ray shares the work by itself")
+        if self.shards and self.overwrite:
+            why = "each run would remove the others' work"
+            yield Problem("--shards", "and --overwrite cannot both be", why)
 
     @property
-    def flags(self) -> dict[str, str]:
-        """Each option that a person set, and the flag to name it by."""
-        names = [f.name for f in fields(self) if f.name != "given"]
-        differ = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        return {name: self._flag(name) for name in names if name in self.given | differ}
-
-    def _flag(self, name: str) -> str:
-        if name == "device" and "cuda" in self.given:
-            return "--no-cuda" if self.device == "cpu" else "--cuda"
-        no = "no-" if getattr(self, name) is False else ""
-        return f"--{no}{_SPELLED.get(name, name).replace('_', '-')}"
-
-    @property
-    def threads(self) -> int:
-        """How many threads write: `jobs`, else two a processor, for half of them wait for disks; at
-        least eight where they wait for the network."""
-        return self.jobs or max(min(2 * (os.cpu_count() or 2), 16), 8 * self.stream)
+    def past_the_cache(self) -> bool:
+        """Whether to write past the page cache where the file system can."""
+        return self.direct is not False
 
     @property
     def share(self) -> tuple[int, int] | None:
@@ -148,3 +121,66 @@ class Options:
             return None
         part, parts = map(int, found.groups())
         return (part, parts) if part < parts else None
+
+
+@dataclass(frozen=True)
+class PublishOptions:
+    """What the model card says, and where the result is pushed.
+
+    `push` is a repository on the Hub. `card_config` None shows the config, or for new routers does
+    as the card before.
+    """
+
+    push: str = ""
+    private: bool = False
+    push_as_you_go: bool = False
+    card: str | Path = ""
+    card_config: bool | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        """What no push can be asked for."""
+        for name in ("private", "push_as_you_go"):
+            if getattr(self, name) and not self.push:
+                yield Problem(flag(name), "says nothing without --push", "add --push USER/NAME")
+
+
+@dataclass(frozen=True)
+class Options(PublishOptions, WriteOptions, RunOptions):
+    """Every way to run a merge; none changes what the config says is made, save `seed`.
+
+    `allow_crimes` lets model families mix; `untrained_ok` spares the remark that equal experts need
+    training.
+
+    Raises:
+        InputError: values that cannot be, or not together; all of them are told.
+    """
+
+    allow_crimes: bool = False
+    untrained_ok: bool = False
+
+    def __post_init__(self) -> None:
+        if problems := list(self.problems()):
+            raise InputError(problems)
+
+    def problems(self) -> Iterator[Problem]:
+        """Everything that cannot be."""
+        for part in (WriteOptions, RunOptions, PublishOptions):
+            yield from part.problems(self)
+        if self.push and self.shards:
+            fix = f"run `moemerge push OUT {self.push}` when all shares are done"
+            yield Problem("--push", "and --shards cannot both be", fix)
+        if self.push_as_you_go and self.ray:
+            why = "shards leave one after another: use --push alone"
+            yield Problem("--push-as-you-go", "and --ray cannot both be", why)
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The options that differ from their defaults, with their values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
+
+    @property
+    def threads(self) -> int:
+        """How many threads write: `jobs`, or two a processor, for half of them wait for disks; at
+        least eight where they wait for the network."""
+        return self.jobs or max(min(2 * (os.cpu_count() or 2), 16), 8 * self.stream)

@@ -780,7 +780,7 @@ def test_a_device_that_is_not_there_is_refused(
 ) -> None:
     config = write(tmp_path, GOOD.replace("cheap_embed", "hidden"), babies)
     [problem] = refused(config, tmp_path / "out", *argv)
-    assert f"{argv[0]}: there is no {argv[-1].strip('-')} device here; use --device cpu" in problem
+    assert f"--device: there is no {argv[-1].strip('-')} device here; use --device cpu" in problem
 
 
 Bad = namedtuple("Bad", "make words argv", defaults=[()])

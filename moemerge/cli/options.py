@@ -171,7 +171,10 @@ GATING = ("lazy", "seed", "device", "cuda", "load_in_4bit", "load_in_8bit", "all
 
 
 def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command those of OPTIONS; it gets them as `options` and `terminal`."""
+    """Give a command those of OPTIONS; it gets them as `options` and `terminal`.
+
+    A parameter `typed` gets the names of all that were typed, defaults too.
+    """
     return functools.partial(_with_options, names or tuple(OPTIONS))
 
 
@@ -179,18 +182,18 @@ def _with_options(names: tuple[str, ...], command: Callable[..., None]) -> Calla
     own = [
         parameter
         for parameter in inspect.signature(command, eval_str=True).parameters.values()
-        if parameter.name not in ("options", "terminal")
+        if parameter.name not in ("options", "terminal", "typed")
     ]
+    hears = "typed" in inspect.signature(command).parameters
     shared = [OPTIONS[name].replace(name=name) for name in names]
 
     @functools.wraps(command)
     def wrapped(ctx: typer.Context, **values: Any) -> None:
+        given = frozenset(
+            name for name in values if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")
+        )
         chosen = {name: values.pop(name) for name in names}
-        given = {
-            name
-            for name in (*chosen, *values)
-            if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")
-        }
+        chosen = {n: v if n in given else getattr(Options, n, v) for n, v in chosen.items()}
         quiet, verbose = chosen.pop("quiet"), chosen.pop("verbose", False)
         terminal = Terminal(quiet, verbose)
         for line in ctx.meta.get(UNHEARD, ()):
@@ -205,8 +208,9 @@ def _with_options(names: tuple[str, ...], command: Callable[..., None]) -> Calla
                 flag, device = "--cuda" if cuda else "--no-cuda", chosen["device"]
                 what = f"and --device {device} disagree"
                 raise InputError([Problem(flag, what, "keep one of them")])
-        options = Options(**chosen, given=frozenset(given))
-        command(**values, options=options, terminal=terminal)
+        if hears:
+            values["typed"] = given
+        command(**values, options=Options(**chosen), terminal=terminal)
 
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]

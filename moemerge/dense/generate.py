@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from moemerge.checkpoint import Donor
 from moemerge.dense.run import whole_model
 from moemerge.errors import RunError
-from moemerge.options import Options
+from moemerge.options import RunOptions
 from moemerge.plan import Sources, generator, recipe
 from moemerge.reporting import Reporter
 from moemerge.text import Prompt
@@ -49,7 +49,7 @@ def write_texts(
     sampling: Sampling,
     never: Sequence[int],
     sources: Sources,
-    options: Options,
+    options: RunOptions,
     reporter: Reporter,
 ) -> list[Prompt]:
     """Let a donor's model go on from `beginnings`, in turn, until there are enough texts.

@@ -18,7 +18,7 @@ from moemerge.dense.body import Body
 from moemerge.dense.run import compute_dtype, load_tensors, one_layer, pick_device, quantise
 from moemerge.errors import ReadError, RunError
 from moemerge.families import EMBEDDING, LAYER
-from moemerge.options import Options
+from moemerge.options import RunOptions
 from moemerge.plan import Recipe, Sources, load_rows, recipe
 from moemerge.reporting import Reporter
 from moemerge.text import Prompt
@@ -48,7 +48,7 @@ def router_inputs(
     body: Body,
     sources: Sources,
     passages: Sequence[Passage],
-    options: Options,
+    options: RunOptions,
     reporter: Reporter,
 ) -> Iterator[list[Matrix]]:
     """Yield, for each layer, what its router sees at each text's own tokens: (T, D) per passage."""
@@ -61,7 +61,7 @@ def layer_inputs(
     body: Body,
     sources: Sources,
     passages: Sequence[Passage],
-    options: Options,
+    options: RunOptions,
     reporter: Reporter,
 ) -> Iterator[dict[str, list[Matrix]]]:
     """Yield, for each layer, what each of its `modules` is given: as `router_inputs`, by module.
@@ -211,7 +211,7 @@ def _in_turn(load: Callable[[int], Weights], layers: range, lazy: bool) -> Itera
             yield weights
 
 
-def _ready_layer(config: dict[str, Any], weights: Weights, device: str, options: Options) -> Any:
+def _ready_layer(config: dict[str, Any], weights: Weights, device: str, options: RunOptions) -> Any:
     """The body with this layer's weights in its place, on the device."""
     body = one_layer(config)
     body.layers[0].load_state_dict(weights, assign=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moemerge.checkpoint import Location
 from moemerge.families import DEFAULTS, EMBEDDING, HEAD, LAYER, PARTIAL, TRAINED
-from moemerge.options import Options
+from moemerge.options import RunOptions
 from moemerge.plan import Recipe, Sources, arithmetic, recipe
 
 if TYPE_CHECKING:
@@ -110,7 +110,10 @@ def one_layer(config: dict[str, Any]) -> Any:
 
 
 def whole_model(
-    config: dict[str, Any], recipe_of: Callable[[str], Recipe], sources: Sources, options: Options
+    config: dict[str, Any],
+    recipe_of: Callable[[str], Recipe],
+    sources: Sources,
+    options: RunOptions,
 ) -> Any:
     """The dense causal model that `recipe_of` gives the tensors of.
 

@@ -14,7 +14,7 @@ from moemerge.evaluation.loss import Passages, check_tokens, counted, mean_losse
 from moemerge.evaluation.sources import Source, sources_of
 from moemerge.gates import check_device_is_here
 from moemerge.mixture import config_of, encoder_of, load_mixture
-from moemerge.options import Options
+from moemerge.options import Options, RunOptions
 from moemerge.output import MANIFEST_FILE, manifest_of
 from moemerge.reporting import Reporter, listener
 from moemerge.tokenizer import TOKENIZER_FILE
@@ -87,7 +87,7 @@ def evaluate(
 
 
 def _checked(
-    out: Path, config: dict[str, Any], wanted: Wanted, options: Options, reporter: Reporter
+    out: Path, config: dict[str, Any], wanted: Wanted, options: RunOptions, reporter: Reporter
 ) -> tuple[Passages, Tasks | None]:
     """The texts as passages, and the tasks; all problems are found before a model is read."""
     findings = Findings()

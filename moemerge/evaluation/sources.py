@@ -15,7 +15,7 @@ from moemerge.config import parse_config
 from moemerge.dense import Body, available_memory, compute_dtype, pick_device, whole_model
 from moemerge.errors import InputError
 from moemerge.families import EMBEDDING
-from moemerge.options import Options
+from moemerge.options import Options, RunOptions
 from moemerge.output import MANIFEST_FILE, Manifest, check_sources
 from moemerge.plan import Recipe, recipe
 from moemerge.prepare import Prepared, Tensors, fetch, prepare
@@ -48,7 +48,7 @@ class Source:
         last = max(ids, default=0)
         return f"it does not know token {last}" if last >= self.config["vocab_size"] else ""
 
-    def model(self, options: Options, reporter: Reporter) -> Any:
+    def model(self, options: RunOptions, reporter: Reporter) -> Any:
         """The model in transformers; layer by layer if memory is too small, or `options.lazy`."""
         device = pick_device(options.device)
         dtype = compute_dtype(self.recipe_of(EMBEDDING), self.tensors, device)

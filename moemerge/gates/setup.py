@@ -14,7 +14,7 @@ from moemerge.errors import Findings, nearest
 from moemerge.gates import modes as gates
 from moemerge.gates.modes import GateMode
 from moemerge.gates.prompts import ExpertPrompts, check_prompts, encode_prompts, read_documents
-from moemerge.options import Options
+from moemerge.options import RunOptions
 from moemerge.plan import digest_of
 from moemerge.reporting import size
 from moemerge.split import Cutting
@@ -54,13 +54,13 @@ def settings_of(config: MergeConfig, gate: GateMode | None, findings: Findings) 
     return settings
 
 
-def check_device(options: Options, gate: GateMode | None, findings: Findings) -> None:
+def check_device(options: RunOptions, gate: GateMode | None, findings: Findings) -> None:
     """Record a device that the gate mode needs and that is not here."""
     if gate is not None and "model" in gate.USES:
         check_device_is_here(options, findings)
 
 
-def check_device_is_here(options: Options, findings: Findings) -> None:
+def check_device_is_here(options: RunOptions, findings: Findings) -> None:
     """Record a device that is not here."""
     name = options.device
     if name in ("auto", "cpu"):
@@ -74,8 +74,7 @@ def check_device_is_here(options: Options, findings: Findings) -> None:
         else torch.backends.mps.is_available()
     )
     if not there:
-        flag = options.flags["device"]
-        findings.problem(flag, f"there is no {name} device here", "use --device cpu")
+        findings.problem("--device", f"there is no {name} device here", "use --device cpu")
 
 
 def with_shared(config: MergeConfig) -> MergeConfig:
@@ -181,7 +180,7 @@ def _check_beginnings(
 
 
 def check_room(
-    config: MergeConfig, options: Options, donors: list[Donor], settings: Any, findings: Findings
+    config: MergeConfig, options: RunOptions, donors: list[Donor], settings: Any, findings: Findings
 ) -> None:
     """Say what it costs that every expert's own model runs; record one that has no room."""
     sizes = [model_bytes(donor.model.tensors.values()) for donor in donors]
@@ -207,7 +206,7 @@ def check_room(
 
 def digest_of_inputs(
     config: MergeConfig,
-    options: Options,
+    options: RunOptions,
     gate: GateMode,
     settings: Any,
     prompts: tuple[ExpertPrompts, ...],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moemerge.checkpoint import Donor
 from moemerge.dense import Body
 from moemerge.gates.prompts import ExpertPrompts
-from moemerge.options import Options
+from moemerge.options import RunOptions
 from moemerge.plan import Sources
 from moemerge.reporting import Reporter
 from moemerge.split import Cutter
@@ -37,7 +37,7 @@ class Task:
     experts: tuple[ExpertPrompts, ...]
     encoder: Encoder | None
     settings: Any
-    options: Options
+    options: RunOptions
     reporter: Reporter
     cutter: Cutter | None = None
 

@@ -15,7 +15,7 @@ from moemerge.config import MergeConfig, load_config
 from moemerge.errors import InputError, Problem
 from moemerge.merging.pipeline import Merged
 from moemerge.merging.routers import make_routers, report_of
-from moemerge.options import Options
+from moemerge.options import Options, PublishOptions
 from moemerge.output import (
     Change,
     How,
@@ -101,7 +101,7 @@ def _replace(
     if not state.routers.exists():
         make_routers(ready, sources, options, reporter, state.routers)
     sources[ROUTERS] = read_header(state.routers)
-    how, first = How(options.threads, options.direct, options.checksums), plan.shards[0]
+    how, first = How(options.threads, options.past_the_cache, options.checksums), plan.shards[0]
     new = change.path(first.file)
     entry = write_shard(first, sources, out, how, lambda nbytes: None, new)
     report = report_of(state.routers)
@@ -120,11 +120,11 @@ def _replace(
     return report
 
 
-def _told(ready: Prepared, options: Options, manifest: Manifest) -> Told:
+def _told(ready: Prepared, options: PublishOptions, manifest: Manifest) -> Told:
     """What is wanted of the card: what the options say, else what they said before."""
-    before, said = manifest.card, options.flags
-    own = ready.own_card if "card" in said else str(before.get("own", ""))
-    shown = options.card_config if "card_config" in said else bool(before.get("config", True))
+    before, shown = manifest.card, options.card_config
+    own = ready.own_card if options.card else str(before.get("own", ""))
+    shown = bool(before.get("config", True)) if shown is None else shown
     return Told(own, shown)
 
 

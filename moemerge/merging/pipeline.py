@@ -19,7 +19,7 @@ from moemerge.checkpoint import read_header
 from moemerge.config import MergeConfig, load_config
 from moemerge.errors import DiskFull, InputError, Line, MoemergeError, RunError
 from moemerge.merging.routers import make_routers, report_of
-from moemerge.options import Options
+from moemerge.options import Options, PublishOptions
 from moemerge.output import (
     Change,
     How,
@@ -257,8 +257,8 @@ class _Merge:
     def _how(self) -> How:
         options, say = self.options, self.reporter.say
         with output.writing(self.out):
-            direct = options.direct and takes_direct(self.state.directory)
-        if "direct" in options.given and options.direct and not (direct and options.checksums):
+            direct = options.past_the_cache and takes_direct(self.state.directory)
+        if options.direct and not (direct and options.checksums):
             why = "--no-checksum lets the kernel copy" if direct else "the file system refuses it"
             say(Line(f"--direct has no effect: {why}"))
         self.reporter.detail(f"{options.threads} threads, {'direct' if direct else 'plain'} writes")
@@ -313,7 +313,7 @@ class _Merge:
             change.write(name, content)
             files[name] = change.entry(name)
         report = report_of(self.state.routers)
-        told = Told(ready.own_card, self.options.card_config)
+        told = Told(ready.own_card, self.options.card_config is not False)
         picture = card_files.write(change, ready, report, told, self.reporter)
         if self.options.verify and not self.shipment:
             verify_shards(plan, out, sources)
@@ -345,7 +345,7 @@ def _prepare(config: MergeConfig, options: Options, reporter: Reporter, out: Pat
 
 
 def _shipment(
-    out: Path, options: Options, state: State, stopped: threading.Event
+    out: Path, options: PublishOptions, state: State, stopped: threading.Event
 ) -> publish.Shipment | None:
     if not options.push_as_you_go:
         return None

@@ -15,7 +15,7 @@ from moemerge.files import PART_SUFFIX, read_json
 from moemerge.gates import Routers, Task
 from moemerge.gates import load_balance as selection
 from moemerge.gates import statistics as routing_stats
-from moemerge.options import Options
+from moemerge.options import RunOptions
 from moemerge.output import writing
 from moemerge.plan import Fill, PlannedTensor, Shard, file_header
 from moemerge.prepare import Prepared
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 from moemerge.prepare import Tensors
 
 
-def task_of(ready: Prepared, sources: Tensors, options: Options, reporter: Reporter) -> Task:
+def task_of(ready: Prepared, sources: Tensors, options: RunOptions, reporter: Reporter) -> Task:
     """What the gate mode works from."""
     cutter = None
     if ready.cutting:
@@ -47,7 +47,7 @@ def task_of(ready: Prepared, sources: Tensors, options: Options, reporter: Repor
     )
 
 
-def run_gate(ready: Prepared, sources: Tensors, options: Options, reporter: Reporter) -> Routers:
+def run_gate(ready: Prepared, sources: Tensors, options: RunOptions, reporter: Reporter) -> Routers:
     """Let the gate mode make its routers.
 
     Raises:
@@ -57,7 +57,7 @@ def run_gate(ready: Prepared, sources: Tensors, options: Options, reporter: Repo
 
 
 def make_routers(
-    ready: Prepared, sources: Tensors, options: Options, reporter: Reporter, path: Path
+    ready: Prepared, sources: Tensors, options: RunOptions, reporter: Reporter, path: Path
 ) -> None:
     """Run the gate mode and save its routers, and how they do held out, at `path`.
 

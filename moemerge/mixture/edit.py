@@ -9,7 +9,7 @@ from pathlib import Path
 from moemerge.architectures import MLP, find, names
 from moemerge.checkpoint import FLOATS, Donor, Opener
 from moemerge.config import Expert, MergeConfig, parse_config
-from moemerge.errors import Findings, InputError, Line, no_effect
+from moemerge.errors import Findings, InputError, Line, flag, no_effect
 from moemerge.mixture.open import Moe, Part, open_moe
 from moemerge.mixture.rebuild import Built, Edit, build, build_in_place
 from moemerge.mixture.runnable import (
@@ -20,7 +20,7 @@ from moemerge.mixture.runnable import (
     most_per_token,
     weighed,
 )
-from moemerge.options import Options
+from moemerge.options import Options, RunOptions
 from moemerge.output import changed_sources, held
 from moemerge.plan import Cut, Join, Mean, Recipe, recipe
 from moemerge.prepare import compare, no_host
@@ -50,7 +50,7 @@ def top_k(
     edit = _choosing(moe, per_token, out is None, findings)
     if out is not None:
         return build(edit, Path(out), options, reporter, findings)
-    if flags := [*options.flags.values()]:
+    if flags := [flag(name, value) for name, value in options.chosen.items()]:
         reporter.say(Line(no_effect(flags, ": only config.json changes")))
     with held(moe.checkpoint.directory) as change:
         moe = opened_mixture(
@@ -197,7 +197,7 @@ def add(
 
 
 def opened_mixture(
-    old: str | Path, options: Options, findings: Findings, reporter: Reporter
+    old: str | Path, options: RunOptions, findings: Findings, reporter: Reporter
 ) -> Moe:
     """The mixture `old`, its notes said.
 

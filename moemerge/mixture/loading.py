@@ -13,7 +13,7 @@ from moemerge.errors import Findings, InputError, Problem, first_line
 from moemerge.files import CONFIG_FILE
 from moemerge.mixture.open import open_moe
 from moemerge.mixture.unfused import dtype_of, load, refuse_weights
-from moemerge.options import Options
+from moemerge.options import RunOptions
 from moemerge.reporting import Reporter, size
 from moemerge.text import Encoder
 
@@ -21,7 +21,7 @@ PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token")
 """The keys by which configs say how many experts a token chooses."""
 
 
-def load_mixture(out: Path, options: Options, reporter: Reporter) -> Any:
+def load_mixture(out: Path, options: RunOptions, reporter: Reporter) -> Any:
     """The mixture in transformers, on its device.
 
     Where memory is too small, or with `options.lazy`, a decoder layer's weights are read each time
@@ -87,7 +87,7 @@ def encoder_of(out: Path) -> Encoder:
         raise InputError([Problem(str(out), str(error), "copy the base's tokenizer")]) from error
 
 
-def _streamed(out: Path, options: Options, reporter: Reporter) -> Any:
+def _streamed(out: Path, options: RunOptions, reporter: Reporter) -> Any:
     findings = Findings()
     moe = open_moe(str(out.absolute()), options.cache_dir, findings)
     findings.refuse()

@@ -22,7 +22,7 @@ from moemerge.checkpoint import Checkpoint, Donor, Location, check_unchanged, fe
 from moemerge.errors import Findings
 from moemerge.files import CONFIG_FILE, PART_SUFFIX
 from moemerge.mixture.open import Moe, Part, planned
-from moemerge.options import Options, ShardSize
+from moemerge.options import Options, RunOptions, ShardSize, WriteOptions
 from moemerge.output import (
     STATE_DIRECTORY,
     Change,
@@ -87,7 +87,7 @@ class Edit:
     same_model: bool = False
 
 
-def _plan(edit: Edit, options: Options) -> tuple[Plan, tuple[Shard, ...]]:
+def _plan(edit: Edit, options: WriteOptions) -> tuple[Plan, tuple[Shard, ...]]:
     """The plan that says what the weights are made of, and its shards as they are to be written.
 
     Tensors stay in the files that they were in, routers come first, and what is new comes last.
@@ -214,7 +214,7 @@ def _manifest(edit: Edit, plan: Plan, files: dict[str, dict[str, Any]]) -> Manif
 
 
 def _sources(
-    edit: Edit, shards: Iterable[Shard], options: Options, reporter: Reporter
+    edit: Edit, shards: Iterable[Shard], options: RunOptions, reporter: Reporter
 ) -> dict[str, dict[str, Location]]:
     """Every model's tensors, with what has to come from the Hub downloaded or to be streamed."""
     needed: dict[str, set[str]] = {}
@@ -247,7 +247,7 @@ def _write(
     state, before = State(out), edit.moe.manifest
     old = {shard.digest: shard for shard in before.plan.shards} if before else {}
     entries, copied = {}, 0
-    how = How(options.threads, options.direct, options.checksums)
+    how = How(options.threads, options.past_the_cache, options.checksums)
     with reporter.progress("writing", plan.nbytes, "B") as advance:
         for shard in shards:
             entry = state.entry(shard)

@@ -19,7 +19,7 @@ from moemerge.dense import Streamed, available_memory, pick_device
 from moemerge.errors import Findings, InputError, Problem, RunError
 from moemerge.families import HEAD
 from moemerge.mixture.open import Moe, Part
-from moemerge.options import Options
+from moemerge.options import RunOptions
 from moemerge.plan import arithmetic
 from moemerge.reporting import Reporter, size
 
@@ -42,7 +42,7 @@ def is_plain(name: str) -> bool:
     return name.rpartition(".")[2] not in _WHOLE
 
 
-def check_memory(moe: Moe, options: Options, findings: Findings) -> None:
+def check_memory(moe: Moe, options: RunOptions, findings: Findings) -> None:
     """Record a model too large for the memory at hand, where that can be told."""
     free = available_memory()
     needed = memory_of(moe, options.load_in_4bit)
@@ -76,7 +76,7 @@ def _is_quantised(part: Part) -> bool:
     return bool(part.layer) and len(part.shape) == 2 and not part.made and is_plain(module)
 
 
-def load(moe: Moe, options: Options, reporter: Reporter, dtype: torch.dtype) -> Any:
+def load(moe: Moe, options: RunOptions, reporter: Reporter, dtype: torch.dtype) -> Any:
     """The mixture on its device in `dtype`, all of it frozen; its experts are linears.
 
     With `options.load_in_4bit` every linear but the head is quantised (NF4, QLoRA: Dettmers et al.

@@ -16,7 +16,7 @@ from typing import Any
 
 from moemerge.errors import DiskFull, Findings, ReadError, WriteError
 from moemerge.files import CONFIG_FILE, is_inside, read_json
-from moemerge.options import Options
+from moemerge.options import Options, PublishOptions, WriteOptions
 from moemerge.output.manifest import MANIFEST_FILE, OWN_FILES, PICTURE_FILE, read_manifest
 from moemerge.output.state import STATE_DIRECTORY, State
 from moemerge.plan import INDEX_FILE, Plan
@@ -171,13 +171,13 @@ def _changed(started: dict[str, Any], plan: Plan) -> list[str]:
     return [name for name in now.keys() & before.keys() if now[name] != before[name]]
 
 
-def nbytes_at_once(plan: Plan | None, options: Options) -> int:
+def nbytes_at_once(plan: Plan | None, options: PublishOptions) -> int:
     """The most bytes of shards that stand in the output together."""
     sizes = sorted(shard.nbytes for shard in plan.shards) if plan else []
     return sum(sizes[-2:] if options.push_as_you_go else sizes)
 
 
-def begin(out: Path, plan: Plan, files: Iterable[str], options: Options) -> None:
+def begin(out: Path, plan: Plan, files: Iterable[str], options: WriteOptions) -> None:
     """Make `out` ready: go on where a run of this plan stopped, else clear what another left.
 
     When clearing, `config.json` and the index go first, so that the directory never passes for a

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moemerge.dense import BATCH_TOKENS, model_bytes
 from moemerge.errors import InputError, Problem
-from moemerge.options import Options
+from moemerge.options import Options, RunOptions
 from moemerge.output import CHUNK_BYTES
 from moemerge.plan import BLOCK_VALUES, ROUTERS, Read, recipe
 from moemerge.prepare.stages import Prepared
@@ -52,7 +52,7 @@ class Transfer:
     whole: tuple[str, ...]
 
 
-def transfer(ready: Prepared, options: Options) -> Transfer:
+def transfer(ready: Prepared, options: RunOptions) -> Transfer:
     """What a merge of this plan reads of the models on the Hub."""
     reads = Counter(dict(_reads(ready, options)))
     files = cached = ranges = sources = 0
@@ -74,7 +74,7 @@ def transfer(ready: Prepared, options: Options) -> Transfer:
     return Transfer(files, cached, ranges, sources, tuple(whole))
 
 
-def check_cache_room(ready: Prepared, options: Options, out: Path) -> None:
+def check_cache_room(ready: Prepared, options: RunOptions, out: Path) -> None:
     """Refuse to begin a download that the Hub's cache has no room for.
 
     Raises:
@@ -100,7 +100,7 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
-def _reads(ready: Prepared, options: Options) -> Iterator[tuple[Read, int]]:
+def _reads(ready: Prepared, options: RunOptions) -> Iterator[tuple[Read, int]]:
     """Each source tensor that is read, and how many times."""
     times: Counter[Read] = Counter()
     for tensor in ready.plan.tensors:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moemerge import checkpoint
 from moemerge.checkpoint import Donor, Location
-from moemerge.options import Options
+from moemerge.options import RunOptions
 from moemerge.plan import ROUTERS, recipe
 from moemerge.prepare.stages import Prepared
 from moemerge.reporting import Reporter
@@ -20,7 +20,7 @@ Tensors = dict[str, dict[str, Location]]
 
 
 def fetch(
-    ready: Prepared, options: Options, reporter: Reporter, whole: Iterable[Donor] = ()
+    ready: Prepared, options: RunOptions, reporter: Reporter, whole: Iterable[Donor] = ()
 ) -> Tensors:
     """Every source's tensors, with the files that the plan reads from the Hub downloaded.
 

@@ -11,7 +11,7 @@ from moemerge import split as splits
 from moemerge.checkpoint import Checkpoint, Donor, Opener
 from moemerge.config import Expert, MergeConfig, check_values
 from moemerge.dense import Body
-from moemerge.errors import Findings, Line
+from moemerge.errors import Findings, Line, flag
 from moemerge.gates import ExpertPrompts, GateMode
 from moemerge.gates import setup as gate_setup
 from moemerge.options import Options
@@ -257,17 +257,17 @@ class _Preparation:
     def _note_what_has_no_effect(
         self, gate: GateMode, base: Donor, donors: list[Donor | None]
     ) -> None:
-        idle, flags, mode = self.findings.without_effect, self.options.flags, self.config.mode
+        idle, chosen, mode = self.findings.without_effect, self.options.chosen, self.config.mode
         if "model" not in gate.USES:
             for option in ("lazy", "device", "load_in_4bit", "load_in_8bit"):
-                if option in flags:
-                    idle(flags[option], f": gate_mode: {mode} runs no model")
+                if option in chosen:
+                    idle(flag(option), f": gate_mode: {mode} runs no model")
         noise = self.config.draws
-        if "seed" in flags and "seed" not in gate.USES and not noise:
+        if "seed" in chosen and "seed" not in gate.USES and not noise:
             without = "without noise_scale or renew"
             idle("--seed", f": gate_mode: {mode} {without} draws nothing")
         opened = self.opener.opened
-        if "cache_dir" in flags and all(reference.directory for reference in opened):
+        if "cache_dir" in chosen and all(reference.directory for reference in opened):
             idle("--cache-dir", ": no source is on the Hub")
         if self.options.stream and not any(one.absent for one in opened.values()):
             idle("--stream", ": every source is on this disk")

@@ -13,7 +13,7 @@ from moemerge.config import MergeConfig
 from moemerge.dense import Body, Passage, layer_inputs
 from moemerge.errors import Findings
 from moemerge.families import DOWN, GATE, UP, dense
-from moemerge.options import Options
+from moemerge.options import RunOptions
 from moemerge.plan import Sources, generator, load, recipe
 from moemerge.reporting import Reporter
 from moemerge.split import neurons
@@ -91,7 +91,7 @@ class Cutter:
     cutting: Cutting
     body: Body
     sources: Sources
-    options: Options
+    options: RunOptions
     reporter: Reporter
     orders: dict[str, Order] = field(default_factory=dict)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moemerge.dense import pick_device
 from moemerge.errors import Findings, InputError, Problem, RunError
 from moemerge.mixture import Moe, dtype_of, load
-from moemerge.options import Options
+from moemerge.options import Options, RunOptions
 from moemerge.output import writing
 from moemerge.reporting import Reporter, Silent, listener
 from moemerge.training import checkpoints
@@ -147,7 +147,7 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _check_installed(options: Options) -> None:
+def _check_installed(options: RunOptions) -> None:
     needed = ["peft", "accelerate", *(["bitsandbytes"] if options.load_in_4bit else [])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -179,7 +179,7 @@ def _run(
     adapter: Path,
     tuning: Tuning,
     lora: Lora,
-    options: Options,
+    options: RunOptions,
     reporter: Reporter,
     run: dict[str, Any],
 ) -> Adapted:

@@ -8,7 +8,7 @@ from pathlib import Path
 from moemerge.errors import Findings
 from moemerge.gates import check_device_is_here
 from moemerge.mixture import Moe, check_memory, open_moe
-from moemerge.options import Options
+from moemerge.options import RunOptions
 from moemerge.text import Encoder
 from moemerge.training.data import Conversation, Passage, Template, passages_of, read
 from moemerge.training.settings import Tuning
@@ -19,7 +19,7 @@ _USUAL_LENGTH = 256
 def begin(
     out: str | Path,
     tuning: Tuning,
-    options: Options,
+    options: RunOptions,
     findings: Findings,
     template_of: Callable[[Path], Template | None] | None,
 ) -> tuple[Moe | None, list[list[Passage]], int]:

@@ -189,7 +189,7 @@ def _replace(
         else:
             change.remove(_CARD)
     reading = dataclasses.replace(whole, digest=digest)
-    how, to = How(options.threads, options.direct, True), change.path(first.file)
+    how, to = How(options.threads, options.past_the_cache, True), change.path(first.file)
     made_of = {ROUTERS: read_header(source)}
     entry = write_shard(reading, made_of, out, how, lambda nbytes: None, to)
     kept = {name: change.entry(name) for name in (_SHARD, _MANIFEST)}

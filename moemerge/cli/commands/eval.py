@@ -25,6 +25,7 @@ def evaluate(
     out: Out,
     options: Options,
     terminal: Terminal,
+    typed: frozenset[str],
     text: Texts = None,
     tasks: Annotated[
         list[str] | None,
@@ -67,7 +68,7 @@ def evaluate(
 
     of = {"limit": "--tasks", "num_fewshot": "--tasks", "batch_size": "--tasks", "length": "--text"}
     given = {"--tasks": tasks, "--text": text}
-    if idle := [name for name in of if name in options.given and not given[of[name]]]:
+    if idle := [name for name in of if name in typed and not given[of[name]]]:
         flags = {name: "--" + name.replace("_", "-") for name in idle}
         raise InputError(
             [Problem(flags[n], f"has no effect without {of[n]}", "remove it") for n in idle]

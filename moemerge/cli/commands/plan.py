@@ -12,7 +12,7 @@ from moemerge.cli.describe import plan_lines
 from moemerge.cli.options import with_options
 from moemerge.cli.program import Config, app, check_config_path
 from moemerge.cli.terminal import Terminal, show
-from moemerge.errors import no_effect
+from moemerge.errors import flag, no_effect
 from moemerge.options import Options
 
 MERGE_ALONE = {
@@ -28,6 +28,7 @@ def plan(
     config: Config,
     options: Options,
     terminal: Terminal,
+    typed: frozenset[str],
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
 ) -> None:
     """Show what a merge of CONFIG would build; headers are read, nothing is written."""
@@ -37,7 +38,9 @@ def plan(
     check_config_path(config)
     ready = make_plan(config, options, terminal)
     made = ready.plan
-    without_effect = [flag for name, flag in options.flags.items() if name in MERGE_ALONE]
+    without_effect = [
+        flag(n, value) for n, value in vars(options).items() if n in MERGE_ALONE & typed
+    ]
     if idle := [*without_effect, *["--verbose"] * terminal.verbose]:
         terminal.say(no_effect(idle, ": plan writes nothing"))
     if as_json:

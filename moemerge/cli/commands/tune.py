@@ -40,6 +40,7 @@ def tune(
     out: Out,
     options: Options,
     terminal: Terminal,
+    typed: frozenset[str],
     adapter: Annotated[
         Path | None, typer.Argument(metavar="[ADAPTER]", help="Where --lora writes its adapter.")
     ] = None,
@@ -155,7 +156,7 @@ def tune(
         raise InputError([Problem("tune", "needs one thing to do", fix)])
     idle = {**({} if lora or qlora else _OF_LORA), **({} if only else _OF_ROUTERS)}
     idle |= _OF_TRAINING if undo else {}
-    if wrong := [flag for name, flag in idle.items() if name in options.given]:
+    if wrong := [flag for name, flag in idle.items() if name in typed]:
         what = f"has no effect with {chosen[0]}"
         raise InputError([Problem(flag, what, "remove it") for flag in wrong])
     if undo:
