@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
+from try_package import copy_to
 
 from moemerge import load_config, make_plan, merge, verify_checkpoint
 
@@ -51,43 +51,10 @@ def test_the_split_config_finds_its_text() -> None:
     assert (len(ready.plan.experts), ready.plan.experts_per_token) == (7, 3)
 
 
-def test_installed_in_an_empty_environment_it_runs(tmp_path: Path) -> None:
-    """The wheel holds all rooms and py.typed; what it depends on comes from this environment."""
-    venv.create(tmp_path / "env", with_pip=True)
-    python = tmp_path / "env/bin/python"
-    source = tmp_path / "source"
-    files = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, check=True, capture_output=True, text=True,
-    ).stdout.splitlines()  # fmt: skip
-    for name in files:
-        if name.startswith("moemerge/") or "/" not in name:
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run(
-        [python, "-m", "pip", "install", "-q", "--no-deps", source],
-        check=True, env={**os.environ, "PYTHONPATH": ""}, capture_output=True,
-    )  # fmt: skip
-    site = next((tmp_path / "env").glob("lib/python*/site-packages"))
-    assert (site / "moemerge/py.typed").exists()
-    here = next(p for p in sys.path if p.endswith("site-packages"))
-    (site / "dependencies.pth").write_text(here)
-    done = subprocess.run(
-        [tmp_path / "env/bin/moemerge", "plan", ROOT / "examples/configs/quickstart.yaml"],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ""},
-    )
-    assert "4 experts, 2 a token" in done.stdout
-
-
 @pytest.mark.full
 def test_the_quickstart_script(tmp_path: Path) -> None:
-    """From a fresh clone with nothing installed, as a newcomer runs it."""
-    clone = tmp_path / "clone"
-    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    """From a fresh copy with nothing installed, as a newcomer runs it."""
+    clone = copy_to(tmp_path / "clone")
     done = subprocess.run(
         [clone / "scripts/quickstart", tmp_path / "out"], check=True, capture_output=True, text=True
     )
