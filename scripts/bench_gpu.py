@@ -107,7 +107,7 @@ def main() -> None:
         tokenizer = options.tokenizer or model_dir()
         make_dense(root / "dense", tokenizer, options.layers, options.hidden, options.inner)
         make_mixture(root, root / "out", options.experts)
-        (root / "text.txt").write_text((ROOT / "README.md").read_text() * 20)
+        (root / "text.txt").write_text((ROOT / "README.md").read_text() * 80)
         moe = open_moe(str(root / "out"), None, Findings())
         assert moe
         for way in options.ways:

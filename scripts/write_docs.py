@@ -29,8 +29,8 @@ BESIDE = {
     "examples/experts/": "four small LoRA experts, and how they were trained",
     "examples/heldout/": "text that no expert was trained on",
     "examples/tasks/": "a multiple-choice task of that text, for lm-eval",
-    "scripts/": "quickstart, test, demo experts, benchmarks",
-    "tests/": "one file per law or room, and the real readers",
+    "scripts/": "quickstart, tests, demo experts, benchmarks",
+    "tests/": "one file for each subject, and the programs that read mixtures",
     "docs/": "one page a topic, and the commands in full",
 }
 
