@@ -92,11 +92,11 @@ def _gates() -> str:
         "experts": "the experts' own models run", "model": "a pass of the base model",
     }  # fmt: skip
     sys.path.insert(0, str(ROOT))
-    from moemerge import gates
+    from moemerge.gates import modes
 
-    for name in gates.names():
+    for name in modes.names():
         line = first_line(ROOT / f"moemerge/gates/modes/{name}.py").partition(": ")[2]
-        uses = gates.find(name).USES
+        uses = modes.find(name).USES
         needs = ", ".join(words[use] for use in words if use in uses) or "nothing (seeded)"
         rows.append(f"| `{name}` | {line} | {needs} |")
     return "\n".join(rows)
@@ -104,7 +104,7 @@ def _gates() -> str:
 
 def _architectures() -> str:
     sys.path.insert(0, str(ROOT))
-    from moemerge.hosts import listing
+    from moemerge.prepare import listing
 
     rows = listing()
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
