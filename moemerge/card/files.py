@@ -11,7 +11,16 @@ from moemerge.card import card
 from moemerge.card import evaluation as evaluation_text
 from moemerge.card.text import Told
 from moemerge.files import read_json
-from moemerge.output import CARD_FILE, MANIFEST_FILE, PICTURE_FILE, Change, held, settle, writing
+from moemerge.output import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    PICTURE_FILE,
+    Change,
+    FileEntry,
+    held,
+    settle,
+    writing,
+)
 from moemerge.prepare import Prepared
 from moemerge.report import heat_map
 from moemerge.reporting import Reporter
@@ -24,7 +33,7 @@ def write(
     told: Told,
     reporter: Reporter,
     ours: bool = True,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, FileEntry]:
     """Write the card and, where routing is known and matplotlib there, the picture.
 
     Returns the picture's entry for the manifest, if there is one. Without `ours` a picture that is

@@ -18,6 +18,7 @@ from moemerge.merging.routers import make_routers, report_of
 from moemerge.options import Options, PublishOptions
 from moemerge.output import (
     Change,
+    FileEntry,
     How,
     Manifest,
     check_shards,
@@ -108,7 +109,7 @@ def _replace(
     told = _told(ready, options, manifest)
     ours = output.PICTURE_FILE in manifest.files
     picture = card_files.write(change, ready, report, told, reporter, ours)
-    own: dict[str, dict[str, Any]] = {name: {} for name in output.OWN_FILES}
+    own: dict[str, FileEntry] = {name: {} for name in output.OWN_FILES}
     files = {**manifest.files, first.file: entry}
     for name in [name for name in files if name.startswith(f"{output.BEFORE_TUNING}/")]:
         change.remove(name)  # of routers that are no more

@@ -22,6 +22,7 @@ from moemerge.merging.routers import make_routers, report_of
 from moemerge.options import Options, PublishOptions
 from moemerge.output import (
     Change,
+    FileEntry,
     How,
     Manifest,
     State,
@@ -298,7 +299,7 @@ class _Merge:
             return False
         return bool(entry)
 
-    def _done(self, shard: Shard, entry: dict[str, Any]) -> None:
+    def _done(self, shard: Shard, entry: FileEntry) -> None:
         with output.writing(self.out):
             self.state.finished(shard, entry)
         digest = f", xxh3 {entry['xxh3']}" if "xxh3" in entry else ""

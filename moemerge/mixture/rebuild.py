@@ -26,6 +26,7 @@ from moemerge.options import Options, RunOptions, ShardSize, WriteOptions
 from moemerge.output import (
     STATE_DIRECTORY,
     Change,
+    FileEntry,
     How,
     Manifest,
     OutputFile,
@@ -197,7 +198,7 @@ def build(edit: Edit, out: Path, options: Options, reporter: Reporter, findings:
         entries, copied = _write(edit, plan, shards, sources, out, options, reporter)
         if options.verify:
             verify_shards(replace(plan, shards=shards), out, sources)
-        files: dict[str, dict[str, Any]] = {**entries}
+        files: dict[str, FileEntry] = {**entries}
         for name, content in output.carried_content(vocabulary, carried):
             change.write(name, content)
             files[name] = change.entry(name)
@@ -207,7 +208,7 @@ def build(edit: Edit, out: Path, options: Options, reporter: Reporter, findings:
     return Built(out, plan, copied, plan.nbytes - copied)
 
 
-def _manifest(edit: Edit, plan: Plan, files: dict[str, dict[str, Any]]) -> Manifest:
+def _manifest(edit: Edit, plan: Plan, files: dict[str, FileEntry]) -> Manifest:
     before = edit.moe.manifest
     folder, card = (before.folder, before.card) if before else (None, {})
     return Manifest(edit.text, plan, files, folder=folder, card=card)
@@ -242,7 +243,7 @@ def _write(
     out: Path,
     options: Options,
     reporter: Reporter,
-) -> tuple[dict[str, dict[str, Any]], int]:
+) -> tuple[dict[str, FileEntry], int]:
     """Every shard that is not there yet: its manifest entry by file, and the bytes copied whole."""
     state, before = State(out), edit.moe.manifest
     old = {shard.digest: shard for shard in before.plan.shards} if before else {}

@@ -20,6 +20,7 @@ from moemerge.output.manifest import (
     MANIFEST_FILE,
     OWN_FILES,
     PICTURE_FILE,
+    FileEntry,
     Manifest,
     read_manifest,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "STATE_DIRECTORY",
     "TOKENIZER_FILES",
     "Change",
+    "FileEntry",
     "How",
     "Manifest",
     "OutputFile",

@@ -12,12 +12,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from moemerge.errors import RunError
 from moemerge.files import CONFIG_FILE, as_json, flush_directory, is_inside, read_json, write_json
 from moemerge.output.directory import writing
-from moemerge.output.manifest import MANIFEST_FILE, Manifest
+from moemerge.output.manifest import MANIFEST_FILE, FileEntry, Manifest
 from moemerge.output.shard_file import file_checksum
 from moemerge.output.state import ASIDE, COMMITTED, State
 from moemerge.plan import INDEX_FILE, weight_index
@@ -62,7 +61,7 @@ class Change:
         path = self._aside / _FILES / name
         return path if path.is_file() else self.out / name
 
-    def entry(self, name: str) -> dict[str, Any]:
+    def entry(self, name: str) -> FileEntry:
         """What the manifest says of the file that will have that name."""
         path = self.after(name)
         return {"bytes": path.stat().st_size, "xxh3": file_checksum(path)}

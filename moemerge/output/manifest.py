@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from moemerge.files import CONFIG_FILE, is_inside
 from moemerge.plan import INDEX_FILE, Plan, digest_of
@@ -19,19 +19,31 @@ BEFORE_TUNING = "before-tuning"
 """Holds the first shard as it was, under a name that no reader takes for weights."""
 
 
+class FileEntry(TypedDict, total=False):
+    """What is known of a written file; empty for `OWN_FILES`.
+
+    Its size, its xxh3 (64 bits, hex; absent with `--no-checksum`) and, once it was pushed as it was
+    written, its sha256.
+    """
+
+    bytes: int
+    xxh3: str
+    sha256: str
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a finished directory says of itself: the config, the plan, and its files' checksums.
 
-    `files` maps each name to its `bytes` and `xxh3` (64 bits, hex); `OWN_FILES`, which the plan
-    decides or a person may edit, have neither. `routing` is how the routers do on the prompts,
-    `folder` where the config file stood, to which its relative paths relate, `card` what a person
-    wanted of the card, `tuned` how the routers were trained, if they were.
+    The entries of `OWN_FILES`, which the plan decides or a person may edit, are empty. `routing` is
+    how the routers do on the prompts; `folder` is where the config file stood, for its relative
+    paths; `card` is what a person wanted of the card; `tuned` is how the routers were trained, if
+    they were.
     """
 
     config: str
     plan: Plan
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileEntry]
     routing: dict[str, Any] = field(default_factory=dict)
     folder: str | None = None
     version: str = __version__

@@ -6,9 +6,9 @@ import re
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from moemerge.errors import MoemergeError, RunError
+from moemerge.output.manifest import FileEntry
 from moemerge.output.write import How, write_shard
 from moemerge.plan import Shard, Sources
 
@@ -18,7 +18,7 @@ RETRIES = 10
 
 def write_shards(
     shards: Sequence[Shard], sources: Sources, out: Path, how: How, address: str
-) -> Iterator[tuple[Shard, dict[str, Any]]]:
+) -> Iterator[tuple[Shard, FileEntry]]:
     """Write the shards on the cluster; yield each with its manifest entry as it is finished.
 
     The same function runs there as here, so the bytes are the same. `address` is the cluster's, as
@@ -51,7 +51,7 @@ def write_shards(
             ray.shutdown()
 
 
-def _write(shard: Shard, sources: Sources, out: Path, how: How) -> dict[str, Any]:
+def _write(shard: Shard, sources: Sources, out: Path, how: How) -> FileEntry:
     return write_shard(shard, sources, out, how, lambda nbytes: None)
 
 

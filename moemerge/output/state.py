@@ -12,9 +12,10 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from moemerge.files import PART_SUFFIX, read_json, write_json
+from moemerge.output.manifest import FileEntry
 from moemerge.plan import Shard
 
 STATE_DIRECTORY = ".moemerge"
@@ -64,17 +65,17 @@ class State:
         for name in (*names, _STARTED, COMMITTED):
             _remove(self.directory / name)
 
-    def entry(self, shard: Shard) -> dict[str, Any]:
+    def entry(self, shard: Shard) -> FileEntry:
         """A finished shard's manifest entry; empty if it is neither here nor, as it was, pushed."""
         there = (self.out / shard.file).is_file() or self.is_pushed(shard)
-        return read_json(self._entry(shard)) if there else {}
+        return cast(FileEntry, read_json(self._entry(shard)) if there else {})
 
     def is_pushed(self, shard: Shard) -> bool:
         """Whether the Hub holds the very file that was finished here."""
         entry = read_json(self._entry(shard)) if shard.file in self.pushed else {}
         return (entry.get("bytes"), entry.get("sha256")) == self.pushed.get(shard.file)
 
-    def finished(self, shard: Shard, entry: dict[str, Any]) -> None:
+    def finished(self, shard: Shard, entry: FileEntry) -> None:
         """Note that a shard has its name and is whole."""
         write_json(self._entry(shard), entry)
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moemerge.checkpoint import (
     Checkpoint,
@@ -28,7 +27,7 @@ from moemerge.output.change import settle
 from moemerge.output.directory import MODEL_SUFFIXES
 from moemerge.output.disk import CHUNK_BYTES, buffer
 from moemerge.output.estimate import seconds_to_compare
-from moemerge.output.manifest import MANIFEST_FILE, Manifest, read_manifest
+from moemerge.output.manifest import MANIFEST_FILE, FileEntry, Manifest, read_manifest
 from moemerge.output.shard_file import (
     ShardFile,
     checksum,
@@ -103,7 +102,7 @@ def verify_shards(
             raise _differs(path, tensor)
 
 
-def is_whole(shard: Shard, out: Path, entry: dict[str, Any]) -> bool:
+def is_whole(shard: Shard, out: Path, entry: FileEntry) -> bool:
     """Whether a finished shard is still what its manifest entry says: header, size, checksum."""
     try:
         _check_header(shard, out)

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moemerge.checkpoint import Location, check_unchanged
 from moemerge.files import PART_SUFFIX
 from moemerge.output.directory import writing
 from moemerge.output.disk import OutputFile, buffer
+from moemerge.output.manifest import FileEntry
 from moemerge.output.shard_file import ShardFile, checksum, chunk_digest, chunks, threads
 from moemerge.output.state import STATE_DIRECTORY
 from moemerge.plan import Shard, Sources, computes, copies
@@ -37,7 +37,7 @@ def write_shard(
     how: How,
     advance: Callable[[int], object],
     to: Path | None = None,
-) -> dict[str, Any]:
+) -> FileEntry:
     """Write one shard into `out` and return its manifest entry: `bytes` and, if asked, `xxh3`.
 
     Memory is a buffer for each thread, whatever the shard's size. The file has its name only when
@@ -63,7 +63,7 @@ def write_shard(
             threads(how.jobs, any(computes(t.recipe) for t in shard.tensors)) as pool,
         ):
             output = OutputFile(part, file.nbytes, how.direct and how.checksums)
-            entry: dict[str, Any] = {"bytes": file.nbytes}
+            entry: FileEntry = {"bytes": file.nbytes}
             if how.checksums:
                 entry["xxh3"] = checksum(_write_chunks(file, output, pool, done))
             else:
