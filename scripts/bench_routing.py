@@ -35,6 +35,7 @@ from smollm2 import model_dir
 
 from moemerge import MergeConfig, MoemergeError, load_config, make_plan
 from moemerge.checkpoint.reference import parse_source
+from moemerge.gates import Needs, Prompts
 from moemerge.gates import modes as gates
 
 # torch is imported only in functions, and not before all merges are done: the peak that the kernel
@@ -280,9 +281,13 @@ def variants(
         for spec in options.modes:
             mode, _, rest = spec.partition(":")
             settings = yaml.safe_load(f"{{{rest.replace('=', ': ')}}}")
-            uses = gates.find(mode).USES if mode in gates.names() else frozenset()
-            wanted = [*configs] if "any prompts" in uses else prompted
-            for prompts in wanted if {"prompts", "any prompts"} & uses else ["none"]:
+            needs = gates.find(mode).NEEDS if mode in gates.names() else Needs()
+            wanted = {
+                Prompts.NONE: ["none"],
+                Prompts.OPTIONAL: [*configs],
+                Prompts.REQUIRED: prompted,
+            }
+            for prompts in wanted[needs.prompts]:
                 yield Variant(spec.replace(":", " "), mode, settings, body, prompts)
 
 

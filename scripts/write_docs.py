@@ -86,19 +86,22 @@ def _rows(package: Path, files: bool, indent: str = "") -> Iterator[tuple[str, s
 
 def _gates() -> str:
     rows = ["| gate_mode | routers are | needs |", "|---|---|---|"]
-    words = {
-        "split text": "a split's text", "prompts": "prompts",
-        "any prompts": "prompts or nothing (seeded)",
-        "experts": "the experts' own models run", "model": "a pass of the base model",
-    }  # fmt: skip
     sys.path.insert(0, str(ROOT))
-    from moemerge.gates import modes
+    from moemerge.gates import Prompts, modes
+
+    prompts = {Prompts.REQUIRED: "prompts", Prompts.OPTIONAL: "prompts or nothing (seeded)"}
 
     for name in modes.names():
         line = first_line(ROOT / f"moemerge/gates/modes/{name}.py").partition(": ")[2]
-        uses = modes.find(name).USES
-        needs = ", ".join(words[use] for use in words if use in uses) or "nothing (seeded)"
-        rows.append(f"| `{name}` | {line} | {needs} |")
+        needs = modes.find(name).NEEDS
+        said = [
+            "a split's text" * needs.text,
+            prompts.get(needs.prompts, ""),
+            "the experts' own models run" * needs.expert_models,
+            "a pass of the base model" * needs.body_pass,
+        ]
+        words = ", ".join(filter(None, said)) or "nothing (seeded)"
+        rows.append(f"| `{name}` | {line} | {words} |")
     return "\n".join(rows)
 
 

@@ -277,7 +277,7 @@ def test_same_config_and_seed_same_bytes(
     assert files(tmp_path / "other") != files(outs[0])
     name = "model-00001-of-00002.safetensors"
     routers = [load_file(out / name) for out in (outs[0], tmp_path / "other")]
-    assert same_bytes(*routers) == ("seed" not in gates.find(mode).USES)
+    assert same_bytes(*routers) == (not gates.find(mode).NEEDS.seed)
 
 
 def test_shards_in_any_order_give_the_same_bytes(

@@ -13,8 +13,7 @@ from typing import Any
 from moemerge.card.sharing import shareable_config
 from moemerge.checkpoint import Checkpoint, Donor, Reference, is_hub_id, last_part
 from moemerge.errors import one_line
-from moemerge.gates import modes as gates
-from moemerge.gates import verdict
+from moemerge.gates import Prompts, verdict
 from moemerge.prepare import Claims, Prepared
 from moemerge.reporting import count, size
 from moemerge.text import find
@@ -125,8 +124,8 @@ def _cut(ready: Prepared) -> str:
 
 def _gate(ready: Prepared) -> str:
     """The gate mode in words, with its options."""
-    line = (gates.find(ready.plan.gate_mode).__doc__ or "").partition("\n")[0].partition(": ")[2]
-    options = dataclasses.asdict(ready.settings) if ready.settings else {}
+    line = (ready.gate.mode.__doc__ or "").partition("\n")[0].partition(": ")[2]
+    options = dataclasses.asdict(ready.gate.settings)
     chosen = [
         f"{key.rstrip('_')} {value:g}" if isinstance(value, float) else f"{key.rstrip('_')} {value}"
         for key, value in options.items()
@@ -140,7 +139,7 @@ def _experts(ready: Prepared, told: Told) -> Iterator[str]:
     """A table of who they are; columns in which nothing stands are left out."""
     columns: dict[str, list[str]] = {"#": [], "expert": [], "made of": []}
     prompts = {"for text like": "positive_prompts", "not for text like": "negative_prompts"}
-    uses = {"prompts", "any prompts"} & ready.gate.USES
+    uses = ready.gate.needs.prompts is not Prompts.NONE
     for number, (name, donor, expert) in enumerate(
         zip(ready.plan.experts, ready.donors, ready.config.experts, strict=True)
     ):
@@ -212,16 +211,15 @@ def _routing(ready: Prepared, routing: dict[str, Any], told: Told, picture: str)
 
 def _limits(ready: Prepared, routing: dict[str, Any]) -> Iterator[str]:
     """What a person must not expect of it."""
-    mode = ready.plan.gate_mode
+    needs = ready.gate.mode.NEEDS
     lines = [
         "It was not trained or evaluated as a whole: try it on your own task, and beside each of "
         "its sources, before you rely on it. What its sources get wrong it may get wrong too."
     ]
-    if mode == "zeros":
-        if ready.plan.experts_per_token < len(ready.plan.experts):
-            lines.append("Its routers are zeros, and choose nothing yet: train it before use.")
-    elif not gates.find(mode).USES - {"seed"}:
-        lines.append(f"Its routers are random (`{mode}`): train it before use.")
+    if needs.untaught:
+        if needs.seed or ready.plan.experts_per_token < len(ready.plan.experts):
+            how = f"{needs.untaught} (`{ready.plan.gate_mode}`)"
+            lines.append(f"Its routers are {how}: train it before use.")
     elif routing.get("confusion"):
         lines.append(
             f"The routing numbers come from {routing['tokens']} tokens of prompts; other text may "
@@ -283,10 +281,10 @@ def _sources(ready: Prepared, claims: dict[str, Claims]) -> Iterator[str]:
 def _making(ready: Prepared, told: Told) -> Iterator[str]:
     """What it was made with, and the config to make it again."""
     tools = [f"moemerge {__version__}"]
-    if "model" in ready.gate.USES:
+    if ready.gate.needs.body_pass:
         used = ("torch", "transformers")
         tools += [f"{name} {importlib.metadata.version(name)}" for name in used]
-    seed = f", seed {ready.plan.seed}" if "seed" in ready.gate.USES else ""
+    seed = f", seed {ready.plan.seed}" if ready.gate.needs.seed else ""
     yield "## How it was made"
     yield f"With {', '.join(tools)}{seed}" + (", by this config:" if told.config else ".")
     if told.config:

@@ -87,18 +87,17 @@ def experts_line(made: Any, ready: Any = None) -> str:
 
 def router_lines(merged: Any) -> Iterator[str]:
     """What a person should know of the routers that were made."""
-    from moemerge.gates import modes as gates
-    from moemerge.gates import verdict
+    from moemerge.gates import modes, verdict
 
-    lines = list(verdict(merged.routing, merged.plan.experts, merged.plan.gate_mode))
+    plan = merged.plan
+    lines = list(verdict(merged.routing, plan.experts, plan.gate_mode))
+    needs = modes.find(plan.gate_mode).NEEDS
     if lines:
         yield from lines
-    elif merged.plan.gate_mode == "zeros":
-        if merged.plan.experts_per_token < len(merged.plan.experts):
-            yield "routers: zeros, so they choose nothing yet: train them"
-    elif not gates.find(merged.plan.gate_mode).USES - {"seed"}:
-        yield "routers: random, so they choose nothing yet: train them"
-    elif len(merged.plan.experts) > 1:
+    elif needs.untaught:
+        if needs.seed or plan.experts_per_token < len(plan.experts):
+            yield f"routers: {needs.untaught}, so they choose nothing yet: train them"
+    elif len(plan.experts) > 1:
         yield "routers: not measured; `moemerge routing --text` shows how they route text"
 
 

@@ -2,13 +2,15 @@
 
 from moemerge.config.check import check_values
 from moemerge.config.schema import Expert, MergeConfig, load_config, parse_config
-from moemerge.config.settings import held
+from moemerge.config.settings import option_types, read_options, read_settings
 
 __all__ = [
     "Expert",
     "MergeConfig",
     "check_values",
-    "held",
     "load_config",
+    "option_types",
     "parse_config",
+    "read_options",
+    "read_settings",
 ]

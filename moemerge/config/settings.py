@@ -1,16 +1,61 @@
-"""Options that a dataclass declares: its fields' values, held to their types."""
+"""Options that a dataclass declares: what a config says of them, held to their fields' types."""
 
 from __future__ import annotations
 
 import numbers
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from moemerge.config.yaml_nodes import Choices, FileOrTexts, SourceText, without_none
-from moemerge.errors import Findings
+from moemerge.errors import Findings, nearest
+
+T = TypeVar("T")
+
+
+def option_types(declared: type[Any] | None) -> dict[str, Any]:
+    """The types of a dataclass's options by their keys; a field `lambda_` has the key `lambda`."""
+    hints = typing.get_type_hints(declared) if declared else {}
+    return {name.rstrip("_"): hint for name, hint in hints.items()}
+
+
+def read_settings(
+    declared: type[T] | None,
+    said: Mapping[str, Any],
+    where: Callable[[str], str],
+    what: str,
+    findings: Findings,
+) -> T | None:
+    """What a config said of the options that `declared` has; None after a problem, or without it.
+
+    `where` gives a key's place; `what` is the problem of a key that is no option.
+    """
+    before = len(findings.problems)
+    values = read_options(option_types(declared), said, where, what, findings)
+    if declared is None or len(findings.problems) > before:
+        return None
+    names = {name.rstrip("_"): name for name in typing.get_type_hints(declared)}
+    return declared(**{names[key]: value for key, value in values.items()})
+
+
+def read_options(
+    types: Mapping[str, Any],
+    said: Mapping[str, Any],
+    where: Callable[[str], str],
+    what: str,
+    findings: Findings,
+) -> dict[str, Any]:
+    """The values of what was said, each held to its type; keys without a type are problems."""
+    found = {}
+    for key, value in said.items():
+        if key in types:
+            found[key] = held(value, types[key], where(key), findings)
+        else:
+            fix = nearest(key, types) if types else "remove it: it has none"
+            findings.problem(where(key), what, fix)
+    return found
 
 
 def held(value: Any, hint: Any, at: str, findings: Findings) -> Any:

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 from moemerge.gates import load_balance, modes, setup, statistics
-from moemerge.gates.modes import GateMode
+from moemerge.gates.needs import Needs, Prompts
 from moemerge.gates.prompts import ExpertPrompts
-from moemerge.gates.setup import check_device_is_here
+from moemerge.gates.setup import Gate, check_device_is_here
 from moemerge.gates.statistics import Routed, verdict
 from moemerge.gates.task import Routers, Task
 
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExpertPrompts",
-    "GateMode",
+    "Gate",
     "Matrix",
+    "Needs",
+    "Prompts",
     "Routed",
     "Routers",
     "Task",

@@ -3,61 +3,97 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from moemerge.checkpoint import Donor
-from moemerge.config import MergeConfig, held
+from moemerge.config import MergeConfig, read_settings
 from moemerge.dense import available_memory, model_bytes
 from moemerge.errors import Findings, nearest
-from moemerge.gates import modes as gates
+from moemerge.gates import modes
 from moemerge.gates.modes import GateMode
+from moemerge.gates.needs import GateSettings, Needs, Passes, Prompts
 from moemerge.gates.prompts import ExpertPrompts, check_prompts, encode_prompts, read_documents
+from moemerge.gates.task import Routers, Task
 from moemerge.options import RunOptions
 from moemerge.plan import digest_of
 from moemerge.reporting import size
-from moemerge.split import Cutting
+from moemerge.split import Cutting, Split
 from moemerge.text import Encoder, Vocabulary, open_encoder, other_ids
 from moemerge.tokenizer import shown
 
 
-def find_mode(config: MergeConfig, findings: Findings) -> GateMode | None:
-    """The config's gate mode; None, with a problem recorded, where it is none."""
-    mode = config.mode
-    if mode in gates.names():
-        return gates.find(mode)
-    where = config.where("gate.mode" if "mode" in config.gate else "gate_mode")
-    findings.problem(where, f"{mode!r} is no gate mode", nearest(mode, gates.names()))
-    return None
+@dataclass(frozen=True)
+class Gate:
+    """A config's gate mode with its options; `needs` are the mode's, and its split's."""
+
+    mode: GateMode
+    settings: GateSettings
+    needs: Needs
+
+    def routers(self, task: Task) -> Routers:
+        """One float32 (E, D) matrix per layer."""
+        return self.mode.routers(task)
 
 
-def settings_of(config: MergeConfig, gate: GateMode | None, findings: Findings) -> Any:
-    """The gate mode's own options as it declares them; None where it has none."""
-    declared: Any = getattr(gate, "Settings", None)
-    hints = typing.get_type_hints(declared) if declared else {}
-    known = {name.rstrip("_"): name for name in hints}
-    values: dict[str, Any] = {}
-    for key, value in config.gate.items():
-        where = config.where(f"gate.{key}")
-        if key in known:
-            values[known[key]] = held(value, hints[known[key]], where, findings)
-        elif key != "mode" and gate:
-            what = f"is no option of gate mode {config.mode}"
-            fix = nearest(key, known) if known else "remove it: it has none"
-            findings.problem(where, what, fix)
-    if declared is None or findings.problems:
+def gate_of(config: MergeConfig, findings: Findings) -> Gate | None:
+    """The config's gate mode; None, with a problem recorded, where it is none.
+
+    What is wrong with its options is recorded too; it has none then.
+    """
+    name = config.mode
+    if name not in modes.names():
+        where = config.where("gate.mode" if "mode" in config.gate else "gate_mode")
+        findings.problem(where, f"{name!r} is no gate mode", nearest(name, modes.names()))
         return None
-    settings = declared(**values)
+    mode = modes.find(name)
+    settings = read_settings(
+        modes.settings_class(mode),
+        {key: value for key, value in config.gate.items() if key != "mode"},
+        lambda key: config.where(f"gate.{key}"),
+        f"is no option of gate mode {name}",
+        findings,
+    )
+    settings = settings or GateSettings()
     for key, what, fix in settings.problems():
         findings.problem(config.where(f"gate.{key}"), what, fix)
-    return settings
+    return Gate(mode, settings, mode.NEEDS)
 
 
-def check_device(options: RunOptions, gate: GateMode | None, findings: Findings) -> None:
-    """Record a device that the gate mode needs and that is not here."""
-    if gate is not None and "model" in gate.USES:
-        check_device_is_here(options, findings)
+def with_split(config: MergeConfig, gate: Gate, split: Split | None, findings: Findings) -> Gate:
+    """The gate with what the split needs besides; record what does not fit together."""
+    needs = gate.needs
+    if split is None:
+        if needs.text and not config.split:
+            what, fix = "is for a split's slices", "add a split, or use gate_mode: ridge"
+            findings.problem(config.where("gate_mode"), what, fix)
+        return gate
+    if needs.prompts is not Prompts.NONE:
+        what = f"{config.mode} routes by experts' prompts, and slices have none"
+        findings.problem(config.where("gate_mode"), what, f"use {_without_prompts()}")
+    if needs.text and not split.reads_text and not split.text:
+        what = f"is missing, on which gate_mode: {config.mode} sees what slices are active"
+        fix = "name a text or jsonl file, or use gate_mode: random or zeros"
+        findings.problem(config.where("split.text"), what, fix)
+    if split.text and not needs.text and not split.reads_text:
+        findings.note("split.text has no effect: neither neurons nor routers depend on it")
+    needs = replace(
+        needs,
+        text=needs.text or split.reads_text,
+        body_pass=needs.body_pass or split.reads_text,
+        seed=needs.seed or split.draws,
+    )
+    return replace(gate, needs=needs)
+
+
+def _without_prompts() -> str:
+    """The gate modes that slices can have, in words."""
+    needs = {name: modes.find(name).NEEDS for name in modes.names()}
+    *names, last = (
+        name + " (with a split.text)" * of_one.text
+        for name, of_one in needs.items()
+        if of_one.prompts is Prompts.NONE
+    )
+    return f"{', '.join(names)} or {last}"
 
 
 def check_device_is_here(options: RunOptions, findings: Findings) -> None:
@@ -89,8 +125,7 @@ def with_shared(config: MergeConfig) -> MergeConfig:
 
 def read_prompts(
     config: MergeConfig,
-    gate: GateMode | None,
-    settings: Any,
+    gate: Gate,
     vocabulary: Vocabulary | None,
     donors: list[Donor | None],
     findings: Findings,
@@ -101,20 +136,20 @@ def read_prompts(
     """
     config = with_shared(config)
     none = tuple(ExpertPrompts() for _ in config.experts)
-    if gate is None or not {"prompts", "any prompts"} & gate.USES:
-        if gate and any(e.positive_prompts or e.negative_prompts for e in config.experts):
+    if gate.needs.prompts is Prompts.NONE:
+        if any(e.positive_prompts or e.negative_prompts for e in config.experts):
             findings.without_effect("prompts", f" with gate_mode: {config.mode}")
-        if gate and any(expert.calibration for expert in config.experts):
+        if any(expert.calibration for expert in config.experts):
             findings.without_effect("calibration", f" with gate_mode: {config.mode}")
         return None, none
-    if "prompts" in gate.USES:
+    if gate.needs.prompts is Prompts.REQUIRED:
         check_prompts(config, findings)
     documents = read_documents(config, findings)
     encoder = open_encoder(vocabulary, findings) if vocabulary else None
     if vocabulary is None or encoder is None:
         return None, none
     base = vocabulary.speaker
-    if "experts" in gate.USES and not encoder.start().ids:
+    if gate.needs.expert_models and not encoder.start().ids:
         for index, expert in enumerate(config.experts):
             if not expert.positive_prompts:
                 findings.problem(
@@ -122,10 +157,10 @@ def read_prompts(
                     "has no positive_prompts, and the tokenizer no token that texts begin with",
                     "add some prompts",
                 )
-    apart = "experts" not in gate.USES  # which go on from the same prompts in their own ways
+    apart = not gate.needs.expert_models  # which go on from the same prompts in their own ways
     prompts = encode_prompts(config, encoder, base, documents, findings, apart)
-    if "experts" in gate.USES:
-        _check_own_text(config, encoder, prompts, [base, *donors], settings, findings)
+    if gate.needs.expert_models:
+        _check_own_text(config, encoder, prompts, [base, *donors], gate.settings.passes(), findings)
         _check_beginnings(vocabulary, encoder, prompts, donors, findings)
     return encoder, prompts
 
@@ -135,7 +170,7 @@ def _check_own_text(
     encoder: Encoder,
     prompts: tuple[ExpertPrompts, ...],
     models: list[Donor | None],
-    settings: Any,
+    passes: Passes,
     findings: Findings,
 ) -> None:
     """Record what is too long to be written and read by one of the `models`."""
@@ -143,8 +178,8 @@ def _check_own_text(
     longest = max((len(prompt.ids) for of_one in begun for prompt in of_one), default=0)
     positions = [d.model.config.get("max_position_embeddings") for d in models if d]
     most = min((limit for limit in positions if isinstance(limit, int)), default=2**63)
-    if settings and longest + settings.tokens > most:
-        what = f"is {settings.tokens}, after prompts of up to {longest}; the models take {most}"
+    if passes.texts and longest + passes.tokens > most:
+        what = f"is {passes.tokens}, after prompts of up to {longest}; the models take {most}"
         fix = f"write at most {most - longest}, or shorten the prompts"
         findings.problem(config.where("gate.tokens"), what, fix)
 
@@ -180,26 +215,25 @@ def _check_beginnings(
 
 
 def check_room(
-    config: MergeConfig, options: RunOptions, donors: list[Donor], settings: Any, findings: Findings
+    config: MergeConfig, options: RunOptions, donors: list[Donor], gate: Gate, findings: Findings
 ) -> None:
     """Say what it costs that every expert's own model runs; record one that has no room."""
-    sizes = [model_bytes(donor.model.tensors.values()) for donor in donors]
+    sizes, passes = [model_bytes(d.model.tensors.values()) for d in donors], gate.settings.passes()
     free = available_memory()
-    largest, steps = max(sizes), settings.tokens if settings else 0
-    streamed = sum(sizes) * steps
+    largest, streamed = max(sizes), sum(sizes) * max(passes.tokens, 1)
     if free is not None and largest > free and not options.lazy:
         findings.problem(
             donors[sizes.index(largest)].where,
-            f"writes its own text, for which it needs {size(largest)} of memory; {size(free)} "
-            "are free",
+            f"{'writes its own text' if passes.texts else 'runs as the model that it is'}, for "
+            f"which it needs {size(largest)} of memory; {size(free)} are free",
             f"pass --lazy to read it layer by layer for every token ({size(streamed)} in all), "
             f"or use gate_mode: ridge with prompts",
         )
-    elif settings:
+    elif passes.texts:
         read = streamed if options.lazy else sum(sizes)
         findings.note(
             f"gate_mode: {config.mode}: each of {len(donors)} experts writes "
-            f"{settings.samples} texts of {settings.tokens} tokens, for which {size(read)} are "
+            f"{passes.texts} texts of {passes.tokens} tokens, for which {size(read)} are "
             "read" + (f" ({size(streamed)} with --lazy)" if not options.lazy else "")
         )
 
@@ -207,8 +241,7 @@ def check_room(
 def digest_of_inputs(
     config: MergeConfig,
     options: RunOptions,
-    gate: GateMode,
-    settings: Any,
+    gate: Gate,
     prompts: tuple[ExpertPrompts, ...],
     cutting: Cutting | None = None,
 ) -> str:
@@ -216,11 +249,11 @@ def digest_of_inputs(
     bits = 4 if options.load_in_4bit else 8 if options.load_in_8bit else 16
     made_of = {
         "mode": config.mode,
-        "settings": dataclasses.asdict(settings) if settings else None,
+        "settings": dataclasses.asdict(gate.settings) or None,
         "body": [config.body, *(expert.body_weight for expert in config.experts)],
         "prompts": [dataclasses.asdict(expert) for expert in prompts],
-        "bits": bits if "model" in gate.USES else None,
-        "seed": options.seed if "seed" in gate.USES else None,
+        "bits": bits if gate.needs.body_pass else None,
+        "seed": options.seed if gate.needs.seed else None,
         "base": config.base_model,
     }
     if cutting:

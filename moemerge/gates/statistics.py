@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moemerge.gates.modes import find
 from moemerge.gates.task import Routers
 from moemerge.text import Encoder
 
@@ -126,7 +127,7 @@ def verdict(found: dict[str, Any], experts: Sequence[str], mode: str) -> Iterato
         f"prompt is held out (chance {1 / len(experts):.0%})"
     )
     yield from troubles(found, experts)
-    if found["t1"] < POOR and mode == "self":
+    if found["t1"] < POOR and find(mode).NEEDS.expert_models:
         yield (
             "what would help: positive_prompts for the experts' texts to begin with, calibration "
             "texts, more samples, or `moemerge tune --only routers` with text of each kind"

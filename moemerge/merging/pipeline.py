@@ -172,7 +172,7 @@ class _Merge:
         mine = list(plan.shards[part::parts])
         if there := sum(bool(self.state.entry(shard)) for shard in mine):
             self.reporter.say(f"going on: {there} of {len(mine)} shards are there")
-        if "model" in self.ready.gate.USES and self._only_reads(mine):
+        if self.ready.gate.needs.body_pass and self._only_reads(mine):
             routers, others = mine[: part == 0], mine[part == 0 :]
             with ThreadPoolExecutor(1) as beside:  # the disk is busy while the model runs
                 try:

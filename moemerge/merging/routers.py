@@ -40,7 +40,7 @@ def task_of(ready: Prepared, sources: Tensors, options: RunOptions, reporter: Re
         sources=sources,
         experts=ready.prompts,
         encoder=ready.encoder,
-        settings=ready.settings,
+        settings=ready.gate.settings,
         options=options,
         reporter=reporter,
         cutter=cutter,
@@ -90,7 +90,22 @@ def make_routers(
         for tensor in shard.tensors
         if tensor.made == kind
     }
+    if not ready.gate.mode.NEEDS.untaught:
+        _check_apart(shard, content)
     save(shard, content, report, path, task.cutter.finish() if task.cutter else {})
+
+
+def _check_apart(shard: Shard, made: Mapping[str, Matrix]) -> None:
+    """Refuse a router whose rows, as they will be written, are all equal.
+
+    Raises:
+        RunError: names the router.
+    """
+    for tensor in shard.tensors:
+        rows = made[tensor.name].astype(numpy_dtype(tensor.dtype))
+        if tensor.made == "router" and len(rows) > 1 and (rows == rows[0]).all():
+            what = "all rows are equal, so it cannot route"
+            raise RunError(f"{tensor.name}: {what}; change the prompts")
 
 
 def _apart(ready: Prepared, made: Routers) -> tuple[Routers, list[Matrix]]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from moemerge.architectures import COUNTS, Architecture, Mixture, find, names, names_of
 from moemerge.checkpoint import Donor
-from moemerge.config import MergeConfig, held
+from moemerge.config import MergeConfig, option_types, read_options, read_settings
 from moemerge.errors import Findings, nearest
 from moemerge.families import DEFAULTS
 
@@ -212,9 +211,9 @@ def _best(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings
     for name in names():
         host = find(name)
         why = list(refusals(host, name, model, mixture))
-        known = {f.name for f in dataclasses.fields(getattr(host, "Settings", Mixture))}
+        known = option_types(getattr(host, "Settings", None)).keys()
         asked = config.architecture_options.keys()
-        if why or (asked and not (hasattr(host, "Settings") and asked <= known)):
+        if why or not asked <= known:
             refused += why if family in host.FAMILIES else []
             continue
         fitting.append(_rank(name, host, model, mixture, bool(asked)))
@@ -251,27 +250,22 @@ def _refuse(
 def _with_options(config: MergeConfig, name: str, mixture: Mixture, findings: Findings) -> Mixture:
     """The mixture with the architecture's own options and training keys, checked."""
     host = find(name)
-    declared: Any = getattr(host, "Settings", None)
-    hints = typing.get_type_hints(declared) if declared else {}
-    values = {}
-    for key, value in config.architecture_options.items():
-        where = config.where(f"architecture_options.{key}")
-        if key in hints:
-            values[key] = held(value, hints[key], where, findings)
-        else:
-            fix = nearest(key, hints) if hints else "remove it: it has none"
-            findings.problem(where, f"is no option of a {name}", fix)
-    training = {}
-    for key, value in config.training.items():
-        where = config.where(f"training.{key}")
-        if key in host.TRAINING:
-            training[key] = held(value, type(host.TRAINING[key]), where, findings)
-        else:
-            fix = nearest(key, host.TRAINING) if host.TRAINING else "remove it: it has none"
-            findings.problem(where, f"is nothing that a {name}'s config says of training", fix)
-    if declared is None or findings.problems:
-        return dataclasses.replace(mixture, training=tuple(training.items()))
-    settings = declared(**values)
-    for key, what, fix in settings.problems(mixture):
-        findings.problem(config.where(f"architecture_options.{key}"), what, fix)
+    declared = getattr(host, "Settings", None)
+    settings = read_settings(
+        declared,
+        config.architecture_options,
+        lambda key: config.where(f"architecture_options.{key}"),
+        f"is no option of a {name}",
+        findings,
+    )
+    training = read_options(
+        {key: type(value) for key, value in host.TRAINING.items()},
+        config.training,
+        lambda key: config.where(f"training.{key}"),
+        f"is nothing that a {name}'s config says of training",
+        findings,
+    )
+    if settings is not None:
+        for key, what, fix in settings.problems(mixture):
+            findings.problem(config.where(f"architecture_options.{key}"), what, fix)
     return dataclasses.replace(mixture, settings=settings, training=tuple(training.items()))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from moemerge.dense import BATCH_TOKENS, model_bytes
 from moemerge.errors import InputError, Problem
+from moemerge.gates import Prompts
 from moemerge.options import Options, RunOptions
 from moemerge.output import CHUNK_BYTES
 from moemerge.plan import BLOCK_VALUES, ROUTERS, Read, recipe
@@ -106,18 +107,18 @@ def _reads(ready: Prepared, options: RunOptions) -> Iterator[tuple[Read, int]]:
     for tensor in ready.plan.tensors:
         times.update(read for read in recipe.reads(tensor.recipe) if read.source != ROUTERS)
     layers = [name for name in ready.base.model.tensors if name.startswith("model.layers.")]
-    own = bool(getattr(ready.settings, "on_policy", "experts" in ready.gate.USES))
-    if "model" in ready.gate.USES:
+    needs, passes = ready.gate.needs, ready.gate.settings.passes()
+    if needs.body_pass:
         for name in layers:
-            if own and ".mlp." in name:
+            if passes.own_mlps and ".mlp." in name:
                 for donor in ready.donors:
                     times.update(recipe.reads(recipe.of_donor(donor, name)))
             else:
                 times.update(recipe.reads(ready.body.recipe(name)))
-    if "experts" in ready.gate.USES:
+    if needs.expert_models:
         for donor in ready.donors:
             for name in donor.model.tensors:
-                again = ready.settings.tokens if options.lazy and name in layers else 1
+                again = max(passes.tokens, 1) if options.lazy and name in layers else 1
                 for read in recipe.reads(recipe.of_donor(donor, name)):
                     times[read] += again
     yield from times.items()
@@ -139,11 +140,11 @@ def expected_peak(ready: Prepared, options: Options) -> int:
     delta = _DELTA * max(map(math.prod, downs), default=0)
     buffers = options.threads * (CHUNK_BYTES + (0 if copies else _SCRATCH + delta))
     buffers = min(buffers, plan.nbytes)
-    if "experts" in ready.gate.USES and not options.lazy:
+    if ready.gate.needs.expert_models and not options.lazy:
         dense = max(model_bytes(donor.model.tensors.values()) for donor in ready.donors)
         return WITH_TRANSFORMERS + int(max(dense, buffers))
-    if "model" not in ready.gate.USES:
-        tokenizer = WITH_PROMPTS if "prompts" in ready.gate.USES else 0
+    if not ready.gate.needs.body_pass:
+        tokenizer = 0 if ready.gate.needs.prompts is Prompts.NONE else WITH_PROMPTS
         return (WITH_TORCH if computes else PLAIN) + tokenizer + max(buffers, _slicing(ready))
     tensors_of_base = ready.base.model.tensors.items()
     layer = sum(at.nbytes for name, at in tensors_of_base if name.startswith("model.layers.0."))

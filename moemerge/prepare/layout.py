@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from moemerge.architectures import Constant, FromBody, FromExpert, Joined, Made, Slot, dense_shapes
@@ -12,6 +12,7 @@ from moemerge.config import MergeConfig
 from moemerge.dense import VOCABULARY, Body
 from moemerge.errors import Findings, nearest
 from moemerge.families import HEAD
+from moemerge.gates import Needs
 from moemerge.options import Options, ShardSize
 from moemerge.plan import ROUTERS, Plan, PlannedTensor, Recipe, Source, make_shards, recipe
 from moemerge.prepare.choose import Host
@@ -28,7 +29,7 @@ _LEAST_F16 = 2.0**-24
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything that decides a plan's tensors. `uses` is the gate mode's: running a model needs
+    """Everything that decides a plan's tensors. `needs` are the gate mode's: a model that runs has
     tensors that are not in the output; `gate_inputs` is the digest of what routers are made from.
     """
 
@@ -38,7 +39,7 @@ class Layout:
     parts: Parts
     donors: tuple[Donor, ...]
     shared: tuple[Donor, ...]
-    uses: Collection[str]
+    needs: Needs
     gate_inputs: str
 
 
@@ -136,7 +137,7 @@ def _recipe(slot: Slot, made: Layout, dtype: str) -> Recipe:
 def _speakers(made: Layout) -> set[Reference]:
     """The models whose tokenizers the mixture depends on."""
     found = [made.parts.body.base, *made.parts.body.experts]
-    if made.config.tokenizer != BASE or "experts" in made.uses:
+    if made.config.tokenizer != BASE or made.needs.expert_models:
         found += [*made.donors, *made.shared]
     adapters = {donor.adapter.checkpoint.reference for donor in found if donor.adapter}
     return adapters | {donor.model.reference for donor in found}
@@ -180,9 +181,9 @@ def _needs(made: Layout, slots: Sequence[Slot]) -> list[_Need]:
     found += [_Need(donor, shapes) for donor, shapes in body.shared()]
     if body.vocabulary:
         found += [_Need(donor, shapes) for donor, shapes in body.vocabulary.needs()]
-    if "model" in made.uses:
+    if made.needs.body_pass:
         found += [_Need(donor, mlps, False) for donor in (base, *body.experts)]
-    if "experts" in made.uses:
+    if made.needs.expert_models:
         found += [_Need(d, dense_shapes(d.model.config), False) for d in made.donors]
     return found
 

@@ -31,8 +31,8 @@ def fetch(
         for read in recipe.reads(tensor.recipe):
             if read.source != ROUTERS:
                 needed[read.source].add(read.tensor)
-    runs = [ready.base] if "model" in ready.gate.USES else []
-    runs += ready.donors if "experts" in ready.gate.USES else ()
+    runs = [ready.base] if ready.gate.needs.body_pass else []
+    runs += ready.donors if ready.gate.needs.expert_models else ()
     for donor in (*runs, *whole):
         for text, names in _of_donor(donor):
             needed[text] |= names

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from moemerge import split as splits
 from moemerge.checkpoint import Checkpoint, Donor, Opener
 from moemerge.config import Expert, MergeConfig, check_values
 from moemerge.dense import Body
 from moemerge.errors import Findings, Line, flag
-from moemerge.gates import ExpertPrompts, GateMode
+from moemerge.gates import ExpertPrompts, Gate, check_device_is_here
 from moemerge.gates import setup as gate_setup
 from moemerge.options import Options
 from moemerge.output import directory as output
@@ -44,8 +43,7 @@ class Prepared:
     vocabulary: Vocabulary
     donors: tuple[Donor, ...]
     checkpoints: dict[str, Checkpoint]
-    gate: GateMode
-    settings: Any
+    gate: Gate
     encoder: Encoder | None
     prompts: tuple[ExpertPrompts, ...]
     carried: tuple[Path, ...]
@@ -93,18 +91,17 @@ class _Preparation:
     def run(self, out: Path | None) -> Prepared:
         config, options, findings = self.config, self.options, self.findings
         check_values(config, findings)
-        gate = gate_setup.find_mode(config, findings)
-        settings = gate_setup.settings_of(config, gate, findings)
+        gate = gate_setup.gate_of(config, findings)
         said = config.base_model
         base = self._dense(said, self.opener.donor(said, config.where("base_model"), "base"), True)
         self.split = splits.of_config(config, findings)
-        if self.split and base and gate:
+        if self.split and base:
             inner = base.model.config.get("intermediate_size")
-            splits.check(config, self.split, inner, gate.USES, findings)
-            gate = splits.Gate(gate.USES | self.split.uses, gate)
-        elif gate and splits.TEXT in gate.USES and not config.split:
-            what, fix = "is for a split's slices", "add a split, or use gate_mode: ridge"
-            findings.problem(config.where("gate_mode"), what, fix)
+            splits.check(config, self.split, inner, findings)
+        if gate:
+            gate = gate_setup.with_split(config, gate, self.split, findings)
+            if gate.needs.body_pass:
+                check_device_is_here(options, findings)
         if self.split:
             config = self.config = splits.with_slices(config, self.split)
         donors = self._donors(config.experts, "experts")
@@ -112,7 +109,6 @@ class _Preparation:
         host = host_of(config, self.split, base, findings) if base else None
         check_dtype(config, findings)
         own_card = read_own(options.card, findings) if options.card else ""
-        gate_setup.check_device(options, gate, findings)
         self._check_ray()
         gating = [donor for donor in shared[:1] if host and host.mixture.gated]
         asked = [*donors, *gating]
@@ -120,9 +116,10 @@ class _Preparation:
         vocabulary = vocabulary_choice.choose(config, base, every, findings) if base else None
         if vocabulary and vocabulary.written and not options.copy_tokenizer:
             findings.note("--no-copy-tokenizer: the tokens that are added stand in no file")
-        encoder, prompts = gate_setup.read_prompts(
-            config, gate, settings, vocabulary, asked, findings
-        )
+        encoder: Encoder | None = None
+        prompts: tuple[ExpertPrompts, ...] = ()
+        if gate:
+            encoder, prompts = gate_setup.read_prompts(config, gate, vocabulary, asked, findings)
         cutting = self._cutting(gate, vocabulary)
         for donor in (*donors, *shared):
             if base and donor:
@@ -133,7 +130,7 @@ class _Preparation:
                     findings,
                     options.allow_crimes,
                     attention=config.body == "average",
-                    runs="experts" in gate.USES if gate else False,
+                    runs=gate is not None and gate.needs.expert_models,
                     vocabulary=vocabulary,
                 )
         if base is None or vocabulary is None or host is None or gate is None:
@@ -141,9 +138,9 @@ class _Preparation:
             findings.refuse()
             raise AssertionError("unreachable")
         self._note_what_has_no_effect(gate, base, donors)
-        if "experts" in gate.USES and any(donors):
+        if gate.needs.expert_models and any(donors):
             there = [donor for donor in donors if donor]
-            gate_setup.check_room(config, options, there, settings, findings)
+            gate_setup.check_room(config, options, there, gate, findings)
         if findings.problems:  # tensors are named from a config that is not trusted yet
             self._check_output(out, None, ())
             findings.refuse()
@@ -158,10 +155,8 @@ class _Preparation:
                 parts=parts_of(config, self.split, host, body, there, always),
                 donors=tuple(there),
                 shared=always,
-                uses=gate.USES,
-                gate_inputs=gate_setup.digest_of_inputs(
-                    config, options, gate, settings, prompts, cutting
-                ),
+                needs=gate.needs,
+                gate_inputs=gate_setup.digest_of_inputs(config, options, gate, prompts, cutting),
             ),
             self.opener.opened.values(),
             findings,
@@ -190,7 +185,6 @@ class _Preparation:
             donors=tuple(there),
             checkpoints=checkpoints,
             gate=gate,
-            settings=settings,
             encoder=encoder,
             prompts=prompts,
             carried=carried,
@@ -200,12 +194,12 @@ class _Preparation:
             cutting=cutting,
         )
 
-    def _cutting(self, gate: GateMode | None, vocabulary: Vocabulary | None) -> Cutting | None:
+    def _cutting(self, gate: Gate | None, vocabulary: Vocabulary | None) -> Cutting | None:
         """What the config's split is made from, its text among it if anything depends on that."""
         if self.split is None:
             return None
         text: tuple[Prompt, ...] = ()
-        if gate and splits.TEXT in gate.USES and self.split.text and vocabulary:
+        if gate and gate.needs.text and self.split.text and vocabulary:
             text = splits.read_text(self.config, self.split, vocabulary, self.findings)
         return Cutting(self.split, self.split.per_token(self.config), text)
 
@@ -254,16 +248,14 @@ class _Preparation:
         if self.options.ray and importlib.util.find_spec("ray") is None:
             self.findings.problem("--ray", "Ray is not installed", "pip install 'moemerge[ray]'")
 
-    def _note_what_has_no_effect(
-        self, gate: GateMode, base: Donor, donors: list[Donor | None]
-    ) -> None:
+    def _note_what_has_no_effect(self, gate: Gate, base: Donor, donors: list[Donor | None]) -> None:
         idle, chosen, mode = self.findings.without_effect, self.options.chosen, self.config.mode
-        if "model" not in gate.USES:
+        if not gate.needs.body_pass:
             for option in ("lazy", "device", "load_in_4bit", "load_in_8bit"):
                 if option in chosen:
                     idle(flag(option), f": gate_mode: {mode} runs no model")
         noise = self.config.draws
-        if "seed" in chosen and "seed" not in gate.USES and not noise:
+        if "seed" in chosen and not gate.needs.seed and not noise:
             without = "without noise_scale or renew"
             idle("--seed", f": gate_mode: {mode} {without} draws nothing")
         opened = self.opener.opened

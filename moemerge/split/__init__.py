@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from moemerge.split.config import TEXT, Gate, Split, check, of_config, with_slices
+from moemerge.split.config import Split, check, of_config, with_slices
 from moemerge.split.neurons import chosen_slices
 from moemerge.split.slices import Cutter, Cutting, read_text
 
@@ -10,10 +10,8 @@ if TYPE_CHECKING:
     from moemerge.split.neurons import Order
 
 __all__ = [
-    "TEXT",
     "Cutter",
     "Cutting",
-    "Gate",
     "Order",
     "Split",
     "check",

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moemerge.config import Expert, MergeConfig, held
+from moemerge.config import Expert, MergeConfig, read_settings
 from moemerge.errors import Findings, nearest
 from moemerge.families import LAYER
 from moemerge.split import neurons
-
-if TYPE_CHECKING:
-    pass
-
 
 ORDER = LAYER + "mlp.order"
 """The name of a layer's order of neurons, among what is made of the sources."""
 
 MOST_SLICES = 4096
-
-TEXT = "split text"
-"""In a gate mode's `USES`: the text that a split names."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +46,14 @@ class Split:
         return "" if self.assignment == "order" else ORDER
 
     @property
-    def uses(self) -> frozenset[str]:
-        """What the orders of neurons depend on, in the words of a gate mode's `USES`."""
-        return {
-            "order": frozenset[str](),
-            "coactivation": frozenset({TEXT, "model", "seed"}),
-        }.get(self.assignment, frozenset({"seed"}))
+    def reads_text(self) -> bool:
+        """Whether the orders of neurons depend on the text, which the base model reads."""
+        return self.assignment == "coactivation"
+
+    @property
+    def draws(self) -> bool:
+        """Whether the orders of neurons are drawn at random in part."""
+        return self.assignment != "order"
 
     def per_token(self, config: MergeConfig) -> int:
         """The routed slices that a token passes: if nothing is said, half of all are on."""
@@ -84,34 +78,21 @@ class Split:
             yield "text", what, "name a text or jsonl file, or use assign: kmeans"
 
 
-@dataclass
-class Gate:
-    """A gate mode, and what a split uses besides."""
-
-    USES: frozenset[str]
-    mode: Any
-
-    def routers(self, task: Any) -> Any:
-        """The gate mode's."""
-        return self.mode.routers(task)
-
-
 def of_config(config: MergeConfig, findings: Findings) -> Split | None:
     """A config's split, None where it has none; what is wrong with it alone is recorded."""
     if not config.split:
         return None
-    hints, values, before = typing.get_type_hints(Split), {}, len(findings.problems)
-    for key, value in config.split.items():
-        where = config.where(f"split.{key}")
-        if key in hints:
-            values[key] = held(value, hints[key], where, findings)
-        else:
-            findings.problem(where, "is nothing that a split has", nearest(key, hints))
+    before = len(findings.problems)
+    split = read_settings(
+        Split,
+        config.split,
+        lambda key: config.where(f"split.{key}"),
+        "is nothing that a split has",
+        findings,
+    )
     for key, why in _at_odds(config):
         findings.problem(config.where(key), f"has no place beside split: {why}", "remove one")
-    if len(findings.problems) > before:
-        return None
-    return Split(**values)
+    return split if len(findings.problems) == before else None
 
 
 def _at_odds(config: MergeConfig) -> Iterator[tuple[str, str]]:
@@ -135,10 +116,8 @@ def with_slices(config: MergeConfig, split: Split) -> MergeConfig:
     return replace(config, experts=experts)
 
 
-def check(
-    config: MergeConfig, split: Split, inner: Any, uses: frozenset[str], findings: Findings
-) -> None:
-    """Record what cannot be of a split of MLPs of `inner` neurons; `uses` is its gate mode's."""
+def check(config: MergeConfig, split: Split, inner: Any, findings: Findings) -> None:
+    """Record what cannot be of a split of MLPs of `inner` neurons."""
     for key, what, fix in split.problems(inner):
         findings.problem(config.where(f"split.{key}"), what, fix)
     per_token = config.experts_per_token
@@ -146,13 +125,3 @@ def check(
         what = f"is {per_token}, and routers choose from {split.routed} slices"
         fix = f"write a number from 1 to {split.routed}"
         findings.problem(config.where("experts_per_token"), what, fix)
-    if {"prompts", "any prompts"} & uses:
-        what = f"{config.mode} routes by experts' prompts, and slices have none"
-        fix = "use activation (with a split.text), random, uniform_random or zeros"
-        findings.problem(config.where("gate_mode"), what, fix)
-    if TEXT in uses and split.assignment != "coactivation" and not split.text:
-        what = f"is missing, on which gate_mode: {config.mode} sees what slices are active"
-        fix = "name a text or jsonl file, or use gate_mode: random or zeros"
-        findings.problem(config.where("split.text"), what, fix)
-    if split.text and TEXT not in uses | split.uses:
-        findings.note("split.text has no effect: neither neurons nor routers depend on it")

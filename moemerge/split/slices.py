@@ -113,7 +113,7 @@ class Cutter:
     def finish(self) -> dict[str, Order]:
         """Every layer's order by its name; those that no router asked for are made now."""
         count = self.body.base.model.config["num_hidden_layers"]
-        if len(self.orders) < count and self.cutting.split.assignment == "coactivation":
+        if len(self.orders) < count and self.cutting.split.reads_text:
             for _ in self.layers():
                 pass
         for layer in range(len(self.orders), count):

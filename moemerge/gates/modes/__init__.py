@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Protocol, cast
 
+from moemerge.gates.needs import GateSettings, Needs
 from moemerge.gates.task import Routers, Task
 
 if TYPE_CHECKING:
@@ -16,16 +17,11 @@ __all__ = ["GateMode", "Matrix", "Routers", "Task", "find", "names"]
 
 
 class GateMode(Protocol):
-    """What a file of this folder defines; a frozen dataclass `Settings` too if it has options.
+    """What a file of this folder defines; if it has options, `Settings` too, a frozen dataclass
+    derived from `GateSettings`."""
 
-    A field of `Settings` is a key of the config's `gate:` (`lambda_` is `lambda`), and its method
-    `problems()` yields (key, what, fix) for values that cannot be.
-    """
-
-    USES: frozenset[str]
-    """What its result depends on: `prompts` (needed), `any prompts` (used if there are some),
-    `split text` (needed), `model` (it runs the body), `experts` (it runs the experts' own
-    models), `seed`."""
+    NEEDS: Needs
+    """What its routers depend on."""
 
     def routers(self, task: Task) -> Routers:
         """One float32 (E, D) matrix per layer: row e is the direction that calls expert e."""
@@ -38,9 +34,15 @@ def names() -> list[str]:
 
 def for_merges() -> list[str]:
     """Those that need no split."""
-    return [name for name in names() if "split text" not in find(name).USES]
+    return [name for name in names() if not find(name).NEEDS.text]
 
 
 def find(name: str) -> GateMode:
     """The gate mode `name`, one of `names()`."""
     return cast(GateMode, importlib.import_module(f"{__name__}.{name}"))
+
+
+def settings_class(mode: GateMode) -> type[GateSettings]:
+    """The options that a gate mode declares."""
+    declared: type[GateSettings] = getattr(mode, "Settings", GateSettings)
+    return declared

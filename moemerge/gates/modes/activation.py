@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moemerge.gates.fitting import not_positive
+from moemerge.gates.needs import GateSettings, Needs
 from moemerge.gates.task import Routers, Task
 from moemerge.split import chosen_slices
 
-USES = frozenset({"split text", "model"})
+NEEDS = Needs(text=True, body_pass=True)
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(GateSettings):
     """`lambda`: the penalty, relative to the mean of the Gram matrix's diagonal; `kappa`: the
     logits' spread over the slices, small, so that the chosen ones weigh nearly the same."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from moemerge.dense import embed
 from moemerge.gates.fitting import contrast, examples_of
+from moemerge.gates.needs import Needs, Prompts
 from moemerge.gates.task import Routers, Task
 
-USES = frozenset({"prompts"})
+NEEDS = Needs(prompts=Prompts.REQUIRED)
 
 
 def routers(task: Task) -> Routers:

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moemerge.gates.fitting import KAPPA, averaged, not_positive
+from moemerge.gates.needs import GateSettings, Needs, Prompts
 from moemerge.gates.task import Routers, Task
 
-USES = frozenset({"prompts", "model"})
+NEEDS = Needs(prompts=Prompts.REQUIRED, body_pass=True)
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(GateSettings):
     """`kappa`: the spread of the logits over the experts."""
 
     kappa: float = KAPPA

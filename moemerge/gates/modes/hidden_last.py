@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from moemerge.gates.fitting import averaged
+from moemerge.gates.needs import Needs, Prompts
 from moemerge.gates.task import Routers, Task
 
-USES = frozenset({"prompts", "model"})
+NEEDS = Needs(prompts=Prompts.REQUIRED, body_pass=True)
 
 
 def routers(task: Task) -> Routers:

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moemerge.gates.fitting import KAPPA, examples_of, not_positive, ridge
+from moemerge.gates.needs import GateSettings, Needs, Passes, Prompts
 from moemerge.gates.task import Routers, Task
 
-USES = frozenset({"prompts", "model"})
+NEEDS = Needs(prompts=Prompts.REQUIRED, body_pass=True)
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(GateSettings):
     """`lambda`: the penalty, by default by the number of tokens; `kappa`: the logits' spread.
 
     `on_policy`: each prompt passes its own expert's MLPs, not the base model's, so that layers see
@@ -26,6 +27,10 @@ class Settings:
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """What cannot be."""
         yield from not_positive(**{"lambda": self.lambda_}, kappa=self.kappa)
+
+    def passes(self) -> Passes:
+        """Each prompt passes its expert's MLPs with `on_policy`."""
+        return Passes(own_mlps=self.on_policy)
 
 
 def routers(task: Task) -> Routers:

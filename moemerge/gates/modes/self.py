@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from moemerge.checkpoint import Donor
 from moemerge.dense import write_texts
 from moemerge.gates.fitting import KAPPA, examples_of, not_positive, ridge
+from moemerge.gates.needs import GateSettings, Needs, Passes, Prompts
 from moemerge.gates.task import Example, Routers, Task
 from moemerge.text import Prompt, other_ids
 
-USES = frozenset({"any prompts", "model", "experts", "seed"})
+NEEDS = Needs(prompts=Prompts.OPTIONAL, body_pass=True, expert_models=True, seed=True)
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(GateSettings):
     """`samples` texts of `tokens` tokens an expert, drawn with `temperature` and `top_p`.
 
     `lambda` and `kappa` as in ridge.
@@ -38,6 +39,10 @@ class Settings:
             yield "samples", f"is {self.samples}", "write fewer: a thousand is much"
         if self.top_p > 1:
             yield "top_p", f"is {self.top_p:g}", "write a number above 0, at most 1"
+
+    def passes(self) -> Passes:
+        """Every expert's model writes, and the texts pass their own expert's MLPs."""
+        return Passes(own_mlps=True, texts=self.samples, tokens=self.tokens)
 
 
 def routers(task: Task) -> Routers:

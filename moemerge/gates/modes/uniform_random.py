@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from moemerge.gates.needs import Needs
 from moemerge.gates.task import Routers, Task
 from moemerge.plan import generator
 
-USES = frozenset({"seed"})
+NEEDS = Needs(seed=True)
 
 
 def routers(task: Task) -> Routers:

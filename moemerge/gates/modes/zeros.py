@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from moemerge.gates.needs import Needs
 from moemerge.gates.task import Routers, Task
 
-USES: frozenset[str] = frozenset()
+NEEDS = Needs()
 
 
 def routers(task: Task) -> Routers:
