@@ -1,0 +1,176 @@
+"""What may be added is one file: each kind is added to a copy of the package, and used there.
+
+Nothing but the new file tells the package of it. Programs run in processes of their own, with the
+copy before the installed package on their path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from babies import simple_config, write_config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+COMMANDS = """
+import contextlib, io, json, sys
+from moemerge.cli import app
+
+ends = []
+for line in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            app(line)
+        except SystemExit as end:
+            ends.append([end.code or 0, said])
+print(json.dumps([[code, said.getvalue()] for code, said in ends]))
+"""
+
+
+def package_with(tmp_path: Path, files: Mapping[str, str]) -> Path:
+    """A folder with a copy of the package, to which `files`, texts by relative path, are added."""
+    copy = tmp_path / "package"
+    shutil.copytree(ROOT / "moemerge", copy / "moemerge", ignore=shutil.ignore_patterns("*.pyc"))
+    for name, text in files.items():
+        (copy / "moemerge" / name).write_text(text, encoding="utf-8")
+    return copy
+
+
+def run_program(package: Path, program: str, *arguments: str) -> str:
+    """What a program prints in a process of its own, which imports moemerge from `package`."""
+    env = {**os.environ, "PYTHONPATH": str(package)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True, text=True, env=env, cwd=package,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_commands(package: Path, *lines: list[object]) -> list[tuple[int, str]]:
+    """The exit code of each command, one after another in one process, and what it said."""
+    said = run_program(package, COMMANDS, json.dumps([[*map(str, line)] for line in lines]))
+    return [(code, text) for code, text in json.loads(said.splitlines()[-1])]
+
+
+def walkthrough() -> str:
+    """The gate mode that docs/contributing.md shows."""
+    text = (ROOT / "docs/contributing.md").read_text(encoding="utf-8")
+    return text.partition("```python\n")[2].partition("```")[0]
+
+
+def test_a_gate_mode_is_one_file(tmp_path: Path, babies: dict[str, Path]) -> None:
+    """The one of the walkthrough, which runs the base model, has an option and holds texts out."""
+    base, first, second = babies.values()
+    package = package_with(tmp_path, {"gates/modes/mine.py": walkthrough()})
+
+    def config(name: str, head: str) -> Path:
+        return write_config(tmp_path / name, simple_config(base, [first, second], head))
+
+    good, plain = config("good.yaml", "gate: { mode: mine, kappa: 2 }"), config("plain.yaml", "")
+    wrong = config("wrong.yaml", "gate_mode: mine\ngate:\n  kapa: 1\n")
+    bad = config("bad.yaml", "gate_mode: mine\ngate:\n  kappa: 0\n")
+    bare = config("bare.yaml", "gate_mode: mine")
+    lines = bare.read_text().splitlines()
+    kept = [line for line in lines if "prompts" not in line and line[:8] != "      - "]
+    bare.write_text("\n".join(kept))
+    out, other, page = tmp_path / "out", tmp_path / "other", tmp_path / "page.html"
+    ends = run_commands(
+        package,
+        ["plan", good], ["plan", "--seed", "3", good], ["plan", "--json", plain],
+        ["plan", "--json", good], ["plan", wrong], ["plan", bad], ["plan", bare],
+        ["merge", good, out], ["verify", out], ["routing", out, "--html", page],
+        ["merge", plain, other], ["regate", other, good], ["verify", other],
+    )  # fmt: skip
+    plan, seeded, ridge, ours, typo, zero, unprompted, *built = ends
+    assert plan[0] == 0 and "gate_mode mine" in plan[1]
+    assert "--seed has no effect: gate_mode: mine" in seeded[1]
+    memory = [json.loads(end[1])["expected_peak_bytes"] for end in (ridge, ours)]
+    assert memory[0] == memory[1], "the base model runs in both"
+    assert typo == (2, typo[1]) and "wrong.yaml:4: gate.kapa" in typo[1]
+    assert "did you mean 'kappa'?" in typo[1]
+    assert zero[0] == 2 and "bad.yaml:4: gate.kappa: is 0" in zero[1]
+    assert unprompted[0] == 2 and "which gate_mode: mine needs" in unprompted[1]
+    assert [code for code, _ in built] == [0] * len(built), built
+    assert "of the prompts' tokens find their expert first" in built[0][1]
+    assert "first expert" in built[2][1] and page.is_file()
+    for folder in (out, other):
+        card = (folder / "README.md").read_text()
+        assert "`mine`: the largest value of each feature" in card and "(kappa 2)" in card
+    first_shards = [folder / "model-00001-of-00002.safetensors" for folder in (out, other)]
+    assert first_shards[0].read_bytes() == first_shards[1].read_bytes()
+
+
+OTHER_MODES = {
+    "writes": """
+from dataclasses import dataclass
+
+from moemerge.gates.modes.random import routers
+from moemerge.gates.needs import GateSettings, Needs, Passes, Prompts
+
+NEEDS = Needs(prompts=Prompts.OPTIONAL, expert_models=True, seed=True)
+
+
+@dataclass(frozen=True)
+class Settings(GateSettings):
+    count: int = 2
+
+    def passes(self):
+        return Passes(texts=self.count, tokens=3)
+""",
+    "even": """
+from moemerge.gates.modes.zeros import routers
+from moemerge.gates.needs import Needs
+
+NEEDS = Needs()
+""",
+    "equal": """
+from moemerge.gates.modes.zeros import routers
+from moemerge.gates.needs import Needs, Prompts
+
+NEEDS = Needs(prompts=Prompts.REQUIRED)
+""",
+    "misspelt": """
+from moemerge.gates.modes.zeros import routers
+from moemerge.gates.needs import Needs
+
+NEEDS = Needs(promts=True)
+""",
+}
+"""Gate modes that need something else each."""
+
+
+def test_what_a_gate_mode_needs_is_what_it_says(tmp_path: Path, babies: dict[str, Path]) -> None:
+    base, first, second = babies.values()
+    files = {f"gates/modes/{name}.py": text for name, text in OTHER_MODES.items()}
+    package = package_with(tmp_path, files)
+    configs = {
+        name: write_config(
+            tmp_path / f"{name}.yaml",
+            simple_config(base, [first, second], f"gate_mode: {name}\nexperts_per_token: 1"),
+        )
+        for name in (*OTHER_MODES, "random")
+    }
+    writes, plain, even, verified, equal, again = run_commands(
+        package,
+        ["plan", "--json", configs["writes"]], ["plan", "--json", configs["random"]],
+        ["merge", configs["even"], tmp_path / "even"], ["verify", tmp_path / "even"],
+        ["merge", configs["equal"], tmp_path / "equal"], ["plan", configs["writes"]],
+    )  # fmt: skip
+    peaks = [json.loads(said[1])["expected_peak_bytes"] for said in (writes, plain)]
+    assert peaks[0] > peaks[1], "the experts' own models run"
+    assert "each of 2 experts writes 2 texts of 3 tokens" in again[1]
+    assert even[0] == verified[0] == 0
+    assert "routers: the same for every expert, so they choose nothing yet" in even[1]
+    assert equal[0] == 1 and "all rows are equal, so it cannot route" in equal[1]
+    assert not list((tmp_path / "equal").glob("*.safetensors"))
+    with pytest.raises(AssertionError, match=r"TypeError.*promts"):
+        run_commands(package, ["plan", configs["misspelt"]])
