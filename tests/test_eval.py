@@ -134,7 +134,7 @@ def test_what_memory_cannot_hold_is_streamed_to_the_same_numbers(
     built: Path, texts: dict[str, Path], tasks: Path, found: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    for room in ("loading", "sources"):
+    for room in ("mixture.loading", "evaluation.sources"):
         monkeypatch.setattr(f"moemerge.{room}.available_memory", lambda: 1000)
     streamed = evaluate(built, Wanted(texts, (str(tasks),), batch_size=4))
     for ours, theirs in zip(streamed["rows"], found["rows"], strict=True):
