@@ -37,8 +37,9 @@ from moemerge.checkpoint.location import Stamp
 from moemerge.cli import app
 from moemerge.errors import ARGUMENTS, SWITCHES, Line, Problem
 from moemerge.output import estimate
+from moemerge.output.finished import open_manifest
 from moemerge.output.shard_file import ShardFile, read_chunk, same_bytes
-from moemerge.output.verify import _available, open_manifest
+from moemerge.output.verify import _available
 from moemerge.prepare.stages import Prepared
 
 FUNCTIONS = {

@@ -14,6 +14,13 @@ from moemerge.output.directory import (
     writing,
 )
 from moemerge.output.disk import CHUNK_BYTES, OutputFile, takes_direct
+from moemerge.output.finished import (
+    changed_sources,
+    check_shards,
+    check_sources,
+    manifest_of,
+    open_manifest,
+)
 from moemerge.output.manifest import (
     BEFORE_TUNING,
     CARD_FILE,
@@ -27,17 +34,7 @@ from moemerge.output.manifest import (
 from moemerge.output.ray import write_shards
 from moemerge.output.shard_file import checksum, chunk_digest, file_checksum, is_shard
 from moemerge.output.state import STATE_DIRECTORY, State
-from moemerge.output.verify import (
-    Verified,
-    changed_sources,
-    check_shards,
-    check_sources,
-    is_whole,
-    manifest_of,
-    open_manifest,
-    verify_checkpoint,
-    verify_shards,
-)
+from moemerge.output.verify import Verified, is_whole, verify_checkpoint, verify_shards
 from moemerge.output.write import How, write_shard
 
 __all__ = [
