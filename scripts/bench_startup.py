@@ -4,7 +4,7 @@
 
 The models are the tests' stand-ins (true sizes, empty weights), so it needs no network. Each number
 is the median of whole processes, taken in turns, next to a Python that does nothing. With
---against, another moemerge (a Python that imports it) has its turns too, and the ratios are printed.
+--against PYTHON, the moemerge that it imports has its turns too, and the ratios are printed.
 """
 
 from __future__ import annotations
