@@ -375,7 +375,7 @@ def test_an_edited_card_stays_and_that_is_said(tmp_path: Path, babies: dict[str,
     assert card.is_untouched(path.read_bytes())
     regate(out, other)
     assert "`cheap_embed`" in path.read_text() and "dragon" not in path.read_text()
-    regate(out, other, Options(given=frozenset({"card_config"})))
+    regate(out, other, Options(card_config=True))
     assert "dragon" in path.read_text()
     mine = path.read_bytes().replace(b"mixture", b"mix", 1)
     path.write_bytes(mine)

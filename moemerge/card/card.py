@@ -11,15 +11,16 @@ import yaml
 
 from moemerge.card.text import Told, sections
 from moemerge.prepare import Claims, Prepared, claims_of, split_own
+from moemerge.report import RoutingPicture, RoutingSummary
 
 _HEAD = re.compile(r"\A---\n.*?^---$", re.DOTALL | re.MULTILINE)
 _SEAL = re.compile(r"(.*)<!-- moemerge:card ([0-9a-f]{16}) -->\n?", re.DOTALL)
 
 
-def render(ready: Prepared, routing: dict[str, Any], told: Told, picture: str = "") -> str:
+def render(ready: Prepared, routing: RoutingSummary, told: Told, picture: str = "") -> str:
     """The card's text, sealed with its digest.
 
-    `routing` is how the routers do (see `routing_stats.summary`), `picture` the file that shows it.
+    `routing` is how the routers do (see `RoutingSummary`), `picture` the file that shows it.
     No path of this disk stands in it, and nothing that a config or a source says is markup.
     """
     claims = {text: claims_of(c.directory) for text, c in ready.checkpoints.items()}
@@ -62,10 +63,10 @@ def is_untouched(card: bytes) -> bool:
     return found is not None and _digest(found[1]) == found[2]
 
 
-def picture(ready: Prepared, routing: dict[str, Any]) -> dict[str, Any]:
+def picture(ready: Prepared, routing: RoutingSummary) -> RoutingPicture:
     """The routers' report as `heat_map.save` draws it."""
     names = ready.plan.experts
-    texts = [{**text, "name": names[text["expert"]]} for text in routing["texts"]]
+    texts = routing["texts"]
     return {"model": "Prompts, each held out", "experts": list(names), "texts": texts}
 
 

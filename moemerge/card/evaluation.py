@@ -8,6 +8,7 @@ from typing import Any
 
 from moemerge.card.card import head_of, with_head
 from moemerge.card.text import shown, table
+from moemerge.report import Evaluation, EvaluationRow
 from moemerge.reporting import count
 
 _TITLE = "## Evaluation"
@@ -16,11 +17,12 @@ _INDEX = "model-index"
 _SECTION = re.compile(
     rf"^{_TITLE}\n\n({_MARK}|{_WITH_INDEX})\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE
 )
+_BETTER = {True: " ↑", False: " ↓", None: ""}
 _UNKNOWN = "It was not trained or evaluated as a whole:"
 _KNOWN = "It was not trained as a whole:"
 
 
-def told(text: str, found: dict[str, Any]) -> str:
+def told(text: str, found: Evaluation) -> str:
     """A card's text with these results, in the place of earlier ones, before its limits.
 
     A `model-index` that a person gave the card stays theirs.
@@ -45,7 +47,7 @@ def untold(text: str) -> str:
     return _SECTION.sub("", with_head(text, head)).replace(_KNOWN, _UNKNOWN)
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def cells(row: EvaluationRow) -> list[str]:
     """A row's values as they are shown, a standard error behind them; `-` where there is none."""
     places = 2 if row["kind"] == "text" else 4
     texts = ["-" if value is None else f"{value:.{places}f}" for value in row["values"]]
@@ -53,13 +55,13 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [text + error for text, error in zip(texts, errors, strict=True)]
 
 
-def metric_of(row: dict[str, Any]) -> str:
+def metric_of(row: EvaluationRow) -> str:
     """What a row's values are, with the filter that lm-eval put answers through, if it did."""
     filtered = row.get("filter", "none")
     return f"{row['metric']} ({filtered})" if filtered != "none" else str(row["metric"])
 
 
-def _paragraphs(found: dict[str, Any]) -> Iterator[str]:
+def _paragraphs(found: Evaluation) -> Iterator[str]:
     versions, kinds = found["versions"], {row["kind"] for row in found["rows"]}
     yield (
         "This model (`mixture`) beside what it was made of, where that was at hand: the base, each "
@@ -69,7 +71,7 @@ def _paragraphs(found: dict[str, Any]) -> Iterator[str]:
     rows = (
         [
             shown(row["name"]),
-            metric_of(row) + {True: " ↑", False: " ↓"}.get(row["higher_is_better"], ""),
+            metric_of(row) + _BETTER[row["higher_is_better"]],
             *cells(row),
             f"{count(row['samples'])} " + ("tokens" if row["kind"] == "text" else "documents"),
         ]
@@ -88,7 +90,7 @@ def _paragraphs(found: dict[str, Any]) -> Iterator[str]:
     yield " ".join([*how, f"Measured with {', '.join(with_versions)}."])
 
 
-def _index(found: dict[str, Any]) -> Any:
+def _index(found: Evaluation) -> Any:
     """The mixture's own results as the Hub reads them."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -101,9 +103,10 @@ def _index(found: dict[str, Any]) -> Any:
             dataset_args=None if row["kind"] == "text" else {"num_few_shot": row["shots"]},
             metric_type=row["metric"],
             metric_name=metric_of(row),
-            metric_value=round(row["values"][0], 4),
+            metric_value=round(value, 4),
         )
         for row in found["rows"]
+        if (value := row["values"][0]) is not None
     ]
     data = ModelCardData(model_name=found["model"], eval_results=results)
     return data.to_dict()[_INDEX]  # type: ignore[no-untyped-call]

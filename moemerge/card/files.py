@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from moemerge.card import card
 from moemerge.card import evaluation as evaluation_text
@@ -22,14 +21,14 @@ from moemerge.output import (
     writing,
 )
 from moemerge.prepare import Prepared
-from moemerge.report import heat_map
+from moemerge.report import Evaluation, RoutingSummary, heat_map
 from moemerge.reporting import Reporter
 
 
 def write(
     change: Change,
     ready: Prepared,
-    routing: dict[str, Any],
+    routing: RoutingSummary,
     told: Told,
     reporter: Reporter,
     ours: bool = True,
@@ -53,7 +52,7 @@ def write(
         return {PICTURE_FILE: change.entry(PICTURE_FILE)} if drawn else {}
 
 
-def tell_evaluation(out: Path, found: dict[str, Any], reporter: Reporter) -> bool:
+def tell_evaluation(out: Path, found: Evaluation, reporter: Reporter) -> bool:
     """Tell results of `evaluate` in the card of a finished mixture; whether that could be.
 
     Raises:
@@ -86,7 +85,7 @@ def rewrite(change: Change, edit: Callable[[str], str], reporter: Reporter) -> b
 
 
 def _draw(
-    change: Change, ready: Prepared, routing: dict[str, Any], reporter: Reporter, ours: bool
+    change: Change, ready: Prepared, routing: RoutingSummary, reporter: Reporter, ours: bool
 ) -> bool:
     """Draw how texts are routed, or let go what was drawn of other routers."""
     path = change.out / PICTURE_FILE

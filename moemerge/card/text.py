@@ -15,6 +15,7 @@ from moemerge.checkpoint import Checkpoint, Donor, Reference, is_hub_id, last_pa
 from moemerge.errors import one_line
 from moemerge.gates import Prompts, verdict
 from moemerge.prepare import Claims, Prepared
+from moemerge.report import Collision, RoutingSummary
 from moemerge.reporting import count, size
 from moemerge.text import find
 from moemerge.version import __version__
@@ -62,7 +63,7 @@ class Told:
 
 
 def sections(
-    ready: Prepared, claims: dict[str, Claims], routing: dict[str, Any], told: Told, picture: str
+    ready: Prepared, claims: dict[str, Claims], routing: RoutingSummary, told: Told, picture: str
 ) -> Iterator[str]:
     """The card's paragraphs, headings and tables, in markdown and in order; see `card.render`."""
     yield from _what(ready)
@@ -186,13 +187,14 @@ def _running(ready: Prepared) -> Iterator[str]:
     yield _OTHERS
 
 
-def _routing(ready: Prepared, routing: dict[str, Any], told: Told, picture: str) -> Iterator[str]:
+def _routing(ready: Prepared, routing: RoutingSummary, told: Told, picture: str) -> Iterator[str]:
     """The routers' summary as a section; nothing where it is not known."""
-    if not routing.get("confusion"):
+    confusion = routing.get("confusion")
+    if not confusion:
         return
     names = ready.plan.experts
     if not told.config or any(expert.calibration for expert in ready.config.experts):
-        collisions = [{**one, "texts": []} for one in routing["collisions"]]
+        collisions: list[Collision] = [{**one, "texts": []} for one in routing["collisions"]]
         routing = {**routing, "collisions": collisions}
     yield "## Routing"
     yield "\n".join(
@@ -200,7 +202,7 @@ def _routing(ready: Prepared, routing: dict[str, Any], told: Told, picture: str)
     )
     yield "Each row: where the tokens of one expert's prompts go first, over all layers."
     titles = ["prompts of", *map(shown, names)]
-    rows = zip(names, routing["confusion"], strict=True)
+    rows = zip(names, confusion, strict=True)
     yield table(titles, ([shown(n), *(f"{x:.0%}" for x in shares)] for n, shares in rows))
     if picture:
         yield (
@@ -209,7 +211,7 @@ def _routing(ready: Prepared, routing: dict[str, Any], told: Told, picture: str)
         )
 
 
-def _limits(ready: Prepared, routing: dict[str, Any]) -> Iterator[str]:
+def _limits(ready: Prepared, routing: RoutingSummary) -> Iterator[str]:
     """What a person must not expect of it."""
     needs = ready.gate.mode.NEEDS
     lines = [

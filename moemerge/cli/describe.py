@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moemerge.options import Options
+from moemerge.report import RoutingReport
 from moemerge.reporting import count, size
 
 
@@ -101,7 +102,7 @@ def router_lines(merged: Any) -> Iterator[str]:
         yield "routers: not measured; `moemerge routing --text` shows how they route text"
 
 
-def routing_lines(found: dict[str, Any]) -> Iterator[str]:
+def routing_lines(found: RoutingReport) -> Iterator[str]:
     """A routing report."""
     experts, summary = found["experts"], found["summary"]
     head = "first expert"

@@ -27,6 +27,7 @@ from moemerge.mixture import PER_TOKEN, config_of, encoder_of, load_mixture, por
 from moemerge.options import Options
 from moemerge.output import MANIFEST_FILE, Manifest, manifest_of
 from moemerge.prepare import fetch
+from moemerge.report import RoutingReport, TextRouting
 from moemerge.reporting import Reporter, listener
 from moemerge.text import Encoder
 
@@ -40,7 +41,7 @@ def report(
     options: Options | None = None,
     reporter: Reporter | None = None,
     progress: bool = False,
-) -> dict[str, Any]:
+) -> RoutingReport:
     """How the mixture in `out` routes, as plain data; any mixture that transformers loads.
 
     With `texts`, each a file by the name of the expert that it is for (or any other name), the
@@ -154,7 +155,7 @@ def _assemble(
     per_token: int,
     measured: dict[str, Any],
     mode: str,
-) -> dict[str, Any]:
+) -> RoutingReport:
     """The report as plain data; the page's and the card's source.
 
     `mode` is the gate mode that the routers were made by, where prompts were held out.
@@ -204,7 +205,7 @@ def _perplexities(name: str, per_token: int, measured: dict[str, Any]) -> dict[s
     return found | ({"experts": experts} if experts else {})
 
 
-def _expert_verdicts(texts: list[dict[str, Any]], experts: Sequence[str]) -> Iterator[str]:
+def _expert_verdicts(texts: list[TextRouting], experts: Sequence[str]) -> Iterator[str]:
     for text in texts:
         found = text["perplexity"] or {}
         if text["expert"] is None or "base" not in found:

@@ -16,6 +16,7 @@ from moemerge.gates import check_device_is_here
 from moemerge.mixture import config_of, encoder_of, load_mixture
 from moemerge.options import Options, RunOptions
 from moemerge.output import MANIFEST_FILE, manifest_of
+from moemerge.report import Evaluation, EvaluationRow
 from moemerge.reporting import Reporter, listener
 from moemerge.tokenizer import TOKENIZER_FILE
 from moemerge.version import __version__
@@ -44,7 +45,7 @@ def evaluate(
     options: Options | None = None,
     reporter: Reporter | None = None,
     progress: bool = False,
-) -> dict[str, Any]:
+) -> Evaluation:
     """The mixture in `out` and what it was made of, judged side by side, as plain data.
 
     `plan_digest` says which mixture it was. `columns` are the models, the mixture first; each of
@@ -163,7 +164,7 @@ def _generate_as(model: Any, directory: Path) -> None:
         model.generation_config = GenerationConfig.from_model_config(config)
 
 
-def _text_rows(texts: Passages, measured: Sequence[_Measured]) -> Iterator[dict[str, Any]]:
+def _text_rows(texts: Passages, measured: Sequence[_Measured]) -> Iterator[EvaluationRow]:
     for name, passages in texts.items():
         yield {
             "kind": "text",
@@ -171,12 +172,12 @@ def _text_rows(texts: Passages, measured: Sequence[_Measured]) -> Iterator[dict[
             "metric": "perplexity",
             "higher_is_better": False,
             "samples": counted(passages),
-            "values": [one.perplexities and one.perplexities[name] for one in measured],
+            "values": [(one.perplexities or {}).get(name) for one in measured],
             "stderr": [None] * len(measured),
         }
 
 
-def _task_rows(measured: Sequence[_Measured]) -> Iterator[dict[str, Any]]:
+def _task_rows(measured: Sequence[_Measured]) -> Iterator[EvaluationRow]:
     for key, first in measured[0].scores.items():
         scores = [one.scores.get(key) for one in measured]
         yield {
@@ -187,8 +188,8 @@ def _task_rows(measured: Sequence[_Measured]) -> Iterator[dict[str, Any]]:
             "shots": first.shots,
             "higher_is_better": first.higher_is_better,
             "samples": first.samples,
-            "values": [score and score.value for score in scores],
-            "stderr": [score and score.stderr for score in scores],
+            "values": [score.value if score else None for score in scores],
+            "stderr": [score.stderr if score else None for score in scores],
         }
 
 

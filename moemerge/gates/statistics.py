@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moemerge.gates.modes import find
 from moemerge.gates.task import Routers
+from moemerge.report import Collision, PassageRouting, RoutingSummary, TextRouting
 from moemerge.text import Encoder
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def held_out(routers: Routers, encoder: Encoder | None) -> list[Routed]:
     return found
 
 
-def summary(routed: Sequence[Routed], experts: Sequence[str], per_token: int) -> dict[str, Any]:
+def summary(routed: Sequence[Routed], experts: Sequence[str], per_token: int) -> RoutingSummary:
     """What all texts come to; empty without any.
 
     `t1` and `t2` are the shares of tokens whose own expert comes first, or among the first two, and
@@ -81,7 +82,7 @@ def summary(routed: Sequence[Routed], experts: Sequence[str], per_token: int) ->
     used = load[load > 0]
     entropy = float(-(used * np.log(used)).sum() / np.log(count)) if count > 1 else 1.0
     read = sorted({one.expert for one in routed if one.expert is not None}) or range(count)
-    found: dict[str, Any] = {
+    found: RoutingSummary = {
         "tokens": sum(one.logits.shape[1] for one in routed),
         "load": _rounded(load),
         "entropy": round(entropy, 4),
@@ -115,31 +116,32 @@ def summary(routed: Sequence[Routed], experts: Sequence[str], per_token: int) ->
     return found
 
 
-def verdict(found: dict[str, Any], experts: Sequence[str], mode: str) -> Iterator[str]:
+def verdict(found: RoutingSummary, experts: Sequence[str], mode: str) -> Iterator[str]:
     """A summary in words: the routers' accuracy held out, and what would help where it is poor.
 
     `mode` is the gate mode that made them.
     """
-    if found.get("t1") is None:
+    share = found.get("t1")
+    if share is None:
         return
     yield (
-        f"routers: {found['t1']:.0%} of the prompts' tokens find their expert first when their "
+        f"routers: {share:.0%} of the prompts' tokens find their expert first when their "
         f"prompt is held out (chance {1 / len(experts):.0%})"
     )
     yield from troubles(found, experts)
-    if found["t1"] < POOR and find(mode).NEEDS.expert_models:
+    if share < POOR and find(mode).NEEDS.expert_models:
         yield (
             "what would help: positive_prompts for the experts' texts to begin with, calibration "
             "texts, more samples, or `moemerge tune --only routers` with text of each kind"
         )
-    elif found["t1"] < POOR:
+    elif share < POOR:
         yield (
             "what would help: whole sentences in the style of the expert's own text instead of "
             "keywords, more of them, or gate_mode: self, where experts write their own"
         )
 
 
-def troubles(found: dict[str, Any], experts: Sequence[str]) -> Iterator[str]:
+def troubles(found: RoutingSummary, experts: Sequence[str]) -> Iterator[str]:
     """What of a summary is not as it should be: collisions, idle experts, blind layers."""
     for pair in found["collisions"][:3]:
         one, other = (experts[e] for e in pair["experts"])
@@ -155,9 +157,9 @@ def troubles(found: dict[str, Any], experts: Sequence[str]) -> Iterator[str]:
         yield f"layers that hardly tell experts apart: {numbers}"
 
 
-def texts_of(routed: Sequence[Routed], per_token: int) -> list[dict[str, Any]]:
+def texts_of(routed: Sequence[Routed], per_token: int) -> list[TextRouting]:
     """For each name, the shares by layer and expert: `first`, `load` and mean `weight`, (L, E)."""
-    found = []
+    found: list[TextRouting] = []
     for name, of_one in _groups(routed).items():
         shares, expert = _shares(of_one, per_token), of_one[0].expert
         found.append(
@@ -165,7 +167,9 @@ def texts_of(routed: Sequence[Routed], per_token: int) -> list[dict[str, Any]]:
                 "name": name,
                 "expert": expert,
                 "tokens": sum(one.logits.shape[1] for one in of_one),
-                **{kind: [_rounded(row) for row in shares[kind]] for kind in _BY_LAYER},
+                "first": [_rounded(row) for row in shares["first"]],
+                "load": [_rounded(row) for row in shares["load"]],
+                "weight": [_rounded(row) for row in shares["weight"]],
                 "t1": None if expert is None else float(shares["first"][:, expert].mean()),
                 "t2": None if expert is None else float(shares["second"]),
             }
@@ -173,16 +177,13 @@ def texts_of(routed: Sequence[Routed], per_token: int) -> list[dict[str, Any]]:
     return found
 
 
-def passage_of(routed: Routed, text: int, most_tokens: int) -> dict[str, Any]:
+def passage_of(routed: Routed, text: int, most_tokens: int) -> PassageRouting:
     """A passage for the page: its tokens, and every layer's softmax over the experts in bytes."""
     import numpy as np
 
     bytes_ = np.rint(255 * _softmax(routed.logits[:, :most_tokens])).astype(np.uint8)
     weights = base64.b64encode(np.ascontiguousarray(bytes_).tobytes()).decode()
     return {"text": text, "tokens": list(routed.tokens[:most_tokens]), "weights": weights}
-
-
-_BY_LAYER = ("first", "load", "weight")
 
 
 def _groups(routed: Sequence[Routed]) -> dict[str, list[Routed]]:
@@ -211,7 +212,7 @@ def _shares(routed: Sequence[Routed], per_token: int) -> dict[str, Any]:
     }
 
 
-def _collisions(routed: Sequence[Routed], confusion: Sequence[Array]) -> Iterator[dict[str, Any]]:
+def _collisions(routed: Sequence[Routed], confusion: Sequence[Array]) -> Iterator[Collision]:
     """Pairs (i, j), the worst first, with the two texts of i that j takes most of."""
     pairs = [
         (float(row[other]), one, other)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
 
 from moemerge import output
 from moemerge.card import Told
@@ -29,6 +28,7 @@ from moemerge.output import (
 )
 from moemerge.plan import ROUTERS, Plan
 from moemerge.prepare import Prepared, fetch, prepare, transfer
+from moemerge.report import RoutingSummary
 from moemerge.reporting import Reporter, listener
 
 
@@ -91,7 +91,7 @@ def _prepared(
 
 def _replace(
     change: Change, options: Options, reporter: Reporter, ready: Prepared, manifest: Manifest
-) -> dict[str, Any]:
+) -> RoutingSummary:
     """Make the routers and replace what tells or shows them; returns how they do."""
     out, state, plan, config = change.out, change.state, ready.plan, ready.config
     with output.writing(out):

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moemerge import output, publish
 from moemerge.card import Told
@@ -35,6 +34,7 @@ from moemerge.output import (
 )
 from moemerge.plan import ROUTERS, Plan, Shard, recipe
 from moemerge.prepare import Prepared, Tensors, Transfer, check_cache_room, fetch, prepare, transfer
+from moemerge.report import RoutingSummary
 from moemerge.reporting import Reporter, listener, size
 
 
@@ -54,7 +54,7 @@ class Merged:
     seconds: float
     written: int
     missing: int
-    routing: dict[str, Any]
+    routing: RoutingSummary
     transfer: Transfer
     address: str = ""
 

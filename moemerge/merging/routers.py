@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from moemerge.checkpoint import numpy_dtype
 from moemerge.errors import RunError
@@ -19,6 +19,7 @@ from moemerge.options import RunOptions
 from moemerge.output import writing
 from moemerge.plan import Fill, PlannedTensor, Shard, file_header
 from moemerge.prepare import Prepared
+from moemerge.report import RoutingSummary
 from moemerge.reporting import Reporter
 from moemerge.split import Cutter
 
@@ -74,8 +75,9 @@ def make_routers(
     report = routing_stats.summary(routed, names, per_token)
     if report:  # what its picture shows
         report["texts"] = [
-            {"name": names[text["expert"]], "expert": text["expert"], "first": text["first"]}
+            {"name": names[expert], "expert": expert, "first": text["first"]}
             for text in routing_stats.texts_of(routed, per_token)
+            if (expert := text["expert"]) is not None
         ]
     kinds = {
         "router": made.matrices,
@@ -124,7 +126,7 @@ def _apart(ready: Prepared, made: Routers) -> tuple[Routers, list[Matrix]]:
 def save(
     shard: Shard,
     made: dict[str, Matrix],
-    report: dict[str, Any],
+    report: RoutingSummary,
     path: Path,
     orders: Mapping[str, Order] = MappingProxyType({}),
 ) -> None:
@@ -158,9 +160,9 @@ def save(
         part.replace(path)
 
 
-def report_of(path: Path) -> dict[str, Any]:
+def report_of(path: Path) -> RoutingSummary:
     """The report saved with the routers at `path`."""
-    return read_json(_report(path))
+    return cast(RoutingSummary, read_json(_report(path)))
 
 
 def _report(path: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 from moemerge.files import CONFIG_FILE, is_inside
 from moemerge.plan import INDEX_FILE, Plan, digest_of
+from moemerge.report import RoutingSummary
 from moemerge.version import __version__
 
 MANIFEST_FILE = "moemerge.json"
@@ -44,7 +45,7 @@ class Manifest:
     config: str
     plan: Plan
     files: dict[str, FileEntry]
-    routing: dict[str, Any] = field(default_factory=dict)
+    routing: RoutingSummary = field(default_factory=lambda: RoutingSummary())
     folder: str | None = None
     version: str = __version__
     card: dict[str, Any] = field(default_factory=dict)

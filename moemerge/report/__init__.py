@@ -1,9 +1,27 @@
 """What people look at: the page of a routing report, and the picture of router strengths."""
 
 from moemerge.report import heat_map, page
+from moemerge.report.data import (
+    Collision,
+    Evaluation,
+    EvaluationRow,
+    PassageRouting,
+    RoutingPicture,
+    RoutingReport,
+    RoutingSummary,
+    TextRouting,
+)
 from moemerge.report.page import render
 
 __all__ = [
+    "Collision",
+    "Evaluation",
+    "EvaluationRow",
+    "PassageRouting",
+    "RoutingPicture",
+    "RoutingReport",
+    "RoutingSummary",
+    "TextRouting",
     "heat_map",
     "page",
     "render",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import Any
 
 from moemerge.errors import InputError, Problem, one_line
+from moemerge.report.data import RoutingPicture
 
 
-def save(report: dict[str, Any], path: Path) -> None:
+def save(report: RoutingPicture, path: Path) -> None:
     """Draw for each text which expert its tokens find first, layer by layer, and write the PNG.
 
     One panel a text, (E, L): the share of its tokens whose first expert is the row's. The text's

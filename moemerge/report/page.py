@@ -6,13 +6,14 @@ import base64
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+
+from moemerge.report.data import RoutingReport
 
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}
 """What could end the script element or begin markup, as JSON writes it; the rest is ASCII."""
 
 
-def render(report: dict[str, Any]) -> str:
+def render(report: RoutingReport) -> str:
     """The page that shows a report of `routing`; nothing in the report is taken for markup.
 
     The page's policy allows its own script and style, by digest, and forbids all else.

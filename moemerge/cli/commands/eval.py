@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from moemerge.cli.program import Out, Texts, app, check_file_to_write, texts_by_
 from moemerge.cli.terminal import Terminal
 from moemerge.errors import InputError, Problem
 from moemerge.options import Options
+from moemerge.report import Evaluation
 from moemerge.reporting import count
 
 
@@ -90,7 +91,7 @@ def evaluate(
         terminal.result(f"{out}: README.md tells it")
 
 
-def evaluation_lines(found: dict[str, Any]) -> Iterator[str]:
+def evaluation_lines(found: Evaluation) -> Iterator[str]:
     """The results as one table: a row for each text and metric, a column for each model."""
     from moemerge.card import cells, metric_of
 

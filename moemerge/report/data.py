@@ -1,0 +1,114 @@
+"""What a routing report and an evaluation hold, as plain data that JSON can say."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class Collision(TypedDict):
+    """Two experts of which the second takes a `share` of the first's tokens, and texts of those."""
+
+    experts: list[int]
+    share: float
+    texts: list[str]
+
+
+class TextRouting(TypedDict, total=False):
+    """How one text is routed.
+
+    `first`, `load` and `weight` are (L, E): how often an expert comes first, its share of the
+    places in the top k, and its mean weight. `t1` and `t2` are the shares of tokens whose own
+    `expert` comes first, or among the first two; None if the text is no expert's. `perplexity` is
+    by model: `moe`, the sources, and `experts` by name.
+    """
+
+    name: str
+    expert: int | None
+    tokens: int
+    first: list[list[float]]
+    load: list[list[float]]
+    weight: list[list[float]]
+    t1: float | None
+    t2: float | None
+    perplexity: dict[str, Any] | None
+
+
+class RoutingSummary(TypedDict, total=False):
+    """What all texts come to; empty without any.
+
+    `layer_t1` is `t1` by layer. `confusion[i][j]` is the share of expert i's tokens that expert j
+    gets first. `load` is each expert's share of the places in the top k, and `entropy` the load's,
+    as a part of log E. `texts` are kept where the routers' picture is drawn from them.
+    """
+
+    tokens: int
+    load: list[float]
+    entropy: float
+    idle: list[int]
+    t1: float | None
+    t2: float | None
+    layer_t1: list[float] | None
+    by_expert: dict[str, float]
+    confusion: list[list[float]] | None
+    collisions: list[Collision]
+    blind_layers: list[int]
+    texts: list[TextRouting]
+
+
+class PassageRouting(TypedDict):
+    """A passage of the text of that number: its tokens, and the softmax of every layer's router
+    over the experts, (L, T, E) in bytes, as base64."""
+
+    text: int
+    tokens: list[str]
+    weights: str
+
+
+class RoutingPicture(TypedDict):
+    """What the heat map draws, under the title `model`."""
+
+    model: str
+    experts: list[str]
+    texts: list[TextRouting]
+
+
+class RoutingReport(RoutingPicture):
+    """How a mixture routes: `by_experts_per_token` is its perplexity for other values of k."""
+
+    experts_per_token: int
+    layers: int
+    held_out: bool
+    verdicts: list[str]
+    summary: RoutingSummary
+    by_experts_per_token: dict[str, float] | None
+    passages: list[PassageRouting]
+
+
+class EvaluationRow(TypedDict, total=False):
+    """A text's perplexity or a task's metric, with a value for each column, None without one."""
+
+    kind: str
+    name: str
+    metric: str
+    filter: str
+    shots: int
+    higher_is_better: bool | None
+    samples: int
+    values: list[float | None]
+    stderr: list[float | None]
+
+
+class Evaluation(TypedDict):
+    """A mixture beside what it was made of; `columns` are the models, the mixture first.
+
+    `length` is the tokens in a piece of text, `limit` the documents of each task that were read;
+    `versions` those of the libraries that measured.
+    """
+
+    model: str
+    plan_digest: str | None
+    columns: list[str]
+    rows: list[EvaluationRow]
+    length: int | None
+    limit: int | None
+    versions: dict[str, str]
