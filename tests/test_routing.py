@@ -454,7 +454,7 @@ def test_what_is_no_mixture_is_refused(
 def test_a_mixture_that_does_not_fit_into_memory_is_read_by_layers(
     built: Path, texts: dict[str, Path], found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for room in ("loading", "sources"):
+    for room in ("mixture.loading", "evaluation.sources"):
         monkeypatch.setattr(f"moemerge.{room}.available_memory", lambda: 1000)
     said: list[str] = []
     listener = Silent()
