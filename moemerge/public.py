@@ -12,12 +12,12 @@ from moemerge.errors import (
 )
 from moemerge.evaluation import Wanted, evaluate
 from moemerge.evaluation import report as routing_report
-from moemerge.merging import Merged, make_plan, merge, regate
+from moemerge.merging import Merged, merge, regate
 from moemerge.mixture import Built, add, drop, extract, repair, top_k
 from moemerge.options import Options
 from moemerge.output import Verified, verify_checkpoint
 from moemerge.plan import Plan, PlannedTensor, Shard, Source
-from moemerge.prepare import Prepared, Transfer
+from moemerge.prepare import Prepared, Transfer, make_plan
 from moemerge.publish import push
 from moemerge.report import render as routing_page
 from moemerge.reporting import Console, Reporter, Silent

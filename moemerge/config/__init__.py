@@ -1,12 +1,13 @@
 """The YAML config: read to dataclasses, with the line of every problem."""
 
 from moemerge.config.check import check_values
-from moemerge.config.schema import Expert, MergeConfig, load_config, parse_config
+from moemerge.config.schema import Expert, MergeConfig, as_config, load_config, parse_config
 from moemerge.config.settings import option_types, read_options, read_settings
 
 __all__ = [
     "Expert",
     "MergeConfig",
+    "as_config",
     "check_values",
     "load_config",
     "option_types",

@@ -158,6 +158,11 @@ def _changed(record: Expert | MergeConfig) -> dict[str, Any]:
     return found
 
 
+def as_config(config: MergeConfig | str | Path) -> MergeConfig:
+    """The config itself, or the one in the YAML file of that path."""
+    return config if isinstance(config, MergeConfig) else load_config(config)
+
+
 def load_config(path: str | Path) -> MergeConfig:
     """Read a config file.
 

@@ -10,7 +10,7 @@ from moemerge import output
 from moemerge.card import Told
 from moemerge.card import files as card_files
 from moemerge.checkpoint import read_header
-from moemerge.config import MergeConfig, load_config
+from moemerge.config import MergeConfig, as_config
 from moemerge.errors import InputError, Problem
 from moemerge.merging.pipeline import Merged
 from moemerge.merging.routers import make_routers, report_of
@@ -51,7 +51,7 @@ def regate(
     """
     begun, out, options = time.monotonic(), Path(out), options or Options()
     reporter = listener(reporter, progress)
-    config = config if isinstance(config, MergeConfig) else load_config(config)
+    config = as_config(config)
     open_manifest(out)
     with held(out) as change:
         manifest = open_manifest(out)

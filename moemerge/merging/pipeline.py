@@ -15,7 +15,7 @@ from moemerge import output, publish
 from moemerge.card import Told
 from moemerge.card import files as card_files
 from moemerge.checkpoint import read_header
-from moemerge.config import MergeConfig, load_config
+from moemerge.config import MergeConfig, as_config
 from moemerge.errors import DiskFull, InputError, Line, MoemergeError, RunError
 from moemerge.merging.routers import make_routers, report_of
 from moemerge.options import Options, PublishOptions
@@ -59,26 +59,6 @@ class Merged:
     address: str = ""
 
 
-def make_plan(
-    config: MergeConfig | str | Path,
-    options: Options | None = None,
-    reporter: Reporter | None = None,
-    progress: bool = False,
-) -> Prepared:
-    """What a merge would build, from headers alone; nothing is written.
-
-    Args:
-        config: a `MergeConfig`, or the path of a YAML file.
-        options: how it would be run.
-        reporter: who hears that it lasts; nobody by default.
-        progress: print that instead, as `Console` does.
-
-    Raises:
-        InputError: with every problem of the config and its models.
-    """
-    return prepare(_config(config), options or Options(), listener(reporter, progress))
-
-
 def merge(
     config: MergeConfig | str | Path,
     out: str | Path,
@@ -100,7 +80,7 @@ def merge(
         RunError: a failure on the way; `out` does not pass for a model, and the same call again
             goes on from what was finished.
     """
-    config = _config(config)
+    config = as_config(config)
     options = options or Options()
     settle(Path(out))
     reporter = listener(reporter, progress)
@@ -351,7 +331,3 @@ def _shipment(
     if not options.push_as_you_go:
         return None
     return publish.Shipment(out, options.push, options.private, state, stopped)
-
-
-def _config(config: MergeConfig | str | Path) -> MergeConfig:
-    return config if isinstance(config, MergeConfig) else load_config(config)

@@ -6,7 +6,7 @@ from moemerge.prepare.costs import Transfer, check_cache_room, expected_peak, tr
 from moemerge.prepare.layout import source_of
 from moemerge.prepare.source_cards import Claims, claims_of, split_own
 from moemerge.prepare.sources import Tensors, fetch
-from moemerge.prepare.stages import Prepared, prepare
+from moemerge.prepare.stages import Prepared, make_plan, prepare
 
 __all__ = [
     "Claims",
@@ -19,6 +19,7 @@ __all__ = [
     "expected_peak",
     "fetch",
     "listing",
+    "make_plan",
     "no_host",
     "prepare",
     "source_of",

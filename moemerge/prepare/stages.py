@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moemerge import split as splits
 from moemerge.checkpoint import Checkpoint, Donor, Opener
-from moemerge.config import Expert, MergeConfig, check_values
+from moemerge.config import Expert, MergeConfig, as_config, check_values
 from moemerge.dense import Body
 from moemerge.errors import Findings, Line, flag
 from moemerge.gates import ExpertPrompts, Gate, check_device_is_here
@@ -21,7 +21,7 @@ from moemerge.prepare.compatibility import compare
 from moemerge.prepare.layout import Layout, check_dtype, lay_out
 from moemerge.prepare.members import factor_of, host_of, parts_of
 from moemerge.prepare.source_cards import read_own
-from moemerge.reporting import Reporter
+from moemerge.reporting import Reporter, listener
 from moemerge.split import Cutting, Split
 from moemerge.text import Encoder, Prompt, Vocabulary, shared_rows
 from moemerge.text import build_vocabulary as vocabulary_choice
@@ -63,6 +63,26 @@ class Prepared:
     def base(self) -> Donor:
         """The base model."""
         return self.body.base
+
+
+def make_plan(
+    config: MergeConfig | str | Path,
+    options: Options | None = None,
+    reporter: Reporter | None = None,
+    progress: bool = False,
+) -> Prepared:
+    """What a merge would build, from headers alone; nothing is written.
+
+    Args:
+        config: a `MergeConfig`, or the path of a YAML file.
+        options: how it would be run.
+        reporter: who hears that it lasts; nobody by default.
+        progress: print that instead, as `Console` does.
+
+    Raises:
+        InputError: with every problem of the config and its models.
+    """
+    return prepare(as_config(config), options or Options(), listener(reporter, progress))
 
 
 def prepare(

@@ -32,8 +32,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
 ) -> None:
     """Show what a merge of CONFIG would build; headers are read, nothing is written."""
-    from moemerge.merging import make_plan
-    from moemerge.prepare import expected_peak, transfer
+    from moemerge.prepare import expected_peak, make_plan, transfer
 
     check_config_path(config)
     ready = make_plan(config, options, terminal)
