@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moemerge import InputError, make_plan, merge
 from moemerge.config.schema import parse_config
-from moemerge.families.dense_config import DEFAULTS
+from moemerge.families import RECORDS
 
 PROMPT = torch.tensor([[1, *range(3, 43)]])  # beyond every window, and the context of SHORT
 SHORT = {"max_position_embeddings": 24}
@@ -347,17 +347,17 @@ def check(root: Path, family: str, own: list[Case]) -> None:
     assert len(equal) > len(found) / 3  # the rest of the keys are refused by their names
 
 
-@pytest.mark.parametrize("family", DEFAULTS)
+@pytest.mark.parametrize("family", RECORDS)
 def test_equal_or_refused(tmp_path: Path, family: str) -> None:
     """Half of the rows, the others for the next family; of each dialect every second family's."""
-    number = list(DEFAULTS).index(family)
+    number = list(RECORDS).index(family)
     dialects = ("both", "45"[number // 2 % 2])
     own = [case for case in cases(family) if case.dialect in dialects]
     check(tmp_path, family, own[number % 2 :: 2])
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", DEFAULTS)
+@pytest.mark.parametrize("family", RECORDS)
 def test_equal_or_refused_in_every_dialect(tmp_path: Path, family: str) -> None:
     check(tmp_path, family, list(cases(family)))
 
@@ -367,7 +367,7 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     totals: Counter[str] = Counter()
-    for one in sys.argv[1:] or DEFAULTS:
+    for one in sys.argv[1:] or RECORDS:
         with tempfile.TemporaryDirectory() as directory:
             bench = Bench(Path(directory), one)
             for case in cases(one):

@@ -147,7 +147,7 @@ def test_identity(tmp_path: Path, architecture: str, body: str, dialect: int) ->
 def test_every_family_of_every_architecture_has_a_body() -> None:
     tried = {(name, BODIES[body].get("family", "llama")) for name, body in HOSTED}
     tried = {(name, {"phi3": "mistral"}.get(family, family)) for name, family in tried}
-    assert tried == {(n, f) for n in types.names() for f in types.find(n).FAMILIES}
+    assert tried == {(n, f) for n in types.names() for f in types.find(n).HOLDS.families}
 
 
 def test_the_dialect_of_a_config_changes_nothing(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_real_model_says_what_the_dense_one_says(
 def of_llama() -> list[str]:
     """The architectures beside mixtral that hold a Llama."""
     names = types.names()
-    return [n for n in names if "llama" in types.find(n).FAMILIES and n != "mixtral"]
+    return [n for n in names if "llama" in types.find(n).HOLDS.families and n != "mixtral"]
 
 
 @pytest.mark.parametrize("architecture", of_llama())

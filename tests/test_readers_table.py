@@ -32,7 +32,7 @@ OURS = "transformers 5"
 
 def body(host: str, kind: str) -> dict[str, Any]:
     """The settings of a wide model that the host holds, of another family where one has none."""
-    families = types.find(host).FAMILIES
+    families = types.find(host).HOLDS.families
     family = next(name for name in ("llama", "qwen3", *families) if name in families)
     if kind == "biased" and "qwen2" in families:
         family = "qwen2"

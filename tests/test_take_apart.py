@@ -43,7 +43,7 @@ SMALL = Options(shard_size="16KB")
 OWN = {"qwen2_moe": "qwen2", **dict.fromkeys(
     ("granitemoe", "granitemoehybrid", "granitemoeshared"), "granite"
 )}  # fmt: skip
-HOSTS = {name: OWN.get(name, types.find(name).FAMILIES[0]) for name in types.names()}
+HOSTS = {name: OWN.get(name, types.find(name).HOLDS.families[0]) for name in types.names()}
 KINDS = ("with a manifest", "without", "as transformers 5 holds it")
 TOKENS = torch.arange(24)[None]
 

@@ -1,15 +1,7 @@
 """What can be written: slots of an output class, and what a class cannot hold."""
 
-from moemerge.architectures.expert_names import (
-    COUNTS,
-    LAYER,
-    MLP,
-    SEGMENTS,
-    SPLIT_FACTOR,
-    Names,
-    count_of,
-    names_of,
-)
+from moemerge.architectures.limits import Holds
+from moemerge.architectures.reading import LAYER, MLP, SEGMENTS, SPLIT_FACTOR, Names, Reading
 from moemerge.architectures.slots import (
     Constant,
     FromBody,
@@ -20,26 +12,37 @@ from moemerge.architectures.slots import (
     Slot,
     dense_shapes,
 )
-from moemerge.architectures.types import Architecture, find, names
+from moemerge.architectures.types import (
+    COUNTS,
+    ROUTING,
+    Architecture,
+    count_of,
+    find,
+    names,
+    reading_of,
+)
 
 __all__ = [
     "COUNTS",
     "LAYER",
     "MLP",
+    "ROUTING",
     "SEGMENTS",
     "SPLIT_FACTOR",
     "Architecture",
     "Constant",
     "FromBody",
     "FromExpert",
+    "Holds",
     "Joined",
     "Made",
     "Mixture",
     "Names",
+    "Reading",
     "Slot",
     "count_of",
     "dense_shapes",
     "find",
     "names",
-    "names_of",
+    "reading_of",
 ]

@@ -1,11 +1,13 @@
-"""Output architectures, one file each, named after the model_type it writes."""
+"""What of a dense model an output class holds, and what readers of the class drop."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from moemerge.architectures.slots import Mixture
+from moemerge.families import PARTIAL, RECORDS, Family
 
 _CARRIED = (
     "attention_dropout", "bos_token_id", "eos_token_id", "head_dim", "hidden_act", "hidden_size",
@@ -38,19 +40,54 @@ def common(
     }
 
 
-def no_biases(config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
-    """The refusals of an architecture without any bias."""
-    if config["qkv_bias"] or config["o_bias"]:
-        what = f"has attention biases, which a {name} has no place for"
-        yield what, "a granitemoehybrid could hold it"
-    yield from one_kind(config)
+@dataclass(frozen=True)
+class Holds:
+    """What of a dense model's body a class has a place for.
+
+    `qk_norms` are the norms of queries and keys that it may have, in the words of `Family`; with
+    `post_norm`, norms stand after attention and MLP, and nowhere else.
+    """
+
+    qk_norms: tuple[str | None, ...] = (None,)
+    post_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    multipliers: bool = False
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The dense model_types that it reproduces, as such models usually are."""
+        return tuple(name for name, record in RECORDS.items() if self._suits(record))
+
+    def _suits(self, record: Family) -> bool:
+        biases = (record.usually(record.qkv_bias), record.usually(record.o_bias))
+        return (
+            not record.body
+            and record.qk_norm in self.qk_norms
+            and record.post_norm == self.post_norm
+            and (self.multipliers or not record.multipliers)
+            and all(own or not said for own, said in zip(self._biases, biases, strict=True))
+        )
+
+    @property
+    def _biases(self) -> tuple[bool, bool]:
+        return self.qkv_bias, self.o_bias
+
+    def refusals(self, config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
+        """Biases of this dense model that the class `name` has no place for."""
+        if (config["qkv_bias"] and not self.qkv_bias) or (config["o_bias"] and not self.o_bias):
+            if self.qkv_bias:
+                yield f"has a bias on o_proj, which a {name} has no place for", "use another model"
+            else:
+                what = f"has attention biases, which a {name} has no place for"
+                yield what, "a granitemoehybrid could hold it"
 
 
 def one_kind(config: dict[str, Any], in_part: bool = False) -> Iterator[tuple[str, str]]:
     """What no architecture holds: biases in MLPs, several kinds of attention by layer; and heads
     that are turned in part, but for one that does so."""
-    part, family = config["partial_rotary_factor"], config.get("saved_as", config["model_type"])
-    if part != 1 and family != "phi3":
+    part, family = config[PARTIAL], config.get("saved_as", config["model_type"])
+    if part != 1 and not RECORDS[family].turns_in_part:
         what = f"says partial_rotary_factor: {part:g}, which programs read differently in a"
         yield f"{what} {family}", "use a model that turns whole heads"
     elif part != 1 and not in_part:

@@ -1,7 +1,8 @@
 """Fused tensors as their parts: each is a byte range, tensors being row-major; nothing is copied.
 
-A phi3's projections become a mistral's, and experts that a writer stacked become each expert's own,
-under the names of `moe_names`. A prefix that all names share (`_orig_mod.`, `module.`) is left out.
+Projections that a family fuses become those of its body, and experts that a writer stacked become
+each expert's own, under the names of `Names`. A prefix that all names share (`_orig_mod.`,
+`module.`) is left out.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moemerge.architectures import LAYER, MLP, Names, count_of, names_of
+from moemerge.architectures import LAYER, MLP, Names, count_of, reading_of
 from moemerge.checkpoint.location import ITEMSIZE, Location
+from moemerge.families import RECORDS, Family
 
 MAX_PARTS = 1 << 19
 """Ten times what any model has; bounds what a header's claims can cost."""
 
-_PHI3 = re.compile(r"(model\.layers\.\d+\.)(self_attn\.qkv|mlp\.gate_up)_proj\.(weight|bias)")
+_MODULE = re.compile(r"(.+)\.(weight|bias)")
 _APART = re.compile(rf"(\w+\.)(?:switch_mlp|experts)\.({'|'.join(MLP)})\.weight")
 """Matrices of all experts as mlx-lm saves them, each kind in a tensor of its own."""
 
@@ -58,10 +60,11 @@ def views_of(
     prefix = _prefix(tensors)
     own = {name.removeprefix(prefix): at for name, at in tensors.items()}
     parts: Iterable[tuple[str, View]] = ()
-    if family == "phi3":
-        parts = _parts_of_phi3(own, config)
-    elif names := names_of(family, own):
-        parts = _parts_of_moe(own, names, config)
+    record = RECORDS.get(family) if isinstance(family, str) else None
+    if record and record.fused:
+        parts = _parts_of_family(own, record, config)
+    elif reading := reading_of(family, own):
+        parts = _parts_of_moe(own, reading.names, config)
     views: dict[str, View] = {}
     for name, view in parts:
         if name in own and name != view.of:
@@ -121,26 +124,24 @@ def _rows(of: str, shape: tuple[int, ...], start: int, stop: int) -> View:
     return View(of, start * math.prod(shape[1:]), (stop - start, *shape[1:]))
 
 
-def _parts_of_phi3(
-    tensors: Mapping[str, Location], config: Mapping[str, Any]
+def _parts_of_family(
+    tensors: Mapping[str, Location], record: Family, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, View]]:
-    """Queries, keys and values one below the other, and gate above up."""
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    shares = {
-        "self_attn.qkv": {"self_attn.q": heads, "self_attn.k": groups, "self_attn.v": groups},
-        "mlp.gate_up": {"mlp.gate": 1, "mlp.up": 1},
-    }
+    """The modules that a family's fused ones hold, one below the other."""
     for name, at in tensors.items():
-        if not (found := _PHI3.fullmatch(name)):
+        inside = LAYER.fullmatch(name)
+        module = _MODULE.fullmatch(inside[3]) if inside else None
+        if not inside or not module or module[1] not in record.fused:
             continue
-        layer, kind, end = found.groups()
-        whole = sum(shares[kind].values())
+        keys = record.fused[module[1]]
+        shares = {part: config[key] if key else 1 for part, key in keys.items()}
+        whole = sum(shares.values())
         if not at.shape or not at.shape[0] or at.shape[0] % whole:
             raise ValueError(f"{name} is {list(at.shape)}, which is not cut into {whole} parts")
         start = 0
-        for part, share in shares[kind].items():
+        for part, share in shares.items():
             stop = start + at.shape[0] // whole * share
-            yield f"{layer}{part}_proj.{end}", _rows(name, at.shape, start, stop)
+            yield f"{inside[1]}{part}.{module[2]}", _rows(name, at.shape, start, stop)
             start = stop
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moemerge.architectures import LAYER, count_of, names_of
+from moemerge.architectures import LAYER, count_of, reading_of
 from moemerge.checkpoint import lora_config
 from moemerge.checkpoint.fused import row_name, rows_of
 from moemerge.checkpoint.lora_config import MERGE_FIRST
@@ -119,7 +119,8 @@ class _Reader:
         self.own: set[str] = set()  # replaced as modules_to_save, apart from what they are tied to
         self.adapters: set[str] = set()
         self.left_out: list[str] = []
-        self.names = names_of(model.config.get("model_type"), model.tensors)
+        reading = reading_of(model.config.get("model_type"), model.tensors)
+        self.names = reading.names if reading else None
         self.tied = bool(model.config.get("tie_word_embeddings"))
 
     def take(self, name: str) -> None:

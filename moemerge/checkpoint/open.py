@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from moemerge.architectures import names_of
+from moemerge.architectures import reading_of
 from moemerge.checkpoint import claims, fingerprint
 from moemerge.checkpoint.folder import IN_REPOSITORY, POINTER, Folder, is_pointer, read_json
 from moemerge.checkpoint.formats import safetensors as safetensors_file
@@ -20,7 +20,7 @@ from moemerge.checkpoint.not_a_model import GATHER, ORIGINALS, SourceProblem
 from moemerge.checkpoint.prefixes import usual
 from moemerge.checkpoint.reference import Reference, nearest_directory
 from moemerge.errors import ReadError
-from moemerge.families import DEFAULTS, EMBEDDING, HEAD, normalise
+from moemerge.families import EMBEDDING, HEAD, RECORDS, normalise
 from moemerge.hub import NOWHERE, HubError, Remote, open_remote
 from moemerge.hub import download as hub
 from moemerge.reporting import Reporter
@@ -223,7 +223,7 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         except ValueError as error:
             raise SourceProblem(str(error), ORIGINALS) from error
     layers, count = config.get("num_hidden_layers"), max(len(tensors), len(weights.index or ()))
-    known = family in DEFAULTS or names_of(family, tensors)
+    known = family in RECORDS or reading_of(family, tensors)
     if known and isinstance(layers, int) and layers > count:  # it would cost memory to follow
         raise SourceProblem(
             f"config.json: num_hidden_layers is {layers}, its weights are {count} tensors",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moemerge.checkpoint import Location
-from moemerge.families import DEFAULTS, EMBEDDING, HEAD, LAYER, PARTIAL, TRAINED
+from moemerge.families import EMBEDDING, HEAD, LAYER, PARTIAL, RECORDS, TRAINED
 from moemerge.options import RunOptions
 from moemerge.plan import Recipe, Sources, arithmetic, recipe
 
@@ -24,10 +24,7 @@ NORM = "model.norm.weight"
 _BEYOND_DEFAULTS = (
     "model_type", "head_dim", "rope_scaling", "rope_parameters", TRAINED, PARTIAL
 )  # fmt: skip
-_FUSED = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-}  # fmt: skip
+_FUSED = {whole: parts for record in RECORDS.values() for whole, parts in record.fused.items()}
 
 
 def available_memory() -> int | None:
@@ -88,7 +85,7 @@ def load_tensors(
 
 
 def _recipe(name: str, recipe_of: Callable[[str], Recipe]) -> Recipe:
-    """How a tensor of transformers' class is made; a phi3's fused ones of their parts."""
+    """How a tensor of transformers' class is made; fused ones of their parts."""
     head, _, leaf = name.rpartition(".")
     for whole, parts in _FUSED.items():
         if head.endswith(whole):
@@ -178,7 +175,7 @@ class Streamed:
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """Of a config.json only what describes the model: the rest are its saver's wishes."""
-    known = (*DEFAULTS[config["model_type"]], *_BEYOND_DEFAULTS)
+    known = (*RECORDS[config["model_type"]].defaults, *_BEYOND_DEFAULTS)
     settings = {key: config[key] for key in known if key in config}
     if config[PARTIAL] != 1:  # a mistral turns whole heads
         settings["model_type"] = config["saved_as"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from moemerge.families.records import Family
+
 PARTIAL = "partial_rotary_factor"
 TRAINED = "original_max_position_embeddings"
 
@@ -19,7 +21,7 @@ _MAY = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscal
 _ELSEWHERE = ("rope_theta", "rope_type", "type", PARTIAL)
 
 
-def settle(config: dict[str, Any], family: str) -> dict[str, Any]:
+def settle(config: dict[str, Any], record: Family) -> dict[str, Any]:
     """`rope_theta`, `rope_scaling` and `rope_parameters` that say the same, and how much of each
     head is turned, `partial_rotary_factor`.
 
@@ -37,11 +39,11 @@ def settle(config: dict[str, Any], family: str) -> dict[str, Any]:
     for key, value in stated.items():
         if isinstance(value, dict):
             what = f"rope_parameters has a set of its own for {key}"
-            raise ValueError(f"{what}, which no {family} reads; write one set for all layers")
+            raise ValueError(f"{what}, which no {record.name} reads; write one set for all layers")
     theta = stated.get("rope_theta", config["rope_theta"])
     if not is_number(theta) or not theta > 0:
         raise ValueError(f"rope_theta is {theta!r}, not a positive number")
-    kind = _kind(stated, family)
+    kind = _kind(stated, record)
     rest = {key: value for key, value in stated.items() if key not in _ELSEWHERE}
     if kind in ("llama3", "longrope", "yarn"):
         rest |= _trained(config, rest, kind)
@@ -61,12 +63,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
-def _kind(stated: dict[str, Any], family: str) -> str:
-    """The kind of rope, by the newest name; a phi3 says `su` or `yarn` for longrope."""
+def _kind(stated: dict[str, Any], record: Family) -> str:
+    """The kind of rope, by the newest name; `su` is an older one of longrope."""
     kind = stated.get("rope_type") or stated.get("type") or "default"
-    if kind == "su" or (kind == "yarn" and family == "phi3"):
-        kind = "longrope"
-    known = _NEEDS if family != "phi3" else ("default", "longrope")
+    if isinstance(kind, str):
+        kind = {"su": "longrope", **record.rope_names}.get(kind, kind)
+    known = record.ropes or tuple(_NEEDS)
     if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"rope_type is {kind!r}, not one of {', '.join(known)}")
     return kind

@@ -261,7 +261,7 @@ def _check_donor(moe: Moe, donor: Donor, options: Options, findings: Findings) -
 
 def is_made_of(moe: Moe, family: str) -> bool:
     """Whether the mixture's class reproduces models of that family."""
-    return moe.family in names() and (family in find(moe.family).FAMILIES)
+    return moe.family in names() and family in find(moe.family).HOLDS.families
 
 
 def _renumbered(part: Part, expert: int, moe: Moe) -> Part:

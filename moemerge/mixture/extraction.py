@@ -8,18 +8,14 @@ from pathlib import Path
 
 from moemerge.architectures import MLP, dense_shapes
 from moemerge.errors import Findings
-from moemerge.families import PARTIAL
+from moemerge.families import PARTIAL, RECORDS
 from moemerge.mixture.edit import is_made_of, opened_mixture
 from moemerge.mixture.open import Moe
 from moemerge.mixture.rebuild import Built, Edit, build
-from moemerge.mixture.runnable import check_whole, layer_kinds, long_name
+from moemerge.mixture.runnable import check_whole, long_name
 from moemerge.options import Options
 from moemerge.reporting import Reporter, listener
 
-_CLASSES = {
-    "granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-    "olmo2": "Olmo2ForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-}  # fmt: skip
 _OURS = (PARTIAL, "o_bias", "post_norm", "qk_norm", "qkv_bias", "saved_as")
 """What `normalise` adds to a config for this program alone."""
 
@@ -52,7 +48,7 @@ def extract(
         if part.expert == number:
             name = f"{part.layer}mlp.{MLP[part.which]}.weight"
             parts.append(replace(part, name=name, expert=None))
-        elif part.expert is None and not part.made and not part.is_shared:
+        elif part.expert is None and not part.made and not part.shared:
             parts.append(part)
     found = {part.name: part for part in parts if part.name in shapes}
     wrong = [
@@ -63,12 +59,12 @@ def extract(
         what = f"{wrong[0]} is not what a {moe.dense['model_type']} has{more}"
         findings.problem(moe.text, what, "there is no dense family like it")
         findings.refuse()
-    if any(part.is_shared for part in moe.parts):
+    if any(part.shared for part in moe.parts):
         reporter.say("its shared experts, which are always on, are no part of the dense model")
     kind = moe.dense["model_type"]
     config = {key: value for key, value in moe.dense.items() if key not in _OURS}
     long = long_name(next(iter(found.values())).dtype)
-    config |= {"architectures": [_CLASSES[kind]], "intermediate_size": moe.inner}
+    config |= {"architectures": [RECORDS[kind].causal], "intermediate_size": moe.inner}
     config |= {"dtype": long, "torch_dtype": long, "use_cache": True}
     assert number is not None
     story = f"{moe.names[number]} of {Path(moe.text).name} as a dense model."
@@ -79,15 +75,14 @@ def extract(
 
 def _no_dense(moe: Moe) -> Iterator[str]:
     """Why the mixture's body is not a dense model's, as far as no tensor tells."""
-    config, kind = moe.config, moe.dense["model_type"]
+    kind = moe.dense["model_type"]
     if not is_made_of(moe, kind):
         yield f"is a {moe.family}, whose body is no {kind}'s"
     if moe.dense[PARTIAL] != 1:
         yield "turns a part of each head only"
     if len(set(moe.dense.get("layer_types") or ["one"])) > 1:
         yield "mixes kinds of attention by layer"
-    if moe.family == "granitemoehybrid":
-        if not layer_kinds(moe) or any(kind != "attention" for kind in layer_kinds(moe)):
-            yield "has layers without attention"
-        if config.get("position_embedding_type") != "rope":
-            yield "has attention without positions"
+    if not moe.reading.attends(moe.config):
+        yield "has layers without attention"
+    if not moe.reading.has_positions(moe.config):
+        yield "has attention without positions"

@@ -19,9 +19,12 @@ from moemerge.architectures import (
     SEGMENTS,
     SPLIT_FACTOR,
     Names,
+    Reading,
     count_of,
     dense_shapes,
-    names_of,
+    find,
+    names,
+    reading_of,
 )
 from moemerge.checkpoint import (
     FLOATS,
@@ -33,19 +36,11 @@ from moemerge.checkpoint import (
 )
 from moemerge.config import parse_config
 from moemerge.errors import Findings, InputError, nearest
-from moemerge.families import DEFAULTS, PARTIAL, normalise
+from moemerge.families import PARTIAL, most_like, normalise
 from moemerge.output import MANIFEST_FILE, Manifest, is_shard, read_manifest, settle
 from moemerge.plan import Join, PlannedTensor, Read, Recipe, reads
 
 PER_TOKEN = "num_experts_per_tok"
-_BIAS = "e_score_correction_bias"
-_SHARED = ("mlp.shared_expert", "shared_mlp.")
-_WHOLE = (
-    "dots1", "flex_olmo", "glm4_moe", "granitemoe", "granitemoehybrid", "granitemoeshared",
-    "mixtral", "qwen2_moe", "qwen3_moe",
-)  # fmt: skip
-"""The families whose body is a dense model's, tensor by tensor."""
-
 _NEEDED = (
     "hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
     "rms_norm_eps", "vocab_size",
@@ -56,16 +51,13 @@ _KEPT = (
 )  # fmt: skip
 
 
-TURNED = {"glm4_moe": 0.5}
-"""How much of each head a class turns where its config.json does not say."""
-
-
 @dataclass(frozen=True)
 class Part:
     """A tensor of a mixture, with how it is made; of stacked experts, one expert's own matrix.
 
     `expert` and `which` (by its place in `MLP`) tell whose matrix it is; `made` that each of its
-    rows is for an expert: a `router` (E, D) or its selection `bias` (E). `file` is where it lay.
+    rows is for an expert: a `router` (E, D) or its selection `bias` (E); `shared` that it is of
+    experts that are always on, or their gate. `file` is where it lay.
     """
 
     name: str
@@ -77,11 +69,7 @@ class Part:
     expert: int | None = None
     which: int = 0
     made: str = ""
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether it is of experts that are always on, or their gate."""
-        return self.name.removeprefix(self.layer).startswith(_SHARED)
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +84,7 @@ class Moe:
     text: str
     checkpoint: Checkpoint
     family: str
-    tensors: Names
+    reading: Reading
     config: dict[str, Any]
     dense: dict[str, Any]
     names: tuple[str, ...]
@@ -105,6 +93,11 @@ class Moe:
     manifest: Manifest | None = None
     segments: int = 1
     factor: int = 0
+
+    @property
+    def tensors(self) -> Names:
+        """The names of its experts and routers."""
+        return self.reading.names
 
     @property
     def experts(self) -> int:
@@ -159,11 +152,9 @@ def open_moe(named: str | Path, cache_dir: str | Path | None, findings: Findings
     for note in opened.notes:
         findings.note(f"{text}: {note}")
     config = opened.config
-    family, names = (
-        str(config.get("model_type")),
-        names_of(config.get("model_type"), opened.tensors),
-    )
-    if names is None:
+    family = str(config.get("model_type"))
+    reading = reading_of(config.get("model_type"), opened.tensors)
+    if reading is None:
         what = f"is of type {family!r}, no mixture that is known"
         findings.problem(text, what, "name a mixture whose experts go by usual names")
         return None
@@ -177,11 +168,11 @@ def open_moe(named: str | Path, cache_dir: str | Path | None, findings: Findings
         findings.problem(text, f"config.json: {said} disagree", "write how many there are")
     if len(findings.problems) > before:
         return None
-    parts = tuple(_parts(opened, names))
+    parts = tuple(_parts(opened, reading.names))
     inner = _check(parts, count, config, text, findings)
-    dense = _dense(opened, config, family, inner, text, findings)
-    if len(findings.problems) == before:
-        _check_body(parts, dense, config, family, text, findings)
+    dense = _dense(opened, reading, inner, text, findings)
+    if len(findings.problems) == before and family in names() and reading.attends(config):
+        _check_body(parts, dense, text, findings)
     manifest = _manifest(opened.directory, text, findings)
     segments, factor = portions(config, manifest, count, per_token, text, findings)
     if len(findings.problems) > before:
@@ -193,7 +184,7 @@ def open_moe(named: str | Path, cache_dir: str | Path | None, findings: Findings
         text=reference.text,
         checkpoint=opened,
         family=family,
-        tensors=names,
+        reading=reading,
         config=config,
         dense=dense,
         names=called or tuple(f"expert {number}" for number in range(whole)),
@@ -244,12 +235,13 @@ def _parts(opened: Checkpoint, names: Names) -> Iterator[Part]:
     for name, at in order:
         part = Part(name, at.shape, at.dtype, Read(text, name), at.file.name)
         if found := LAYER.fullmatch(name):
-            part = dataclasses.replace(part, layer=found[1])
             inside = found[3]
+            shared = inside.startswith(names.shared)
+            part = dataclasses.replace(part, layer=found[1], shared=shared)
             matrix = own.fullmatch(inside)
             if inside == names.router:
                 part = dataclasses.replace(part, made="router")
-            elif inside.endswith(_BIAS):
+            elif inside.endswith(names.bias):
                 part = dataclasses.replace(part, made="bias")
             elif matrix:
                 which = names.matrices.index(matrix[2])
@@ -302,15 +294,13 @@ def _check(
 
 
 def _dense(
-    opened: Checkpoint,
-    config: dict[str, Any],
-    family: str,
-    inner: int,
-    text: str,
-    findings: Findings,
+    opened: Checkpoint, reading: Reading, inner: int, text: str, findings: Findings
 ) -> dict[str, Any]:
     """The config of the dense model that the body is of, normalised; see `normalise`."""
-    kind = _dense_family(config, family, opened)
+    config, windows = opened.config, _windows(opened.config, reading)
+    family = config.get("model_type")
+    scaled = family in names() and find(str(family)).HOLDS.multipliers
+    record = most_like(opened.tensors, bool(windows.get("sliding_window")), scaled)
     if not inner:
         return {}
     missing = [key for key in _NEEDED if key not in config]
@@ -320,33 +310,24 @@ def _dense(
         what = f"config.json does not say {', '.join(missing)}"
         findings.problem(text, what, "write it there as the model has it")
         return {}
-    own = {key: config[key] for key in (*DEFAULTS[kind], "head_dim", *_KEPT) if key in config}
-    own |= _windows(config, family)
-    if own.get(PARTIAL) is None and family in TURNED:
-        own[PARTIAL] = TURNED[family]
+    own = {key: config[key] for key in (*record.defaults, "head_dim", *_KEPT) if key in config}
+    own |= windows
+    if own.get(PARTIAL) is None:
+        own[PARTIAL] = reading.turned
     if own.get("head_dim") is None:  # families differ in what they then assume
         own["head_dim"] = _head_dim(opened, config["num_attention_heads"])
     own["attention_bias"] = any(name.endswith("self_attn.o_proj.bias") for name in opened.tensors)
     try:
-        return normalise({**own, "model_type": kind, "intermediate_size": inner})
+        return normalise({**own, "model_type": record.name, "intermediate_size": inner})
     except ValueError as error:
         findings.problem(text, f"config.json: {error}", "repair it")
         return {}
 
 
 def _check_body(
-    parts: Iterable[Part],
-    dense: dict[str, Any],
-    config: dict[str, Any],
-    family: str,
-    text: str,
-    findings: Findings,
+    parts: Iterable[Part], dense: dict[str, Any], text: str, findings: Findings
 ) -> None:
     """Record tensors of the body that are missing, or not what config.json says."""
-    types = config.get("layer_types") if family == "granitemoehybrid" else ["attention"]
-    known = isinstance(types, list) and {*map(str, types)} <= {"attention", "full_attention"}
-    if family not in _WHOLE or not known:
-        return
     shapes = {name: at for name, at in dense_shapes(dense).items() if ".mlp." not in name}
     there = {part.name: part.shape for part in parts}
     wrong = [name for name, shape in shapes.items() if there.get(name) != shape]
@@ -365,41 +346,15 @@ def _head_dim(opened: Checkpoint, heads: object) -> int | None:
     return queries.shape[0] // heads if queries.shape else None
 
 
-def _windows(config: dict[str, Any], family: str) -> dict[str, Any]:
-    """Which layers have a sliding window: as the family's class in transformers 5 reads its config,
-    in the words of a dense one."""
+def _windows(config: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """Which layers have a sliding window, in the words of a dense model's config.json."""
     window, types = config.get("sliding_window"), config.get("layer_types")
-    layers, last = (config.get(key) for key in ("num_hidden_layers", "max_window_layers"))
-    last = last if type(last) is int else 0
     if types is not None and not isinstance(types, list):
         return {"layer_types": types}  # which `normalise` refuses
-    if family in ("qwen2_moe", "qwen3_moe") and not config.get("use_sliding_window"):
-        window = None
-    if family.startswith("granite") or family in ("flex_olmo", "glm4_moe") or not window:
+    kinds = reading.windows(config) if window else None
+    if kinds is None:
         return {"sliding_window": None, "use_sliding_window": False}
-    if types is None or family in ("mixtral", "qwen3_moe"):
-        types = [
-            "sliding_attention"
-            if (family != "qwen2_moe" or (number % 2 == 0 and number < last))
-            and (family != "dots1" or number >= last)
-            else "full_attention"
-            for number in range(layers if type(layers) is int else 0)
-        ]
-    return {"sliding_window": window, "use_sliding_window": True, "layer_types": types}
-
-
-def _dense_family(config: dict[str, Any], family: str, opened: Checkpoint) -> str:
-    """The dense model_type whose attention and norms the mixture's are."""
-    names = opened.tensors
-    if family.startswith("granite"):
-        return "granite"
-    if family == "flex_olmo":
-        return "olmo2"
-    if any(name.endswith("self_attn.q_norm.weight") for name in names):
-        return "qwen3"
-    if any(name.endswith("self_attn.q_proj.bias") for name in names):
-        return "qwen2"
-    return "mistral" if _windows(config, family).get("sliding_window") else "llama"
+    return {"sliding_window": window, "use_sliding_window": True, "layer_types": kinds}
 
 
 def portions(

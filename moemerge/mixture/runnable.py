@@ -8,15 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from moemerge.architectures import COUNTS, MLP, SPLIT_FACTOR, find, names
+from moemerge.architectures import COUNTS, MLP, SPLIT_FACTOR
 from moemerge.checkpoint import FLOATS
 from moemerge.errors import Findings
 from moemerge.families import PARTIAL
-from moemerge.mixture.open import PER_TOKEN, TURNED, Moe, Part
+from moemerge.mixture.open import PER_TOKEN, Moe, Part
 from moemerge.plan import Scale
 from moemerge.tokenizer import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILE, portable, read_object
-
-_FACTOR = "routed_scaling_factor"
 
 
 def is_wrong(moe: Moe) -> bool:
@@ -45,11 +43,10 @@ def config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:
     """The mixture's config.json with other numbers, in words that transformers 4 and 5 know."""
     dense, config = moe.dense, moe.config
     rope, part = dense["rope_parameters"], dense[PARTIAL]
-    partial = {PARTIAL: part} if part != 1 or moe.family in TURNED else {}
+    partial = {PARTIAL: part} if part != 1 or moe.reading.turned != 1 else {}
     long = config.get("dtype") or config.get("torch_dtype") or long_name(moe.parts[0].dtype)
-    types, counts = layer_kinds(moe), [key for key in COUNTS if key in config]
-    if moe.family in ("flex_olmo", "qwen2_moe", "qwen3_moe"):  # each version has one of the two
-        counts = ["num_experts", "num_local_experts"]
+    counts = (*moe.reading.counts, *(key for key in COUNTS if key in config))
+    types, factor = _layer_kinds(moe), moe.reading.factor
     return {
         **config,
         "head_dim": dense["head_dim"],
@@ -67,16 +64,14 @@ def config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:
             else {}
         ),
         **({SPLIT_FACTOR: per_token} if moe.factor else {}),
-        **({_FACTOR: config[_FACTOR] * per_token / moe.factor} if has_factor(moe) else {}),
+        **({factor: config[factor] * per_token / moe.factor} if has_factor(moe) else {}),
         PER_TOKEN: per_token,
     }
 
 
-def layer_kinds(moe: Moe) -> list[Any]:
-    """Each layer's kind; a granitemoehybrid's as transformers 4 calls it, which 5 understands."""
-    types = moe.config.get("layer_types")
-    old = {"full_attention": "attention", "linear_attention": "mamba"}
-    known = old if moe.family == "granitemoehybrid" else {}
+def _layer_kinds(moe: Moe) -> list[Any]:
+    """Each layer's kind as transformers 4 calls it, which 5 understands."""
+    types, known = moe.config.get("layer_types"), moe.reading.older_kinds
     return [known.get(str(kind), kind) for kind in types] if isinstance(types, list) else []
 
 
@@ -120,8 +115,8 @@ def check_whole(moe: Moe, findings: Findings) -> None:
 
 def has_factor(moe: Moe) -> bool:
     """Whether it is a split whose class multiplies what is chosen by a factor of its config."""
-    known = isinstance(moe.config.get(_FACTOR), int | float) and moe.family in names()
-    return bool(moe.factor and known and find(moe.family).SCORES == "sigmoid")
+    factor = moe.reading.factor
+    return bool(moe.factor and factor and isinstance(moe.config.get(factor), int | float))
 
 
 def weighed(part: Part, per_token: int, moe: Moe) -> Part:

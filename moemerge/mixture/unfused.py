@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
+from moemerge.architectures import ROUTING
 from moemerge.checkpoint import fetch
 from moemerge.dense import Streamed, available_memory, pick_device
 from moemerge.errors import Findings, InputError, Problem, RunError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 
-_WHOLE = ("lm_head", "shared_expert_gate", "gate", "router", "layer")
+_WHOLE = ROUTING | {"lm_head"}
 """The linears that are neither quantised nor adapted: the head, and what routes."""
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1

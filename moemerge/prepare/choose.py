@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moemerge.architectures import COUNTS, Architecture, Mixture, find, names, names_of
+from moemerge.architectures import COUNTS, Architecture, Holds, Mixture, find, names, reading_of
 from moemerge.checkpoint import Donor
 from moemerge.config import MergeConfig, option_types, read_options, read_settings
 from moemerge.errors import Findings, nearest
-from moemerge.families import DEFAULTS
+from moemerge.families import RECORDS
 
 NO_HOST = {
     "gemma": "its norms add one to their weights and its embeddings are scaled",
@@ -81,9 +81,9 @@ def no_host(config: dict[str, Any], known_alone: bool = False) -> tuple[str, str
     With `known_alone` nothing is said of a family that nothing is known of.
     """
     family = config.get("model_type")
-    if family in DEFAULTS:
+    if family in RECORDS:
         return "", ""
-    fix = f"use a model of type {', '.join(sorted(DEFAULTS))}"
+    fix = f"use a model of type {', '.join(sorted(RECORDS))}"
     text = config.get("text_config")
     inner = text if isinstance(text, dict) else {}
     ffn = config.get("ffn_config")  # where DBRX says it
@@ -93,11 +93,11 @@ def no_host(config: dict[str, Any], known_alone: bool = False) -> tuple[str, str
     if more or text:
         what = f"it reads more than text ({more[0]})" if more else "its text model is a part of it"
         kind = inner.get("model_type")
-        if kind in DEFAULTS:
+        if kind in RECORDS:
             fix = f"save its text model, a {kind!r}, as a model of its own, and name that"
     elif counts and max(counts) > 1:
         what = "it is a mixture already"
-        if names_of(family, ()):
+        if reading_of(family, ()):
             fix = (
                 "make a dense model of one expert, `moemerge extract MOE OUT --expert 0`: name OUT"
             )
@@ -116,7 +116,8 @@ def listing() -> list[dict[str, str]]:
     rows = []
     for name in names():
         host = find(name)
-        families = [*host.FAMILIES, *["phi3"] * ("mistral" in host.FAMILIES)]
+        own = host.HOLDS.families
+        families = [*own, *(name for name, one in RECORDS.items() if one.body in own)]
         rows.append(
             {
                 "architecture": ", ".join((name, *host.ALIASES)),
@@ -143,8 +144,8 @@ def refusals(
 ) -> Iterator[tuple[str, str]]:
     """Why the architecture cannot hold this model and this mixture, and what to do."""
     family = str(config.get("model_type"))
-    if family not in host.FAMILIES:
-        families = " or ".join(host.FAMILIES)
+    if family not in host.HOLDS.families:
+        families = " or ".join(host.HOLDS.families)
         yield (
             f"a {name} cannot be made of a {family!r} model",
             f"use a base model of type {families}",
@@ -155,6 +156,7 @@ def refusals(
     if mixture.gated and host.SHARED == "always":
         what = f"a {name}'s shared experts are always on, whatever their prompts"
         yield what, "remove their prompts"
+    yield from host.HOLDS.refusals(config, name)
     yield from host.refusals(config, mixture)
 
 
@@ -180,7 +182,7 @@ def _named(config: MergeConfig, base: Donor, mixture: Mixture, findings: Finding
     found = list(refusals(host, name, model, mixture))
     for what, fix in found:
         where = base.where
-        if model.get("model_type") not in host.FAMILIES:
+        if model.get("model_type") not in host.HOLDS.families:
             where, fix = config.where("architecture"), _others(model, mixture)
         findings.problem(where, what, fix)
     return None if found else Host(name, host, _with_options(config, name, mixture, findings))
@@ -196,17 +198,17 @@ def _others(model: dict[str, Any], mixture: Mixture) -> str:
 
 def _rank(
     name: str, host: Architecture, model: dict[str, Any], mixture: Mixture, asked: bool = False
-) -> tuple[bool, int, bool, int, str]:
+) -> tuple[bool, int, bool, bool, str]:
     """The less the better: as simple as it can be, exact in many programs."""
     spare = bool(host.SHARED) and not mixture.shared
     odd = host.SCORES != "softmax" and not asked
-    return odd, -len(readers(host, model, mixture)), spare, len(host.FAMILIES), name
+    return odd, -len(readers(host, model, mixture)), spare, Holds() != host.HOLDS, name
 
 
 def _best(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings) -> Host | None:
     model = base.model.config
     family = str(model.get("model_type"))
-    fitting: list[tuple[bool, int, bool, int, str]] = []
+    fitting: list[tuple[bool, int, bool, bool, str]] = []
     refused: list[tuple[str, str]] = []
     for name in names():
         host = find(name)
@@ -214,7 +216,7 @@ def _best(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings
         known = option_types(getattr(host, "Settings", None)).keys()
         asked = config.architecture_options.keys()
         if why or not asked <= known:
-            refused += why if family in host.FAMILIES else []
+            refused += why if family in host.HOLDS.families else []
             continue
         fitting.append(_rank(name, host, model, mixture, bool(asked)))
     if not fitting:
@@ -237,7 +239,7 @@ def _refuse(
     refused: list[tuple[str, str]],
     findings: Findings,
 ) -> None:
-    if family in DEFAULTS:
+    if family in RECORDS:
         for what, fix in dict(refused).items():
             findings.problem(base.where, what, fix)
         if not refused:

@@ -66,17 +66,16 @@ def host_of(
     """
     mixture = _mixture(config, split, base.model.config.get("intermediate_size"), findings)
     host = find_host(config, base, mixture, findings) if mixture else None
-    if host is None or not _scales(host) or host.mixture.settings is None:
+    if host is None or not _factor(host) or host.mixture.settings is None:
         return host
-    own = host.mixture.settings
-    scaled = own.routed_scaling_factor * _sharing(config, split)
-    own = replace(own, routed_scaling_factor=scaled)
+    own, key = host.mixture.settings, _factor(host)
+    own = replace(own, **{key: getattr(own, key) * _sharing(config, split)})
     return replace(host, mixture=replace(host.mixture, settings=own))
 
 
 def factor_of(config: MergeConfig, split: Split | None, host: Host) -> int:
     """What the routed experts' down projections are multiplied by."""
-    return 1 if _scales(host) else _sharing(config, split)
+    return 1 if _factor(host) else _sharing(config, split)
 
 
 def parts_of(
@@ -154,6 +153,6 @@ def _sharing(config: MergeConfig, split: Split | None) -> int:
     return split.per_token(config) if split else config.segments
 
 
-def _scales(host: Host) -> bool:
-    """Whether the architecture has a factor of its own for what is chosen."""
-    return host.architecture.SCORES == "sigmoid"
+def _factor(host: Host) -> str:
+    """The architecture's own factor for what is chosen, if it has one."""
+    return host.architecture.READING.factor

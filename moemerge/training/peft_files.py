@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 
-_STACKED = ("qwen2_moe",)
-"""Families whose adapter is saved stacked too: PEFT 0.21 stacks its weights, but not its config."""
-
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.lora_([AB])\.weight")
 
 
@@ -61,7 +58,7 @@ def save(wrapped: Any, moe: Moe, adapter: Path, dtype: torch.dtype) -> None:
         name_in_files(name, moe): value if ".lora_" in name else value.to(dtype, copy=True)
         for name, value in get_peft_model_state_dict(wrapped).items()
     }
-    stacked = moe.tensors.stacked or moe.family in _STACKED
+    stacked = moe.tensors.stacked or moe.reading.stacks_adapters
     names, parameters = set(), set()
     for name in wrapped.base_model.targeted_module_names:
         leaf, own = name.rpartition(".")[2], ".experts." in name

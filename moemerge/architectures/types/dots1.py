@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from moemerge.architectures.limits import (
+    Holds,
     beyond_window,
     lonely,
     long_factors,
@@ -13,10 +15,11 @@ from moemerge.architectures.limits import (
     one_alone,
     one_kind,
 )
+from moemerge.architectures.reading import windows_where
 from moemerge.architectures.slots import Mixture, Slot, whole
 from moemerge.architectures.types import glm4_moe
 
-FAMILIES = ("qwen3",)
+HOLDS = Holds(qk_norms=("head",), qkv_bias=True, o_bias=True)
 SHARED = "always"
 SCORES = "sigmoid"
 READERS = ("transformers 4.57", "transformers 5", "mlx-lm", "vLLM")
@@ -24,6 +27,16 @@ ALIASES = ()
 TRAINING = glm4_moe.TRAINING
 
 Settings = glm4_moe.Settings
+
+
+def _windows(config: Mapping[str, Any]) -> Any:
+    """In layers from `max_window_layers` on, unless each layer's kind is named."""
+    types, first = config.get("layer_types"), config.get("max_window_layers")
+    first = first if type(first) is int else 0
+    return windows_where(config, lambda layer: layer >= first) if types is None else types
+
+
+READING = replace(glm4_moe.READING, windows=_windows, turned=1.0)
 
 
 def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moemerge.architectures.limits import common, no_head_dim, one_kind
+from moemerge.architectures.limits import Holds, common, no_head_dim, one_kind
+from moemerge.architectures.reading import Reading, no_windows
 from moemerge.architectures.slots import Mixture, Slot, routed, whole
 
-FAMILIES = ("olmo2",)
+HOLDS = Holds(qk_norms=("full",), post_norm=True, qkv_bias=True, o_bias=True)
+READING = Reading(counts=("num_experts", "num_local_experts"), windows=no_windows)
 SHARED = ""
 SCORES = "softmax"
 READERS = ("transformers 4.57", "transformers 5", "vLLM")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moemerge.architectures.limits import (
+    Holds,
     common,
     lonely,
     long_factors,
@@ -20,10 +21,14 @@ from moemerge.architectures.limits import (
     one_kind,
     other_rope,
 )
+from moemerge.architectures.reading import Reading, no_windows
 from moemerge.architectures.slots import Constant, Made, Mixture, Slot, routed, shared, whole
 from moemerge.families import DOWN, GATE, LAYER, PARTIAL, UP
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "seed_oss")
+HOLDS = Holds(qk_norms=(None, "head"), qkv_bias=True)
+READING = Reading(
+    counts=("n_routed_experts",), windows=no_windows, turned=0.5, factor="routed_scaling_factor"
+)
 SHARED = "always"
 SCORES = "sigmoid"
 READERS = ("transformers 4.57", "transformers 5", "mlx-lm", "vLLM", "mistral.rs")
@@ -55,10 +60,7 @@ class Settings:
 
 
 def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """No bias on the attention's output, no sliding window, no expert alone; a part of each head
-    may be turned."""
-    if config["o_bias"]:
-        yield "has a bias on o_proj, which a glm4_moe has no place for", "use another model"
+    """No sliding window, no expert alone; a part of each head may be turned."""
     yield from no_window(config, "glm4_moe")
     yield from lonely(mixture, "glm4_moe")
     yield from one_kind(config, in_part=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from moemerge.architectures.limits import (
     LLAMA_CPP_ROPE,
+    Holds,
     common,
     drops_biases,
     long_factors,
@@ -18,10 +19,23 @@ from moemerge.architectures.limits import (
     one_kind,
     other_rope,
 )
+from moemerge.architectures.reading import Names, Reading, no_windows
 from moemerge.architectures.slots import Joined, Mixture, Slot, projection, router, whole
-from moemerge.families import DOWN, GATE, LAYER, UP
+from moemerge.families import DOWN, GATE, LAYER, RECORDS, UP
 
-FAMILIES = ("granite", "llama", "mistral", "qwen2")
+HOLDS = Holds(qkv_bias=True, o_bias=True, multipliers=True)
+READING = Reading(
+    Names(
+        expert="block_sparse_moe.experts.",
+        router="block_sparse_moe.router.layer.weight",
+        routers=("block_sparse_moe.router.weight",),
+        uppers=("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
+        lowers=("block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"),
+        stacked=True,
+    ),
+    counts=("num_local_experts",),
+    windows=no_windows,
+)
 SHARED = ""
 SCORES = "softmax"
 READERS = ("transformers 4.57", "transformers 5", "llama.cpp", "mlx-lm", "vLLM")
@@ -85,7 +99,7 @@ def experts(config: dict[str, Any], mixture: Mixture, layer: int) -> Iterator[Sl
 
 def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
     """A Granite's own multipliers; in other families the ones that change nothing."""
-    own = config if config["model_type"] == "granite" else {}
+    own = config if RECORDS[config["model_type"]].multipliers else {}
     plain = {**MULTIPLIERS, "attention_multiplier": config["head_dim"] ** -0.5}
     return {
         "architectures": ["GraniteMoeForCausalLM"],

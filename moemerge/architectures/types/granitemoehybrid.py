@@ -5,14 +5,15 @@ More programs know this class. It has a shared MLP always: without shared expert
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from moemerge.architectures.limits import long_factors
 from moemerge.architectures.slots import Constant, Mixture, Slot
 from moemerge.architectures.types import granitemoe, granitemoeshared
 
-FAMILIES = granitemoe.FAMILIES
+HOLDS = granitemoe.HOLDS
 SHARED = "always"
 SCORES = "softmax"
 READERS = ("transformers 4.57", "transformers 5", "llama.cpp", "mlx-lm", "vLLM")
@@ -21,6 +22,23 @@ TRAINING = granitemoe.TRAINING
 
 _IDLE = 256
 """Neurons of a shared MLP of zeros; quantised formats want their blocks full."""
+
+_OLDER = {"full_attention": "attention", "linear_attention": "mamba"}
+
+
+def _attends(config: Mapping[str, Any]) -> bool:
+    """Where nothing is said, all layers are Mamba."""
+    types = config.get("layer_types")
+    return isinstance(types, list) and {_OLDER.get(str(k), k) for k in types} == {"attention"}
+
+
+def _has_positions(config: Mapping[str, Any]) -> bool:
+    return config.get("position_embedding_type") == "rope"
+
+
+READING = replace(
+    granitemoe.READING, older_kinds=_OLDER, attends=_attends, has_positions=_has_positions
+)
 
 refusals = granitemoe.refusals
 

@@ -13,7 +13,8 @@ from moemerge.architectures.slots import Mixture, Slot, joined, shared, whole
 from moemerge.architectures.types import granitemoe
 from moemerge.families import DOWN, GATE, LAYER, UP
 
-FAMILIES = granitemoe.FAMILIES
+HOLDS = granitemoe.HOLDS
+READING = granitemoe.READING
 SHARED = "always"
 SCORES = "softmax"
 READERS = ("transformers 4.57", "transformers 5", "llama.cpp", "vLLM")

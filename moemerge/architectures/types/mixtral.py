@@ -12,16 +12,28 @@ from typing import Any
 
 from moemerge.architectures.limits import (
     LLAMA_CPP_ROPE,
+    Holds,
     beyond_window,
     common,
     long_factors,
-    no_biases,
+    one_kind,
     other_rope,
 )
+from moemerge.architectures.reading import Names, Reading, windows_where
 from moemerge.architectures.slots import Mixture, Slot, projection, router, whole
 from moemerge.families import DOWN, GATE, LAYER, UP
 
-FAMILIES = ("llama", "mistral")
+HOLDS = Holds()
+READING = Reading(
+    Names(
+        expert="block_sparse_moe.experts.",
+        matrices=("w1", "w3", "w2"),
+        router="block_sparse_moe.gate.weight",
+        routers=("mlp.gate.weight",),
+    ),
+    counts=("num_local_experts",),
+    windows=lambda config: windows_where(config, lambda _: True),
+)
 SHARED = ""
 SCORES = "softmax"
 READERS = ("transformers 4.57", "transformers 5", "llama.cpp", "mlx-lm", "vLLM", "mistral.rs")
@@ -35,8 +47,8 @@ _MLP = {GATE: "w1", DOWN: "w2", UP: "w3"}
 
 
 def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """A Mixtral has no bias anywhere, and one kind of attention in all layers."""
-    yield from no_biases(config, "mixtral")
+    """One kind of attention in all layers."""
+    yield from one_kind(config)
 
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:

@@ -7,11 +7,12 @@ float16, whose least number is 6e-8, to some millionths).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moemerge.architectures.limits import (
     LLAMA_CPP_ROPE,
+    Holds,
     beyond_window,
     common,
     long_factors,
@@ -20,10 +21,11 @@ from moemerge.architectures.limits import (
     other_rope,
     window_of,
 )
+from moemerge.architectures.reading import Reading, windows_where
 from moemerge.architectures.slots import Constant, Made, Mixture, Slot, routed, shared, whole
 from moemerge.families import DOWN, GATE, LAYER, UP
 
-FAMILIES = ("llama", "mistral", "qwen2", "seed_oss")
+HOLDS = Holds(qkv_bias=True)
 SHARED = "gated"
 SCORES = "softmax"
 READERS = ("transformers 4.57", "transformers 5", "mlx-lm", "vLLM", "llama.cpp")
@@ -37,10 +39,24 @@ _IDLE = 256
 """Neurons of a shared expert of zeros; quantised formats want their blocks full."""
 
 
+def _windows(config: Mapping[str, Any]) -> Any:
+    """In every other layer below `max_window_layers`, unless each layer's kind is named."""
+    types, end = config.get("layer_types"), config.get("max_window_layers")
+    end = end if type(end) is int else 0
+    if types is None:
+        types = windows_where(config, lambda layer: layer % 2 == 0 and layer < end)
+    return types if config.get("use_sliding_window") else None
+
+
+READING = Reading(
+    counts=("num_experts", "num_local_experts"),  # each version of transformers has one of the two
+    windows=_windows,
+    stacks_adapters=True,
+)
+
+
 def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """No bias on the attention's output; heads that divide the width, as transformers 4 checks."""
-    if config["o_bias"]:
-        yield "has a bias on o_proj, which a qwen2_moe has no place for", "use another model"
+    """Heads that divide the width, as transformers 4 checks; one kind of attention."""
     yield from no_head_dim(config, "qwen2_moe")
     yield from one_kind(config)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moemerge.architectures.limits import (
     LLAMA_CPP_ROPE,
+    Holds,
     beyond_window,
     common,
     drops_biases,
@@ -15,14 +16,24 @@ from moemerge.architectures.limits import (
     one_kind,
     other_rope,
 )
+from moemerge.architectures.reading import Reading, windows_where
 from moemerge.architectures.slots import Mixture, Slot, routed, whole
 
-FAMILIES = ("qwen3",)
+HOLDS = Holds(qk_norms=("head",), qkv_bias=True, o_bias=True)
 SHARED = ""
 SCORES = "softmax"
 READERS = ("transformers 4.57", "transformers 5", "llama.cpp", "mlx-lm", "vLLM", "mistral.rs")
 ALIASES = ("qwen3",)
 TRAINING = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+
+
+def _windows(config: Mapping[str, Any]) -> list[str] | None:
+    """In all layers or in none, whatever kind is named."""
+    every = windows_where(config, lambda _: True)
+    return every if config.get("use_sliding_window") else None
+
+
+READING = Reading(counts=("num_experts", "num_local_experts"), windows=_windows)
 
 
 def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
