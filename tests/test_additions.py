@@ -15,7 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from babies import simple_config, write_config
+from babies import make_model, simple_config, write_config
+from test_laws import BODIES, all_tensors, logits
+from transformers import CONFIG_MAPPING
+
+from moemerge.families import RECORDS
+from moemerge.prepare.choose import NO_HOST
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,16 +66,17 @@ def run_commands(package: Path, *lines: list[object]) -> list[tuple[int, str]]:
     return [(code, text) for code, text in json.loads(said.splitlines()[-1])]
 
 
-def walkthrough() -> str:
-    """The gate mode that docs/contributing.md shows."""
+def example(heading: str) -> str:
+    """The first Python under a heading of docs/contributing.md."""
     text = (ROOT / "docs/contributing.md").read_text(encoding="utf-8")
-    return text.partition("```python\n")[2].partition("```")[0]
+    under = text.partition(f"## {heading}\n")[2]
+    return under.partition("```python\n")[2].partition("```")[0]
 
 
 def test_a_gate_mode_is_one_file(tmp_path: Path, babies: dict[str, Path]) -> None:
     """The one of the walkthrough, which runs the base model, has an option and holds texts out."""
     base, first, second = babies.values()
-    package = package_with(tmp_path, {"gates/modes/mine.py": walkthrough()})
+    package = package_with(tmp_path, {"gates/modes/mine.py": example("A gate mode is one file")})
 
     def config(name: str, head: str) -> Path:
         return write_config(tmp_path / name, simple_config(base, [first, second], head))
@@ -174,3 +180,82 @@ def test_what_a_gate_mode_needs_is_what_it_says(tmp_path: Path, babies: dict[str
     assert not list((tmp_path / "equal").glob("*.safetensors"))
     with pytest.raises(AssertionError, match=r"TypeError.*promts"):
         run_commands(package, ["plan", configs["misspelt"]])
+
+
+def same(one: Path, two: Path) -> bool:
+    """Whether two models of random weights give the same logits in transformers."""
+    expected = logits(one)
+    assert expected.std() > 0.1
+    return bool((expected - logits(two)).abs().max() <= 1e-5)
+
+
+@pytest.mark.skipif("solar_open" not in CONFIG_MAPPING, reason="needs transformers 5")
+@pytest.mark.parametrize("body", ["llama llama3 rope", "qwen2 tied"])
+def test_an_output_class_is_one_file(tmp_path: Path, body: str) -> None:
+    """Merged, split, listed, taken apart: the class of the walkthrough is as good as any."""
+    source = example("An output class is one file")
+    package = package_with(tmp_path, {"architectures/types/solar_open.py": source})
+    base, other = (make_model(tmp_path / str(seed), seed=seed, **BODIES[body]) for seed in (0, 1))
+    head = "architecture: solar"
+    alike = write_config(tmp_path / "a.yaml", simple_config(base, [base] * 3, head))
+    mixed = write_config(tmp_path / "m.yaml", simple_config(base, [base, other, base], head))
+    shares = f"base_model: {base}\n{head}\ngate_mode: zeros\nexperts_per_token: 3\n"
+    split = write_config(tmp_path / "s.yaml", shares + "split: { slices: 4, shared: 1 }\n")
+    window = make_model(tmp_path / "window", family="mistral", sliding_window=7)
+    wrong = write_config(tmp_path / "w.yaml", simple_config(window, [window] * 2, head))
+    same_out, out, sliced, dense, fewer, more, two, three = (
+        tmp_path / name for name in "same out sliced dense fewer more two three".split()
+    )
+    listed, planned, refused, *ends = run_commands(
+        package,
+        ["architectures"], ["plan", mixed], ["plan", wrong],
+        ["merge", alike, same_out], ["merge", mixed, out], ["split", split, sliced],
+        ["verify", out], ["drop", out, fewer, "--expert", 0], ["add", fewer, other, more],
+        ["extract", more, dense, "--expert", 2], ["verify", more],
+        ["top-k", sliced, 2, two], ["top-k", two, 3, three],
+    )  # fmt: skip
+    assert [code for code, _ in ends] == [0] * len(ends), ends
+    assert "solar_open, solar" in listed[1] and "transformers 5" in listed[1]
+    assert planned[0] == 0 and "solar_open" in planned[1]
+    assert refused[0] == 2 and "which a solar_open does not know" in refused[1]
+    assert json.loads((more / "config.json").read_text())["n_routed_experts"] == 3
+    assert same(base, same_out) and not same(base, out)
+    assert same(base, sliced) and same(base, three) and not same(base, two)
+    assert json.loads((dense / "config.json").read_text())["model_type"] == body.split()[0]
+    tensors, *sources = (all_tensors(model) for model in (dense, base, other))
+    for name in sources[0]:
+        assert tensors[name].equal(sources[".mlp." in name][name]), name
+
+
+def test_a_dense_family_is_one_record(tmp_path: Path) -> None:
+    """The family of the walkthrough is a Llama of another name, and models of it make a mixture."""
+    records = (ROOT / "moemerge/families/records.py").read_text(encoding="utf-8")
+    record = example("A dense family is one record")
+    added = records.replace("    _LLAMA,\n", f"    _LLAMA,\n{record.rpartition(')')[0]}),\n")
+    assert record and added != records
+    package = package_with(tmp_path, {"families/records.py": added})
+    name = "iquestcoder" if "iquestcoder" in CONFIG_MAPPING else "llama"  # transformers 5 has it
+    base, other = (
+        make_model(tmp_path / str(seed), name, seed=seed, head_dim=16) for seed in (0, 1)
+    )
+    for model in (base, other):
+        path = model / "config.json"
+        path.write_text(path.read_text().replace('"llama"', '"iquestcoder"'))
+    alike = write_config(tmp_path / "a.yaml", simple_config(base, [base] * 2))
+    mixed = write_config(tmp_path / "m.yaml", simple_config(base, [base, other]))
+    same_out, out, dense = tmp_path / "same", tmp_path / "out", tmp_path / "dense"
+    _, unknown = run_commands(ROOT, ["architectures"], ["plan", mixed])
+    assert unknown[0] == 2 and "is a 'iquestcoder' model" in unknown[1]
+    listed, planned, *ends = run_commands(
+        package,
+        ["architectures"], ["plan", mixed], ["merge", alike, same_out], ["merge", mixed, out],
+        ["verify", out], ["extract", out, dense, "--expert", 0],
+    )  # fmt: skip
+    assert listed[1].count("iquestcoder") == listed[1].count("llama,") > 1
+    assert planned[0] == 0 and [code for code, _ in ends] == [0] * len(ends), ends
+    if name == "iquestcoder":
+        assert same(base, same_out) and same(base, dense) and not same(base, out)
+
+
+def test_no_family_with_a_record_is_refused_by_name() -> None:
+    assert not RECORDS.keys() & NO_HOST.keys()
