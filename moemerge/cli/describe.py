@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moemerge.options import Options
-from moemerge.report import RoutingReport
 from moemerge.reporting import count, size
+
+if TYPE_CHECKING:
+    from moemerge.report import RoutingReport
 
 
 def plan_lines(ready: Any, options: Options) -> Iterator[str]:

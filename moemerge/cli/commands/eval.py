@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,8 +16,10 @@ from moemerge.cli.program import Out, Texts, app, check_file_to_write, texts_by_
 from moemerge.cli.terminal import Terminal
 from moemerge.errors import InputError, Problem
 from moemerge.options import Options
-from moemerge.report import Evaluation
 from moemerge.reporting import count
+
+if TYPE_CHECKING:
+    from moemerge.report import Evaluation
 
 
 @app.command("eval")
