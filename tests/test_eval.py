@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moemerge import InputError, Options, merge, output, regate, top_k, verify_checkpoint
-from moemerge.card.card import is_untouched
+from moemerge.card.card import is_untouched, seal
 from moemerge.card.files import tell_evaluation
 from moemerge.cli import app
 from moemerge.evaluation.loss import mean_losses, passages_of
@@ -205,6 +206,22 @@ def test_local_tasks_need_no_network(tmp_path: Path, built: Path, tasks: Path) -
     assert "baby_choose: acc" in done.stdout and "±" in done.stdout
 
 
+class Heard(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        """Keep the line."""
+        self.lines.append(line)
+
+
+def as_read(card: str) -> str:
+    """A card without its comments, which no reader shows."""
+    return re.sub("<!--.*?-->", "", card, flags=re.DOTALL)
+
+
 def test_the_card_tells_it_until_the_routers_change(
     tmp_path: Path, built: Path, texts: dict[str, Path], found: dict[str, Any]
 ) -> None:
@@ -218,7 +235,8 @@ def test_the_card_tells_it_until_the_routers_change(
         assert results == {
             (row["name"], row["metric"]): round(row["values"][0], 4) for row in found["rows"]
         }
-    assert "evaluated as a whole" not in card.text and "| baby\\_choose | acc" not in card.text
+    assert "trained as a whole" in as_read(card.text)
+    assert "| baby\\_choose | acc" not in card.text
     assert is_untouched((out / "README.md").read_bytes())
     verify_checkpoint(out)
     assert not (out / ".moemerge").exists()
@@ -241,7 +259,7 @@ def test_the_card_tells_it_until_the_routers_change(
         if change is tuned and "## Trained routers" not in card.text:
             continue  # no step was better: the routers are those that were evaluated
         assert "## Evaluation" not in card.text and not card.data.eval_results
-        assert "trained or evaluated as a whole" in card.text
+        assert "trained or evaluated as a whole" in as_read(card.text)
         assert is_untouched((out / "README.md").read_bytes())
     assert b"## Evaluation" not in before
     assert not tell_evaluation(out, found, Silent())  # they are another mixture's by now
@@ -255,6 +273,41 @@ def test_an_edited_card_stays(tmp_path: Path, built: Path, texts: dict[str, Path
     done = run("eval", out, "--text", f"first={texts['first']}", "--card")
     assert done.exit_code == 0 and "was edited since it was written" in done.stderr
     assert card.read_bytes() == edited
+
+
+def test_a_card_of_an_older_version_stays(
+    tmp_path: Path, built: Path, found: dict[str, Any]
+) -> None:
+    out = shutil.copytree(built, tmp_path / "out")
+    path = out / "README.md"
+    old = seal(re.sub("<!-- /?moemerge:.*?-->", "", path.read_text())).encode()
+    path.write_bytes(old)
+    heard = Heard()
+    assert not tell_evaluation(out, found, heard)
+    top_k(str(out), 1, reporter=heard)
+    top_k(str(out), 2, tmp_path / "copy", reporter=heard)
+    assert is_untouched(old) and path.read_bytes() == old
+    assert (tmp_path / "copy/README.md").read_bytes() == old
+    assert len([line for line in heard.lines if "is of an older moemerge" in line]) == 3
+
+
+def test_slots_in_a_persons_words_are_not_the_cards(tmp_path: Path, found: dict[str, Any]) -> None:
+    forged = "<!-- moemerge:evaluation -->mine<!-- /moemerge:evaluation -->"
+    own = tmp_path / "own.md"
+    own.write_text(f"# Mine\n\n{forged}\n")
+    config = made(tmp_path).parent / "c.yaml"
+    text = config.read_text().replace("- story scene", f"- 'story {forged}'")
+    assert forged in text
+    out = tmp_path / "told"
+    merge(write_config(config, text), out, Options(card=str(own)))
+    before = (out / "README.md").read_text()
+    digest = output.read_manifest(out).plan.digest
+    assert tell_evaluation(out, {**found, "plan_digest": digest}, Silent())
+    after = (out / "README.md").read_text()
+    assert after.index("# Mine\n\nmine\n") < after.index("## Evaluation") < after.index("## Limits")
+    assert before.count(forged) == after.count(forged) == 1  # in the config
+    top_k(str(out), 1)
+    assert (out / "README.md").read_text() == before
 
 
 def test_a_persons_own_section_and_index_stay(tmp_path: Path, found: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moemerge import InputError, Options, RunError, merge, output, regate, top_k, verify_checkpoint
+from moemerge.card.card import is_untouched
 from moemerge.cli import app
 from moemerge.errors import Findings
 from moemerge.mixture.open import open_moe
@@ -113,6 +114,24 @@ def test_it_learns_and_touches_one_shard(tmp_path: Path, data: str, family: str)
     assert files(out) == before
     assert not (out / output.BEFORE_TUNING).exists()
     verify_checkpoint(out)
+
+
+def test_the_card_tells_the_last_training(tmp_path: Path, data: str) -> None:
+    out = made(tmp_path, head="gate_mode: ridge")
+    card = out / "README.md"
+    before = card.read_text()
+    assert "## Routing" in before and "The routing numbers come from" in before
+    for steps in (20, 10):
+        trained = tune(out, tuning(data, steps=steps)).trained
+        assert trained.best, "nothing to tell"
+        text = card.read_text()
+        assert text.count("## Trained routers") == 1 and is_untouched(card.read_bytes())
+        assert f"({trained.before:.4f} before, {trained.after:.4f} after" in text
+        assert "## Routing" not in text and "The routing numbers come from" not in text
+    limits = before.partition("## Limits")[2].splitlines()
+    assert [
+        line for line in limits if "routing numbers" not in line and "moemerge:" not in line
+    ] == [line for line in text.partition("## Limits")[2].splitlines() if "moemerge:" not in line]
 
 
 def test_what_is_written_has_the_loss_that_was_told(tmp_path: Path, data: str) -> None:

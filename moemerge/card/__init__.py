@@ -1,7 +1,7 @@
 """The model card: written, recognised as edited or not, and what may be shared of a config."""
 
 from moemerge.card import card, files
-from moemerge.card.evaluation import cells, metric_of, untold
+from moemerge.card.evaluation import cells, metric_of, without_evaluation
 from moemerge.card.files import tell_evaluation
 from moemerge.card.sharing import shareable
 from moemerge.card.text import Told
@@ -14,5 +14,5 @@ __all__ = [
     "metric_of",
     "shareable",
     "tell_evaluation",
-    "untold",
+    "without_evaluation",
 ]

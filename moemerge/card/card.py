@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from moemerge.card.slots import without_slots
 from moemerge.card.text import Told, sections
 from moemerge.prepare import Claims, Prepared, claims_of, split_own
 from moemerge.report import RoutingPicture, RoutingSummary
@@ -24,7 +25,7 @@ def render(ready: Prepared, routing: RoutingSummary, told: Told, picture: str = 
     No path of this disk stands in it, and nothing that a config or a source says is markup.
     """
     claims = {text: claims_of(c.directory) for text, c in ready.checkpoints.items()}
-    keys, own = split_own(told.own)
+    keys, own = split_own(without_slots(told.own))
     parts = [
         _dumped({**_metadata(ready, claims), **keys}),
         own,
@@ -35,7 +36,11 @@ def render(ready: Prepared, routing: RoutingSummary, told: Told, picture: str = 
 
 
 def changed(content: bytes, change: Callable[[str], str]) -> bytes | None:
-    """A card with its text changed and sealed anew; None if it is not as moemerge wrote it."""
+    """A card with its text changed and sealed anew; None if it is not as moemerge wrote it.
+
+    Raises:
+        NoSlot: an older moemerge wrote it, and the change finds no place in it.
+    """
     if not is_untouched(content):
         return None
     text = content.decode().replace("\r\n", "\n").rpartition("<!-- moemerge:card")[0]

@@ -2,49 +2,47 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from moemerge.card.card import head_of, with_head
-from moemerge.card.text import shown, table
+from moemerge.card.markdown import shown, table
+from moemerge.card.slots import EVALUATION, NOT_EVALUATED, UNEVALUATED, block, content_of, filled
 from moemerge.report import Evaluation, EvaluationRow
 from moemerge.reporting import count
 
-_TITLE = "## Evaluation"
-_MARK, _WITH_INDEX = "<!-- moemerge:eval -->", "<!-- moemerge:eval, model-index -->"
+_OURS = "<!-- the model-index is moemerge's -->"
 _INDEX = "model-index"
-_SECTION = re.compile(
-    rf"^{_TITLE}\n\n({_MARK}|{_WITH_INDEX})\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE
-)
 _BETTER = {True: " ↑", False: " ↓", None: ""}
-_UNKNOWN = "It was not trained or evaluated as a whole:"
-_KNOWN = "It was not trained as a whole:"
 
 
-def told(text: str, found: Evaluation) -> str:
-    """A card's text with these results, in the place of earlier ones, before its limits.
+def with_evaluation(text: str, found: Evaluation) -> str:
+    """A card's text with these results, in the place of earlier ones.
 
     A `model-index` that a person gave the card stays theirs.
+
+    Raises:
+        NoSlot: the card has no place for them.
     """
-    text = untold(text)
-    head, mark = head_of(text), _MARK
-    if _INDEX not in head:
-        text, mark = with_head(text, {**head, _INDEX: _index(found)}), _WITH_INDEX
-    section = "\n\n".join([_TITLE, mark, *_paragraphs(found)])
-    before, limits, after = text.replace(_UNKNOWN, _KNOWN).rpartition("## Limits\n")
-    return f"{before}{section}\n\n{limits}{after}" if limits else f"{after}{section}\n\n"
-
-
-def untold(text: str) -> str:
-    """A card's text without the results of an evaluation: its routers are others now."""
-    section = _SECTION.search(text)
-    if not section:
-        return text
+    text, marks = without_evaluation(text), []
     head = head_of(text)
-    if section[1] == _WITH_INDEX:
+    if _INDEX not in head:
+        text, marks = with_head(text, {**head, _INDEX: _index(found)}), [_OURS]
+    section = block(["## Evaluation", *marks, *_paragraphs(found)])
+    return filled(filled(text, EVALUATION, section), NOT_EVALUATED, "")
+
+
+def without_evaluation(text: str) -> str:
+    """A card's text without the results of an evaluation: its routers are others now.
+
+    Raises:
+        NoSlot: the card has no place for results.
+    """
+    if _OURS in content_of(text, EVALUATION):
+        head = head_of(text)
         head.pop(_INDEX, None)
-    return _SECTION.sub("", with_head(text, head)).replace(_KNOWN, _UNKNOWN)
+        text = with_head(text, head)
+    return filled(filled(text, EVALUATION, ""), NOT_EVALUATED, UNEVALUATED)
 
 
 def cells(row: EvaluationRow) -> list[str]:
@@ -71,7 +69,7 @@ def _paragraphs(found: Evaluation) -> Iterator[str]:
     rows = (
         [
             shown(row["name"]),
-            metric_of(row) + _BETTER[row["higher_is_better"]],
+            shown(metric_of(row)) + _BETTER[row["higher_is_better"]],
             *cells(row),
             f"{count(row['samples'])} " + ("tokens" if row["kind"] == "text" else "documents"),
         ]

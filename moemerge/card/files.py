@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from moemerge.card import card
-from moemerge.card import evaluation as evaluation_text
+from moemerge.card.evaluation import with_evaluation, without_evaluation
+from moemerge.card.slots import NoSlot
 from moemerge.card.text import Told
+from moemerge.card.training import with_training
 from moemerge.files import read_json
 from moemerge.output import (
     CARD_FILE,
@@ -67,21 +70,41 @@ def tell_evaluation(out: Path, found: Evaluation, reporter: Reporter) -> bool:
         if read_json(out / MANIFEST_FILE).get("plan_digest") != found.get("plan_digest"):
             reporter.say(f"{out}: was changed since it was evaluated, so its card does not tell it")
             return False
-        done = rewrite(change, lambda text: evaluation_text.told(text, found), reporter)
+        done = _rewrite(change, lambda text: with_evaluation(text, found), reporter)
         if done:
             change.commit()
         return done
 
 
-def rewrite(change: Change, edit: Callable[[str], str], reporter: Reporter) -> bool:
-    """Change the card's text; one that somebody edited stays, and that is said."""
-    path = change.out / CARD_FILE
-    content = card.changed(path.read_bytes(), edit) if path.is_file() else b""
+def tell_training(change: Change, tuned: dict[str, Any], reporter: Reporter) -> None:
+    """Tell in the card how its routers were trained; `tuned` is the manifest's record of it."""
+    _rewrite(change, lambda text: with_training(text, tuned), reporter)
+
+
+def drop_evaluation(change: Change, reporter: Reporter) -> None:
+    """Take the results of an evaluation out of the card: they are another mixture's by now."""
+    _rewrite(change, without_evaluation, reporter)
+
+
+def rewritten(path: Path, edit: Callable[[str], str], reporter: Reporter) -> bytes | None:
+    """A card with its text changed; None, and that is said, where the card stays as it is."""
+    try:
+        content = card.changed(path.read_bytes(), edit)
+        why = "was edited since it was written"
+    except NoSlot:
+        content, why = None, "is of an older moemerge"
     if content is None:
-        reporter.say(f"{path}: was edited since it was written, so it stays as it is")
-    if content:
+        reporter.say(f"{path}: {why}, so it stays as it is")
+    return content
+
+
+def _rewrite(change: Change, edit: Callable[[str], str], reporter: Reporter) -> bool:
+    """Change the card's text, if there is a card and it may be changed; whether it was."""
+    path = change.out / CARD_FILE
+    content = rewritten(path, edit, reporter) if path.is_file() else None
+    if content is not None:
         change.write(CARD_FILE, content)
-    return bool(content)
+    return content is not None
 
 
 def _draw(

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from moemerge.card.sharing import shareable_config
-from moemerge.checkpoint import Checkpoint, Donor, Reference, is_hub_id, last_part
-from moemerge.errors import one_line
+from moemerge.card.markdown import HUB, shown, source, table
+from moemerge.card.origins import making, sources
+from moemerge.card.slots import (
+    EVALUATION,
+    NOT_EVALUATED,
+    ROUTERS_LIMIT,
+    ROUTING,
+    UNEVALUATED,
+    block,
+    slot,
+)
+from moemerge.checkpoint import is_hub_id, last_part
 from moemerge.gates import Prompts, verdict
 from moemerge.prepare import Claims, Prepared
 from moemerge.report import Collision, RoutingSummary
 from moemerge.reporting import count, size
 from moemerge.text import find
-from moemerge.version import __version__
 
 _MOST_PROMPTS = 5
-_HUB = "https://huggingface.co"
 
 _PYTHON = """\
 ```python
@@ -69,17 +73,18 @@ def sections(
     yield from _what(ready)
     yield from _experts(ready, told)
     yield from _running(ready)
-    yield from _routing(ready, routing, told, picture)
+    yield slot(ROUTING, block(_routing(ready, routing, told, picture)))
+    yield slot(EVALUATION)
     yield from _limits(ready, routing)
-    yield from _sources(ready, claims)
-    yield from _making(ready, told)
+    yield from sources(ready, claims)
+    yield from making(ready, told.config)
 
 
 def _what(ready: Prepared) -> Iterator[str]:
     """What it is, for somebody who knows none of it, and its measures."""
     plan, config = ready.plan, ready.config
     number = len(plan.experts)
-    body = f"the base model's, {_source(ready.base)}"
+    body = f"the base model's, {source(ready.base)}"
     if config.body == "average":
         weights = [expert.body_weight for expert in config.experts]
         body = "the average of the experts'"
@@ -89,7 +94,7 @@ def _what(ready: Prepared) -> Iterator[str]:
     cut = f", each cut into {pieces} segments" if pieces > 1 else ""
     beside = f" beside {always} always on" * bool(always)
     merged = (
-        f"A language model put together from trained ones, without training it further: the "
+        f"A language model put together from trained ones, without training them further: the "
         f"feed-forward parts (MLPs) of {number} model{'s' * (number != 1)} {each} its experts"
         f"{cut}, and in every layer a small router chooses {plan.routed_per_token} of "
         f"{plan.routed} for each token{beside}. All else, attention, norms and embeddings, is "
@@ -104,7 +109,7 @@ def _what(ready: Prepared) -> Iterator[str]:
         "at least, in memory",
         "Context": f"{context} tokens" if context else "",
         "Vocabulary": shown(ready.vocabulary.summary),
-        "Routers": f"`{plan.gate_mode}`: {_gate(ready)}",
+        "Router initialisation": f"`{plan.gate_mode}`: {_gate(ready)}",
     }
     yield "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v)])
 
@@ -116,9 +121,9 @@ def _cut(ready: Prepared) -> str:
     always = f" beside {split.shared} always on" * bool(split.shared)
     return (
         f"A language model whose feed-forward parts (MLPs) are cut into {split.slices} slices of "
-        f"equal size ({split.assignment}), without training it further: in every layer a small "
+        f"equal size ({split.assignment}), without training them further: in every layer a small "
         f"router chooses {plan.experts_per_token} of {split.routed} for each token{always}. All "
-        f"weights are those of {_source(ready.base)}. It takes text and continues it, and runs "
+        f"weights are those of {source(ready.base)}. It takes text and continues it, and runs "
         f"wherever a {plan.architecture} runs."
     )
 
@@ -151,7 +156,7 @@ def _experts(ready: Prepared, told: Told) -> Iterator[str]:
         }
         extra = [f"{k} {v:g}" for k, v in changes.items() if v is not None and v != 1]
         row = {"#": str(number), "expert": shown(name)}
-        row["made of"] = ", ".join([_source(donor), *extra])
+        row["made of"] = ", ".join([source(donor), *extra])
         if told.config and uses:
             row |= {title: _prompts(getattr(expert, key)) for title, key in prompts.items()}
         if uses and expert.calibration:
@@ -213,22 +218,13 @@ def _routing(ready: Prepared, routing: RoutingSummary, told: Told, picture: str)
 
 def _limits(ready: Prepared, routing: RoutingSummary) -> Iterator[str]:
     """What a person must not expect of it."""
-    needs = ready.gate.mode.NEEDS
     lines = [
-        "It was not trained or evaluated as a whole: try it on your own task, and beside each of "
-        "its sources, before you rely on it. What its sources get wrong it may get wrong too."
+        f"It was not trained{slot(NOT_EVALUATED, UNEVALUATED)} as a whole: try it on your own "
+        "task, and beside each of its sources, before you rely on it. What its sources get wrong "
+        "it may get wrong too."
     ]
-    if needs.untaught:
-        if needs.seed or ready.plan.experts_per_token < len(ready.plan.experts):
-            how = f"{needs.untaught} (`{ready.plan.gate_mode}`)"
-            lines.append(f"Its routers are {how}: train it before use.")
-    elif routing.get("confusion"):
-        lines.append(
-            f"The routing numbers come from {routing['tokens']} tokens of prompts; other text may "
-            "be routed otherwise."
-        )
-    elif len(ready.plan.experts) > 1:
-        lines.append("How well its routers choose was not measured; training them may help.")
+    of_routers = _routers_limit(ready, routing)
+    lines[0] += slot(ROUTERS_LIMIT, f"\n- {of_routers}" * bool(of_routers))
     if ready.cutting:
         if ready.cutting.per_token < ready.cutting.split.routed:
             lines.append("A token passes some of the slices only: train it before use.")
@@ -245,99 +241,29 @@ def _limits(ready: Prepared, routing: RoutingSummary) -> Iterator[str]:
     yield "\n".join(f"- {line}" for line in lines)
 
 
-def _sources(ready: Prepared, claims: dict[str, Claims]) -> Iterator[str]:
-    """Where its weights come from, and under which terms."""
-    used: dict[str, list[str]] = {text: [] for text in ready.checkpoints}
-    whole = [("body", ready.base)] if ready.config.body == "base" else []
-    shared = [("a shared expert", donor) for donor in ready.shared]
-    for name, donor in [*whole, *zip(ready.plan.experts, ready.donors, strict=True), *shared]:
-        for opened in _opened(donor):
-            used[opened.reference.text].append(shown(name))
-    rows = [
-        (
-            _linked(opened.reference, opened.commit)
-            + " (a directory of its maker)" * (not opened.reference.repo),
-            ", ".join(dict.fromkeys(used[text])) or "tokenizer and configuration",
-            f"`{opened.commit}`" if opened.commit else "-",
-            _terms(claims[text]),
+def _routers_limit(ready: Prepared, routing: RoutingSummary) -> str:
+    """What is not to be expected of the routers; empty where that is nothing."""
+    plan, needs = ready.plan, ready.gate.mode.NEEDS
+    if needs.untaught:
+        if not needs.seed and plan.experts_per_token == len(plan.experts):
+            return ""  # all experts weigh the same, as in a split with all slices on
+        return f"Its routers are {needs.untaught} (`{plan.gate_mode}`): train it before use."
+    if routing.get("confusion"):
+        return (
+            f"The routing numbers come from {routing['tokens']} tokens of prompts; other text may "
+            "be routed otherwise."
         )
-        for text, opened in ready.checkpoints.items()
-    ]
-    yield "## Sources and licences"
-    yield table(["source", "used for", "commit", "licence"], rows)
-    terms = {claim.terms for claim in claims.values()}
-    if len(terms) == 1 and "" not in terms:
-        yield f"All sources name the same licence, {_terms(next(iter(claims.values())))}."
-    if len(terms - {""}) > 1:
-        yield (
-            "**The sources' licences differ.** The terms of all of them hold together, and the "
-            "strictest may bind: read each before you use or pass on this model."
-        )
-    if "" in terms:
-        yield (
-            "Where the licence is unknown, the source's card names none that could be read: ask "
-            "its makers before you use or pass on this model."
-        )
-
-
-def _making(ready: Prepared, told: Told) -> Iterator[str]:
-    """What it was made with, and the config to make it again."""
-    tools = [f"moemerge {__version__}"]
-    if ready.gate.needs.body_pass:
-        used = ("torch", "transformers")
-        tools += [f"{name} {importlib.metadata.version(name)}" for name in used]
-    seed = f", seed {ready.plan.seed}" if ready.gate.needs.seed else ""
-    yield "## How it was made"
-    yield f"With {', '.join(tools)}{seed}" + (", by this config:" if told.config else ".")
-    if told.config:
-        public = shareable_config(ready.config, ready.plan)
-        text = public.as_yaml().strip()
-        if public != ready.config:
-            yield "(Of what lies on its maker's disk, only the last part of the path is shown.)"
-        fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
-        yield f"{fence}yaml\n{text}\n{fence}"
-
-
-def _opened(donor: Donor) -> list[Checkpoint]:
-    """A donor's model, and the adapter on top if there is one."""
-    return [donor.model, *([donor.adapter.checkpoint] if donor.adapter else [])]
-
-
-def _source(donor: Donor) -> str:
-    return " + ".join(_linked(one.reference, one.commit) for one in _opened(donor))
-
-
-def _linked(reference: Reference, commit: str | None) -> str:
-    """A source by name, with a link to the very commit if it is on the Hub."""
-    if reference.directory:
-        return shown(reference.short)
-    return f"[{shown(reference.text, 200)}]({_HUB}/{reference.repo}/tree/{commit})"
+    if len(plan.experts) > 1:
+        return "How well its routers choose was not measured; training them may help."
+    return ""
 
 
 def _calibration(named: str, folder: Path | None) -> str:
     if find(named, folder) or not is_hub_id(named):
         return shown(last_part(named))
-    return f"[{shown(named)}]({_HUB}/datasets/{named})"
-
-
-def _terms(claims: Claims) -> str:
-    text = shown(claims.terms or claims.license or "unknown")
-    return f"[{text}]({claims.license_link})" if claims.license_link else text
+    return f"[{shown(named)}]({HUB}/datasets/{named})"
 
 
 def _prompts(prompts: tuple[str, ...]) -> str:
     more = len(prompts) - _MOST_PROMPTS
     return "<br>".join(map(shown, prompts[:_MOST_PROMPTS])) + f"<br>and {more} more" * (more > 0)
-
-
-def table(titles: Sequence[str], rows: Any) -> str:
-    """A table in markdown; each row is the texts of its cells."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def shown(text: str, most: int = 60) -> str:
-    """Some text on one short line or in a table's cell, and nothing in it is markup or a link."""
-    text = one_line(" ".join(text.split()))
-    short = text if len(text) <= most else text[: most - 3] + "..."
-    return re.sub(r"([\\`|<\[*~]|(?<=:)/(?=/)|(?<=www)\.)", r"\\\1", short)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moemerge import output
-from moemerge.card import card, untold
 from moemerge.card import files as card_files
+from moemerge.card import without_evaluation
 from moemerge.checkpoint import Checkpoint, Donor, Location, check_unchanged, fetch, streamed
 from moemerge.errors import Findings
 from moemerge.files import CONFIG_FILE, PART_SUFFIX
@@ -202,7 +202,7 @@ def build(edit: Edit, out: Path, options: Options, reporter: Reporter, findings:
         for name, content in output.carried_content(vocabulary, carried):
             change.write(name, content)
             files[name] = change.entry(name)
-        change.write(output.CARD_FILE, _card(edit))
+        change.write(output.CARD_FILE, _card(edit, reporter))
         files |= {name: {} for name in output.OWN_FILES}
         change.finish(_manifest(edit, plan, files))
     return Built(out, plan, copied, plan.nbytes - copied)
@@ -297,14 +297,13 @@ def _copied(place: Location, shard: Shard, out: Path) -> bool:
     return True
 
 
-def _card(edit: Edit) -> bytes:
+def _card(edit: Edit, reporter: Reporter) -> bytes:
     """The mixture's own card where it is the same model still, else a short one."""
     kept = edit.moe.checkpoint.directory / output.CARD_FILE
     if edit.same_model and kept.is_file():
-        content = kept.read_bytes()
-        if edit.per_token != edit.moe.per_token:
-            content = card.changed(content, untold) or content
-        return content
+        routed_otherwise = edit.per_token != edit.moe.per_token
+        new = card_files.rewritten(kept, without_evaluation, reporter) if routed_otherwise else None
+        return kept.read_bytes() if new is None else new
     tags = ["moemerge", "merge", *(["moe"] if len(edit.experts) > 1 else [])]
     head = "".join(f"- {tag}\n" for tag in tags)
     return f"---\nlibrary_name: transformers\ntags:\n{head}---\n\n{edit.story}\n".encode()
@@ -321,6 +320,6 @@ def build_in_place(edit: Edit, change: Change, reporter: Reporter) -> Built:
     else:
         plan = _plan(edit, Options())[0]
     change.write_json(CONFIG_FILE, edit.config)
-    card_files.rewrite(change, untold, reporter)
+    card_files.drop_evaluation(change, reporter)
     change.commit()
     return Built(change.out, plan, 0, 0)

@@ -6,14 +6,13 @@ What was there before stands in `before-tuning/` until the next time, for `undo`
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moemerge import output
-from moemerge.card import card, untold
+from moemerge.card import card
 from moemerge.card import files as card_files
 from moemerge.checkpoint import numpy_dtype, read_bytes, read_header
 from moemerge.errors import Findings, InputError, Problem
@@ -44,7 +43,6 @@ from moemerge.training.setup import begin
 _SHARD = f"{BEFORE_TUNING}/routers"
 _CARD = f"{BEFORE_TUNING}/{CARD_FILE}"
 _MANIFEST = f"{BEFORE_TUNING}/{MANIFEST_FILE}"
-_TITLE = "## Trained routers"
 
 
 @dataclass(frozen=True)
@@ -211,7 +209,7 @@ def _replace(
         tuned=said,
     )
     change.write_json(MANIFEST_FILE, new.to_json())
-    _retell(change, tuned, tuning, reporter)
+    card_files.tell_training(change, said, reporter)
     change.commit()
 
 
@@ -233,30 +231,3 @@ def _array(out: Path, shard: Shard, tensor: PlannedTensor) -> Any:
     location = read_header(out / shard.file)[tensor.name]
     raw = np.frombuffer(read_bytes(location), numpy_dtype(location.dtype))
     return raw.astype(np.float32).reshape(location.shape)
-
-
-def _retell(change: Change, tuned: Tuned, tuning: Tuning, reporter: Reporter) -> None:
-    """Say in the card what was done; what it says of the old routers goes."""
-    trained = tuned.trained
-    paragraph = (
-        f"Its routers were trained after the merge, all else frozen: {trained.best} steps of "
-        f"{tuning.batch} passages of at most {tuning.length} tokens, chosen by held-out loss "
-        f"({trained.before:.4f} before, {trained.after:.4f} after, nats a token on "
-        f"{tuned.held_out} passages of the same data)."
-    )
-    section = f"{_TITLE}\n\n{paragraph}\n\n"
-
-    def edit(text: str) -> str:
-        text = untold(text)
-        for title in ("## Routing", _TITLE):
-            text = re.sub(rf"^{title}\n.*?(?=^## |\Z)", "", text, flags=re.DOTALL | re.MULTILINE)
-        text = re.sub(r"^- Its routers are [^\n]*: train it before use\.\n?", "", text, flags=re.M)
-        routers = r"^(\| Routers \| .*?)(, then trained)? \|$"
-        text = re.sub(routers, r"\1, then trained |", text, flags=re.M)
-        text = text.replace(
-            "without training it further:", "without training it further but for its routers:"
-        )
-        head, limits, rest = text.partition("## Limits\n")
-        return head + section + limits + rest
-
-    card_files.rewrite(change, edit, reporter)
