@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moemerge.checkpoint import Donor
@@ -215,7 +216,11 @@ def _check_beginnings(
 
 
 def check_room(
-    config: MergeConfig, options: RunOptions, donors: list[Donor], gate: Gate, findings: Findings
+    config: MergeConfig,
+    options: RunOptions,
+    donors: Sequence[Donor],
+    gate: Gate,
+    findings: Findings,
 ) -> None:
     """Say what it costs that every expert's own model runs; record one that has no room."""
     sizes, passes = [model_bytes(d.model.tensors.values()) for d in donors], gate.settings.passes()

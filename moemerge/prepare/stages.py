@@ -10,7 +10,7 @@ from moemerge import split as splits
 from moemerge.checkpoint import Checkpoint, Donor, Opener
 from moemerge.config import Expert, MergeConfig, as_config, check_values
 from moemerge.dense import Body
-from moemerge.errors import Findings, Line, flag
+from moemerge.errors import Findings, InputError, Line, flag
 from moemerge.gates import ExpertPrompts, Gate, check_device_is_here
 from moemerge.gates import setup as gate_setup
 from moemerge.options import Options
@@ -28,8 +28,8 @@ from moemerge.text import build_vocabulary as vocabulary_choice
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A merge that can begin: its plan, its opened models, and what a person should know.
+class _Chosen:
+    """All that a plan is made of, with no problem in it.
 
     `donors` are the routed experts and `shared` the shared ones; of a split with a `cutting`, the
     donors are its routed slices, each the base model. `own_card` is the text of the card
@@ -37,20 +37,28 @@ class Prepared:
     """
 
     config: MergeConfig
-    plan: Plan
-    host: Host
-    body: Body
-    vocabulary: Vocabulary
-    donors: tuple[Donor, ...]
-    checkpoints: dict[str, Checkpoint]
     gate: Gate
+    split: Split | None
+    base: Donor
+    donors: tuple[Donor, ...]
+    shared: tuple[Donor, ...]
+    host: Host
+    vocabulary: Vocabulary
     encoder: Encoder | None
     prompts: tuple[ExpertPrompts, ...]
+    cutting: Cutting | None
+    own_card: str
+
+
+@dataclass(frozen=True)
+class Prepared(_Chosen):
+    """A merge that can begin: its plan, its opened models, and what a person should know."""
+
+    plan: Plan
+    body: Body
+    checkpoints: dict[str, Checkpoint]
     carried: tuple[Path, ...]
     notes: tuple[Line, ...]
-    own_card: str = ""
-    shared: tuple[Donor, ...] = ()
-    cutting: Cutting | None = None
 
     @property
     def folder(self) -> str | None:
@@ -58,11 +66,6 @@ class Prepared:
         local = any(source.directory for source in self.plan.sources)
         local = local or any(expert.calibration for expert in self.config.experts)
         return str(self.config.folder) if self.config.folder and local else None
-
-    @property
-    def base(self) -> Donor:
-        """The base model."""
-        return self.body.base
 
 
 def make_plan(
@@ -99,8 +102,23 @@ def prepare(
         return _Preparation(config, options).run(out)
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What a config names, each None where it cannot be: its problem is recorded.
+
+    `config` has an expert for each routed slice of its `split`.
+    """
+
+    config: MergeConfig
+    gate: Gate | None
+    split: Split | None
+    base: Donor | None
+    donors: list[Donor | None]
+    shared: list[Donor | None]
+
+
 class _Preparation:
-    split: Split | None = None
+    """The stages: opened, chosen, planned; problems of a stage are gathered before it ends."""
 
     def __init__(self, config: MergeConfig, options: Options):
         self.config, self.options = config, options
@@ -109,39 +127,51 @@ class _Preparation:
         self.refused: set[str] = set()
 
     def run(self, out: Path | None) -> Prepared:
-        config, options, findings = self.config, self.options, self.findings
+        chosen = self._choose(self._open())
+        if chosen is None:
+            self._check_output(out, None, ())
+            raise InputError(self.findings.problems)
+        return self._plan(chosen, out)
+
+    def _open(self) -> _Opened:
+        """The gate mode, the split, and every model by its headers."""
+        config, findings, said = self.config, self.findings, self.config.base_model
         check_values(config, findings)
         gate = gate_setup.gate_of(config, findings)
-        said = config.base_model
         base = self._dense(said, self.opener.donor(said, config.where("base_model"), "base"), True)
-        self.split = splits.of_config(config, findings)
-        if self.split and base:
-            inner = base.model.config.get("intermediate_size")
-            splits.check(config, self.split, inner, findings)
+        split = splits.of_config(config, findings)
+        if split and base:
+            splits.check(config, split, base.model.config.get("intermediate_size"), findings)
         if gate:
-            gate = gate_setup.with_split(config, gate, self.split, findings)
+            gate = gate_setup.with_split(config, gate, split, findings)
             if gate.needs.body_pass:
-                check_device_is_here(options, findings)
-        if self.split:
-            config = self.config = splits.with_slices(config, self.split)
+                check_device_is_here(self.options, findings)
+        if split:
+            config = splits.with_slices(config, split)
         donors = self._donors(config.experts, "experts")
         shared = self._donors(config.shared_experts, "shared_experts")
-        host = host_of(config, self.split, base, findings) if base else None
+        return _Opened(config, gate, split, base, donors, shared)
+
+    def _choose(self, opened: _Opened) -> _Chosen | None:
+        """The class, the vocabulary and the prompts; None after any problem."""
+        config, gate, split, base = opened.config, opened.gate, opened.split, opened.base
+        options, findings = self.options, self.findings
+        every = [*opened.donors, *opened.shared]
+        host = host_of(config, split, base, findings) if base else None
         check_dtype(config, findings)
         own_card = read_own(options.card, findings) if options.card else ""
         self._check_ray()
-        gating = [donor for donor in shared[:1] if host and host.mixture.gated]
-        asked = [*donors, *gating]
-        every = [*donors, *shared]
         vocabulary = vocabulary_choice.choose(config, base, every, findings) if base else None
         if vocabulary and vocabulary.written and not options.copy_tokenizer:
             findings.note("--no-copy-tokenizer: the tokens that are added stand in no file")
         encoder: Encoder | None = None
         prompts: tuple[ExpertPrompts, ...] = ()
         if gate:
+            gated = host is not None and host.mixture.gated
+            asked = [*opened.donors, *opened.shared[:gated]]
             encoder, prompts = gate_setup.read_prompts(config, gate, vocabulary, asked, findings)
-        cutting = self._cutting(gate, vocabulary)
-        for donor in (*donors, *shared):
+        cutting = self._cutting(config, split, gate, vocabulary)
+        for donor in every:
             if base and donor:
                 compare(
                     base,
@@ -154,34 +184,30 @@ class _Preparation:
                     vocabulary=vocabulary,
                 )
         if base is None or vocabulary is None or host is None or gate is None:
-            self._check_output(out, None, ())
-            findings.refuse()
-            raise AssertionError("unreachable")
-        self._note_what_has_no_effect(gate, base, donors)
-        if gate.needs.expert_models and any(donors):
-            there = [donor for donor in donors if donor]
-            gate_setup.check_room(config, options, there, gate, findings)
+            return None
+        donors = tuple(donor for donor in opened.donors if donor)
+        shared = tuple(donor for donor in opened.shared if donor)
+        if gate.needs.expert_models and donors:
+            gate_setup.check_room(config, options, donors, gate, findings)
         if findings.problems:  # tensors are named from a config that is not trusted yet
-            self._check_output(out, None, ())
-            findings.refuse()
-        there = [donor for donor in donors if donor]
-        body = replace(self._body(base, there), vocabulary=vocabulary)
-        always = tuple(donor for donor in shared if donor)
-        plan = lay_out(
-            Layout(
-                config=config,
-                options=options,
-                host=host,
-                parts=parts_of(config, self.split, host, body, there, always),
-                donors=tuple(there),
-                shared=always,
-                needs=gate.needs,
-                gate_inputs=gate_setup.digest_of_inputs(config, options, gate, prompts, cutting),
-            ),
-            self.opener.opened.values(),
-            findings,
-        )
-        factor = factor_of(config, self.split, host)
+            return None
+        return _Chosen(
+            config, gate, split, base, donors, shared, host, vocabulary, encoder, prompts, cutting,
+            own_card,
+        )  # fmt: skip
+
+    def _plan(self, chosen: _Chosen, out: Path | None) -> Prepared:
+        """Every tensor laid out, and the output directory checked for what will be written."""
+        config, options, findings = chosen.config, self.options, self.findings
+        gate, split, host, base = chosen.gate, chosen.split, chosen.host, chosen.base
+        donors, shared, vocabulary = chosen.donors, chosen.shared, chosen.vocabulary
+        self._note_what_has_no_effect(chosen)
+        body = replace(self._body(config, base, donors), vocabulary=vocabulary)
+        made_of = gate_setup.digest_of_inputs(config, options, gate, chosen.prompts, chosen.cutting)
+        parts = parts_of(config, split, host, body, donors, shared)
+        layout = Layout(config, options, host, parts, donors, shared, gate.needs, made_of)
+        plan = lay_out(layout, self.opener.opened.values(), findings)
+        factor = factor_of(config, split, host)
         if plan.dtype != "F32" and factor & (factor - 1):
             findings.note(
                 f"down projections are multiplied by {factor}, which rounds them in "
@@ -195,45 +221,41 @@ class _Preparation:
         output.check_carried(vocabulary, carried, base.where, findings)
         self._check_output(out, plan, carried)
         findings.refuse()
-        checkpoints = {ref.text: opened for ref, opened in self.opener.opened.items()}
         return Prepared(
-            config=config,
+            **vars(chosen),
             plan=plan,
-            host=host,
             body=body,
-            vocabulary=vocabulary,
-            donors=tuple(there),
-            checkpoints=checkpoints,
-            gate=gate,
-            encoder=encoder,
-            prompts=prompts,
+            checkpoints={ref.text: opened for ref, opened in self.opener.opened.items()},
             carried=carried,
             notes=tuple(findings.notes),
-            own_card=own_card,
-            shared=always,
-            cutting=cutting,
         )
 
-    def _cutting(self, gate: Gate | None, vocabulary: Vocabulary | None) -> Cutting | None:
+    def _cutting(
+        self,
+        config: MergeConfig,
+        split: Split | None,
+        gate: Gate | None,
+        vocabulary: Vocabulary | None,
+    ) -> Cutting | None:
         """What the config's split is made from, its text among it if anything depends on that."""
-        if self.split is None:
+        if split is None:
             return None
         text: tuple[Prompt, ...] = ()
-        if gate and gate.needs.text and self.split.text and vocabulary:
-            text = splits.read_text(self.config, self.split, vocabulary, self.findings)
-        return Cutting(self.split, self.split.per_token(self.config), text)
+        if gate and gate.needs.text and split.text and vocabulary:
+            text = splits.read_text(config, split, vocabulary, self.findings)
+        return Cutting(split, split.per_token(config), text)
 
-    def _body(self, base: Donor, donors: list[Donor]) -> Body:
-        if self.config.body == "base":
+    def _body(self, config: MergeConfig, base: Donor, donors: tuple[Donor, ...]) -> Body:
+        if config.body == "base":
             return Body(base)
-        weights = [expert.body_weight for expert in self.config.experts]
+        weights = [expert.body_weight for expert in config.experts]
         shared = [shared_rows(base, donor) for donor in donors]
         for donor, found, weight in zip(donors, shared, weights, strict=True):
             if found.left and weight:
                 self.findings.note_of(donor.name, found.left)
         total = sum(weights)
         rows = tuple(found.rows for found in shared)
-        return Body(base, tuple(donors), tuple(w / total for w in weights), rows)
+        return Body(base, donors, tuple(w / total for w in weights), rows)
 
     def _donors(self, experts: tuple[Expert, ...], key: str) -> list[Donor | None]:
         donors: list[Donor | None] = []
@@ -268,26 +290,27 @@ class _Preparation:
         if self.options.ray and importlib.util.find_spec("ray") is None:
             self.findings.problem("--ray", "Ray is not installed", "pip install 'moemerge[ray]'")
 
-    def _note_what_has_no_effect(self, gate: Gate, base: Donor, donors: list[Donor | None]) -> None:
-        idle, chosen, mode = self.findings.without_effect, self.options.chosen, self.config.mode
-        if not gate.needs.body_pass:
+    def _note_what_has_no_effect(self, chosen: _Chosen) -> None:
+        config, needs, donors = chosen.config, chosen.gate.needs, chosen.donors
+        idle, given, mode = self.findings.without_effect, self.options.chosen, config.mode
+        if not needs.body_pass:
             for option in ("lazy", "device", "load_in_4bit", "load_in_8bit"):
-                if option in chosen:
+                if option in given:
                     idle(flag(option), f": gate_mode: {mode} runs no model")
-        noise = self.config.draws
-        if "seed" in chosen and not gate.needs.seed and not noise:
+        noise = config.draws
+        if "seed" in given and not needs.seed and not noise:
             without = "without noise_scale or renew"
             idle("--seed", f": gate_mode: {mode} {without} draws nothing")
         opened = self.opener.opened
-        if "cache_dir" in chosen and all(reference.directory for reference in opened):
+        if "cache_dir" in given and all(reference.directory for reference in opened):
             idle("--cache-dir", ": no source is on the Hub")
         if self.options.stream and not any(one.absent for one in opened.values()):
             idle("--stream", ": every source is on this disk")
-        families = {d.model.config.get("model_type") for d in [base, *donors] if d}
+        families = {d.model.config.get("model_type") for d in (chosen.base, *donors)}
         if self.options.allow_crimes and len(families) == 1:
             idle("--allow-crimes", ": all models are of one family")
-        same = {donor.identity for donor in donors if donor}
-        alike = len(donors) > 1 and len(same) == 1 and not noise and not self.split
+        same = {donor.identity for donor in donors}
+        alike = len(donors) > 1 and len(same) == 1 and not noise and not chosen.split
         if alike and not self.options.untrained_ok:
             self.findings.note(
                 "all experts are the same model: useful only if you train the result"
