@@ -28,7 +28,7 @@ from moemerge.architectures import types
 from moemerge.architectures.slots import Constant, FromBody, FromExpert, Joined, Made, Mixture, Slot
 from moemerge.config.schema import parse_config
 from moemerge.dense.inputs import Passage, router_inputs
-from moemerge.families.dense_config import normalise
+from moemerge.families import RECORDS, normalise
 from moemerge.gates import modes as gates
 from moemerge.merging import pipeline
 from moemerge.plan.plan import Plan
@@ -146,7 +146,7 @@ def test_identity(tmp_path: Path, architecture: str, body: str, dialect: int) ->
 
 def test_every_family_of_every_architecture_has_a_body() -> None:
     tried = {(name, BODIES[body].get("family", "llama")) for name, body in HOSTED}
-    tried = {(name, {"phi3": "mistral"}.get(family, family)) for name, family in tried}
+    tried = {(name, RECORDS[family].body or family) for name, family in tried}
     assert tried == {(n, f) for n in types.names() for f in types.find(n).HOLDS.families}
 
 
