@@ -6,7 +6,6 @@ import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moemerge import split as splits
 from moemerge.checkpoint import Checkpoint, Donor, Opener
 from moemerge.config import Expert, MergeConfig, as_config, check_values
 from moemerge.dense import Body
@@ -22,7 +21,7 @@ from moemerge.prepare.layout import Layout, check_dtype, lay_out
 from moemerge.prepare.members import factor_of, host_of, parts_of
 from moemerge.prepare.source_cards import read_own
 from moemerge.reporting import Reporter, listener
-from moemerge.split import Cutting, Split
+from moemerge.split import Cutting, Split, check_split, read_text, split_of, with_slices
 from moemerge.text import Encoder, Prompt, Vocabulary, shared_rows
 from moemerge.text import build_vocabulary as vocabulary_choice
 
@@ -139,15 +138,15 @@ class _Preparation:
         check_values(config, findings)
         gate = gate_setup.gate_of(config, findings)
         base = self._dense(said, self.opener.donor(said, config.where("base_model"), "base"), True)
-        split = splits.of_config(config, findings)
+        split = split_of(config, findings)
         if split and base:
-            splits.check(config, split, base.model.config.get("intermediate_size"), findings)
+            check_split(config, split, base.model.config.get("intermediate_size"), findings)
         if gate:
             gate = gate_setup.with_split(config, gate, split, findings)
             if gate.needs.body_pass:
                 check_device_is_here(self.options, findings)
         if split:
-            config = splits.with_slices(config, split)
+            config = with_slices(config, split)
         donors = self._donors(config.experts, "experts")
         shared = self._donors(config.shared_experts, "shared_experts")
         return _Opened(config, gate, split, base, donors, shared)
@@ -242,7 +241,7 @@ class _Preparation:
             return None
         text: tuple[Prompt, ...] = ()
         if gate and gate.needs.text and split.text and vocabulary:
-            text = splits.read_text(config, split, vocabulary, self.findings)
+            text = read_text(config, split, vocabulary, self.findings)
         return Cutting(split, split.per_token(config), text)
 
     def _body(self, config: MergeConfig, base: Donor, donors: tuple[Donor, ...]) -> Body:

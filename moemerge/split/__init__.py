@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from moemerge.split.config import Split, check, of_config, with_slices
+from moemerge.split.config import Split, check_split, split_of, with_slices
 from moemerge.split.neurons import chosen_slices
 from moemerge.split.slices import Cutter, Cutting, read_text
 
@@ -14,9 +14,9 @@ __all__ = [
     "Cutting",
     "Order",
     "Split",
-    "check",
+    "check_split",
     "chosen_slices",
-    "of_config",
     "read_text",
+    "split_of",
     "with_slices",
 ]

@@ -78,7 +78,7 @@ class Split:
             yield "text", what, "name a text or jsonl file, or use assign: kmeans"
 
 
-def of_config(config: MergeConfig, findings: Findings) -> Split | None:
+def split_of(config: MergeConfig, findings: Findings) -> Split | None:
     """A config's split, None where it has none; what is wrong with it alone is recorded."""
     if not config.split:
         return None
@@ -116,7 +116,7 @@ def with_slices(config: MergeConfig, split: Split) -> MergeConfig:
     return replace(config, experts=experts)
 
 
-def check(config: MergeConfig, split: Split, inner: Any, findings: Findings) -> None:
+def check_split(config: MergeConfig, split: Split, inner: Any, findings: Findings) -> None:
     """Record what cannot be of a split of MLPs of `inner` neurons."""
     for key, what, fix in split.problems(inner):
         findings.problem(config.where(f"split.{key}"), what, fix)
