@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 CONFIG_FILE = "config.json"
-
+WEIGHTS_SUFFIX = ".safetensors"
+"""How the names of the weight files end that are written here."""
 
 PART_SUFFIX = ".part"
 

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ import torch
 from babies import make_adapter, make_model
 from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
+
+from moemerge.hub.client import Patience
 
 ROOT = Path(__file__).parents[1]
 HEADER_BYTES = 100_001
@@ -385,6 +388,31 @@ def test_the_cache_serves_while_the_hub_is_down(hub: FakeHub, tmp_path: Path) ->
     assert "download" in refused.stderr
 
 
+class Answer(Exception):
+    """An HTTP library's error, with the answer that it is about."""
+
+    def __init__(self, status: int, **headers: str):
+        self.response = SimpleNamespace(status_code=status, headers=headers)
+
+
+def test_the_hub_is_asked_again_while_that_may_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks: each wait is twice the last, or as long as the Hub says, never over 30 s."""
+    waits: list[float] = []
+    monkeypatch.setattr("moemerge.hub.client.time.sleep", waits.append)
+    patience = Patience()
+    while patience.again(ConnectionError("reset")):
+        pass
+    assert waits == [0.5, 1, 2, 4, 8, 16, 30]
+    patience.began_anew()
+    assert patience.again(Answer(429, **{"retry-after": "7"})) and waits[-1] == 7
+    assert patience.again(Answer(503, **{"retry-after": "700"})) and waits[-1] == 30
+    for final in (Answer(404), Answer(403), ValueError("no JSON"), OSError(28, "full", "file")):
+        assert not Patience().again(final)
+    wrapped = RuntimeError("huggingface_hub's own")
+    wrapped.__cause__ = Answer(500)
+    assert Patience().again(wrapped)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("version", ["this", "transformers4"])
 def test_a_download_that_does_not_come_is_said(
@@ -396,11 +424,10 @@ def test_a_download_that_does_not_come_is_said(
     assert run(hub.environment(tmp_path), "plan", config, python=python).returncode == 0
     commit = hub.repositories["lab/base"].refs["main"]
     script = f"""
-from moemerge.checkpoint import hub
-from moemerge.hub import Remote
 from moemerge.errors import ReadError
+from moemerge.hub import Remote, download
 try:
-    hub.fetch([Remote("lab/base", "{commit}", "model-mlp.safetensors", 0, "")], None)
+    download.fetch([Remote("lab/base", "{commit}", "model-mlp.safetensors", 0, "")], None)
 except ReadError as error:
     print(error)
 """

@@ -1,11 +1,12 @@
 """The Hugging Face Hub: what is asked, downloaded, read by ranges, and written there."""
 
 from moemerge.hub import download
-from moemerge.hub.client import NOWHERE, HubError
+from moemerge.hub.client import FEW_TRIES, NOWHERE, HubError
 from moemerge.hub.ranges import Remote, open_remote, read_range
 from moemerge.hub.repository import SHARD, Content, Repository, holds, size_of
 
 __all__ = [
+    "FEW_TRIES",
     "NOWHERE",
     "SHARD",
     "Content",

@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -15,15 +14,15 @@ from typing import Any
 
 from moemerge.errors import ReadError, nearest
 from moemerge.hub.client import (
-    FIRST_WAIT,
+    FEW_TRIES,
     NOWHERE,
     TIMEOUT,
     HubError,
+    Patience,
     explain,
     progress_bars,
-    retry_after,
-    shortened,
     status,
+    why,
 )
 from moemerge.hub.ranges import Remote
 from moemerge.reporting import Reporter, listener
@@ -33,8 +32,6 @@ SMALL_FILES = [
     "additional_chat_templates/*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "adapter_config.json", "README.md",
 ]  # fmt: skip
-_BUSY = (429, 500, 502, 503, 504)
-_ASKED_AGAIN = 2
 
 
 @dataclass(frozen=True)
@@ -66,17 +63,16 @@ def open_snapshot(
 
     reason = "HF_HUB_OFFLINE is set"
     failure: Exception | None = None
-    if not constants.HF_HUB_OFFLINE:
-        for attempt in range(_ASKED_AGAIN + 1):
-            try:
-                return _download_small_files(repo, revision, cache_dir, known)
-            except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
-                if explained := explain(error):
-                    raise HubError(*_with_help(repo, revision, error, explained)) from error
-                reason, failure = f"the Hub cannot be reached ({shortened(error)})", error
-                if status(error) not in _BUSY or attempt == _ASKED_AGAIN:
-                    break
-                time.sleep(retry_after(error) or FIRST_WAIT * 2**attempt)
+    patience = Patience(FEW_TRIES)
+    while not constants.HF_HUB_OFFLINE:
+        try:
+            return _download_small_files(repo, revision, cache_dir, known)
+        except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
+            if explained := explain(error):
+                raise HubError(*_with_help(repo, revision, error, explained)) from error
+            reason, failure = f"the Hub cannot be reached ({why(error)})", error
+            if status(error) is None or not patience.again(error):  # no network: the cache serves
+                break
     folder = _cached(repo, revision, cache_dir)
     if folder is None:
         raise HubError(
@@ -114,7 +110,7 @@ def fetch(
                 repo, revision=commit, cache_dir=cache_dir, allow_patterns=wanted
             )
     except Exception as error:
-        raise _failed(repo, shortened(error)) from error
+        raise _failed(repo, why(error)) from error
     with reporter.progress(f"checking what came of {repo}", total, "B") as advance:
         for file in wanted:  # without a network, some versions return what the cache holds
             path = Path(folder) / file
@@ -171,8 +167,8 @@ def _is_whole(path: Path, remote: Remote) -> bool:
     return digest.hexdigest() == remote.etag
 
 
-def _failed(repo: str, why: str) -> ReadError:
-    return ReadError(f"{repo}: the download failed ({why}); run the same command again")
+def _failed(repo: str, reason: str) -> ReadError:
+    return ReadError(f"{repo}: the download failed ({reason}); run the same command again")
 
 
 def _download_small_files(
@@ -246,7 +242,7 @@ def measured(snapshot: Snapshot, files: Iterable[str]) -> Snapshot:
         try:
             said = get_hf_file_metadata(hf_hub_url(one.repo, file, revision=one.commit))
         except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
-            what, fix = explain(error) or (shortened(error), "try again later")
+            what, fix = explain(error) or (why(error), "try again later")
             raise HubError(f"{file}: {what}", fix) from error
         found[file] = replace(one, size=said.size or 0, etag=one.etag or said.etag or "")
     return replace(snapshot, files=found)

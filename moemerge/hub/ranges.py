@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from moemerge.hub.client import (
-    FIRST_WAIT,
-    LONGEST_WAIT,
-    TIMEOUT,
-    HubError,
-    explain,
-    retry_after,
-    shortened,
-)
+from moemerge.hub.client import TIMEOUT, HubError, Patience, explain, why
 
-_TRIES = 6
 _BLOCK = 1 << 16
 
 
@@ -75,27 +65,25 @@ def read_range(remote: Remote, start: int, view: memoryview) -> None:
     Raises:
         HubError: it may not be read, is no longer what it was, or does not come.
     """
-    done, failures = 0, 0
+    done, patience = 0, Patience()
     while done < len(view):
         before = done
         try:
             for piece in _range(remote, start + done, start + len(view)):
                 view[done : done + len(piece)] = piece
                 done += len(piece)
-            why, wait = f"it sent {done - before} bytes of a range", 0.0
+            if done < len(view):
+                raise ConnectionError(f"it sent {done - before} bytes of a range")
         except HubError:
             raise
         except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
-            why, wait = shortened(error), retry_after(error)
             if explained := explain(error):
                 raise HubError(f"{remote.file}: {explained[0]}", explained[1]) from error
-        failures = 0 if done > before else failures + 1
-        if done < len(view):
-            if failures == _TRIES:
-                raise HubError(
-                    f"{remote.file} cannot be read from the Hub ({why})", "try again later"
-                )
-            time.sleep(wait or min(FIRST_WAIT * 2**failures, LONGEST_WAIT))
+            if done > before:
+                patience.began_anew()
+            if not patience.again(error):
+                what = f"{remote.file} cannot be read from the Hub ({why(error)})"
+                raise HubError(what, "try again later") from error
 
 
 def _range(remote: Remote, start: int, end: int) -> Iterator[bytes]:

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import re
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,16 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moemerge.errors import MoemergeError, RunError
-from moemerge.files import CONFIG_FILE
-from moemerge.hub.client import progress_bars, retry_after, shortened
+from moemerge.files import CONFIG_FILE, WEIGHTS_SUFFIX
+from moemerge.hub.client import TRIES, Patience, progress_bars, status, why
 
 T = TypeVar("T")
 Content = Path | bytes
 """What a file on the Hub is to hold: that of a file here, or these bytes."""
 
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-TRIES = 8  # in vain
-_WAIT, _LONGEST_WAIT = 0.25, 30.0  # seconds
+SHARD = re.compile(rf"model-\d{{5}}-of-\d{{5}}{re.escape(WEIGHTS_SUFFIX)}")
 
 
 @dataclass(frozen=True)
@@ -170,27 +167,23 @@ class Repository:
         Raises:
             RunError: it does not help.
         """
-        for failures in range(1, self.tries + 1):
+        patience = Patience(self.tries)
+        while True:
             try:
                 with _quiet():
                     return ask()
             except MoemergeError:
                 raise
             except Exception as error:  # two HTTP libraries' errors, by huggingface_hub's version
-                cause = _cause(error)
-                status = getattr(getattr(cause, "response", None), "status_code", None)
-                if status in missing:
+                refused = status(error)
+                if refused in missing:
                     return None
-                again = status in (408, 409, 412, 429) or (status or 0) >= 500
-                again = again or (status is None and _is_network(cause))
-                if not again or failures == self.tries:
+                if not patience.again(error):
+                    told = ": your token may not write there" if refused in (401, 403) else ""
                     raise RunError(
-                        f"{self.repo}: {what} failed ({_why(cause, status)}); "
+                        f"{self.repo}: {what} failed ({why(error)}{told}); "
                         "run the same command again to go on"
                     ) from error
-                wait = retry_after(cause) or _WAIT * 2**failures
-                time.sleep(min(wait, _LONGEST_WAIT))
-        raise AssertionError("unreachable")
 
 
 def holds(content: Content, there: Held | None) -> bool:
@@ -228,26 +221,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _cause(error: Exception) -> Exception:
-    """The error that tells: the first with an answer, else the innermost."""
-    while getattr(error, "response", None) is None and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return error
-
-
-def _is_network(error: BaseException) -> bool:
-    """Whether a connection failed: requests' errors are OSErrors of no file, httpx has its own."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return "TransportError" in names or (isinstance(error, OSError) and error.filename is None)
-
-
-def _why(error: BaseException, status: int | None) -> str:
-    """One line without addresses, which may carry signatures."""
-    if status in (401, 403):
-        return f"HTTP {status}: your token may not write there"
-    if status is not None:
-        said = " ".join(str(getattr(error, "server_message", None) or "").split())[:160]
-        return f"HTTP {status}{': ' if said else ''}{said}"
-    return re.sub(r"https?://\S+", "the Hub", shortened(Exception(str(error) or repr(error))))

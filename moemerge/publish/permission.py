@@ -8,11 +8,10 @@ from typing import Any
 
 from moemerge.errors import Problem, RunError
 from moemerge.files import CONFIG_FILE
-from moemerge.hub import SHARD, Repository
+from moemerge.hub import FEW_TRIES, SHARD, Repository
 from moemerge.output import MANIFEST_FILE
 
 _WEIGHTS = (".safetensors", ".bin")
-_TRIES_BEFORE = 3  # in vain, before a merge begins
 
 
 def refusals(repo: str, private: bool, fresh: bool = False) -> Iterator[Problem]:
@@ -50,7 +49,7 @@ def _refusals(repo: str, private: bool, fresh: bool) -> Iterator[Problem]:
         fix = "run `hf auth login` with a token that may write, or set HF_TOKEN"
         yield Problem(repo, "you are not logged in to the Hub", fix)
         return
-    target = Repository(repo, tries=_TRIES_BEFORE)
+    target = Repository(repo, tries=FEW_TRIES)
     account = target.whoami()
     if account is None:
         fix = "run `hf auth login` anew, or correct HF_TOKEN"
