@@ -11,7 +11,7 @@ import torch
 from babies import make_adapter, make_model, simple_config, write_config
 
 from moemerge import ReadError, merge, verify_checkpoint
-from moemerge.checkpoint.location import Location, numpy_dtype
+from moemerge.checkpoint.location import PLAIN, Location, numpy_dtype
 from moemerge.output.verify import _is_made
 from moemerge.plan import arithmetic
 from moemerge.plan.plan import PlannedTensor
@@ -31,7 +31,7 @@ class Files:
     def put(self, name: str, values: torch.Tensor, dtype: str) -> Read:
         path = self.folder / f"{sum(1 for _ in self.folder.iterdir())}"
         path.write_bytes(values.float().numpy().astype(numpy_dtype(dtype)).tobytes())
-        self.found[name] = Location(path, 0, dtype, tuple(values.shape))
+        self.found[name] = Location(path, 0, PLAIN[dtype], tuple(values.shape))
         return Read("source", name)
 
     @property

@@ -2,10 +2,11 @@
 
 from moemerge.checkpoint.claims import TIED
 from moemerge.checkpoint.donor import Donor, Opener
-from moemerge.checkpoint.formats.safetensors import read_header
+from moemerge.checkpoint.formats import read_header, weight_suffixes
 from moemerge.checkpoint.location import (
     FLOATS,
-    ITEMSIZE,
+    PLAIN,
+    Encoding,
     Location,
     check_unchanged,
     numpy_dtype,
@@ -13,10 +14,11 @@ from moemerge.checkpoint.location import (
     read_into,
     read_numbers,
     read_rows,
+    read_values,
 )
 from moemerge.checkpoint.lora import Adapter, open_adapter
 from moemerge.checkpoint.not_a_model import SourceProblem
-from moemerge.checkpoint.open import Checkpoint, fetch, open_checkpoint, streamed, with_rows
+from moemerge.checkpoint.open import Checkpoint, fetch, open_checkpoint, with_rows
 from moemerge.checkpoint.reference import (
     NoSource,
     Reference,
@@ -29,11 +31,12 @@ from moemerge.checkpoint.reference import (
 
 __all__ = [
     "FLOATS",
-    "ITEMSIZE",
+    "PLAIN",
     "TIED",
     "Adapter",
     "Checkpoint",
     "Donor",
+    "Encoding",
     "Location",
     "NoSource",
     "Opener",
@@ -54,6 +57,7 @@ __all__ = [
     "read_into",
     "read_numbers",
     "read_rows",
-    "streamed",
+    "read_values",
+    "weight_suffixes",
     "with_rows",
 ]

@@ -127,7 +127,7 @@ def _is_tied(tensors: Mapping[str, Location], absent: Mapping[str, Remote]) -> b
     if not {EMBEDDING, HEAD} <= tensors.keys():
         return True
     one, two = (_found(tensors[name], absent) for name in (EMBEDDING, HEAD))
-    if (one.dtype, one.shape) != (two.dtype, two.shape):
+    if (one.encoding, one.shape) != (two.encoding, two.shape):
         return False
     return _alike(one, two) and bool(one.remote or two.remote or is_equal(one, two))
 

@@ -35,7 +35,7 @@ def of_headers(tensors: Mapping[str, Mapping[str, Location]]) -> str:
     for file, found in tensors.items():
         for name, at in found.items():
             size = at.stamp[0] if at.stamp else 0
-            digest.update(repr((file, size, name, at.dtype, at.shape, at.offset)).encode())
+            digest.update(repr((file, size, name, at.encoding.name, at.shape, at.offset)).encode())
     return digest.hexdigest()
 
 

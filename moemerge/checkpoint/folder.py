@@ -6,6 +6,8 @@ versions 4.57 and 5), PEFT's is `load_peft_weights` in its utils/save_and_load.p
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -13,18 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
+from moemerge.checkpoint.formats import in_order, suffix_pattern, weight_suffixes
 from moemerge.checkpoint.not_a_model import SourceProblem, other_than_a_model, some
+from moemerge.files import WEIGHTS_SUFFIX
 
 _INDEX = ".index.json"
-_MODEL = ("model.safetensors", "model.safetensors" + _INDEX, "pytorch_model.bin",
-          "pytorch_model.bin" + _INDEX)  # fmt: skip
-_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.safetensors" + _INDEX,
-            "adapter_model.bin" + _INDEX)  # fmt: skip
-"""PEFT reads the first two; the others are what transformers wrote of a large one."""
-_PASSED_OVER = re.compile(
-    r"(adapter_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
-)
-_RANK_FILES = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_RANK_FILES = re.compile(rf"shard-\d{{5}}-model-\d{{5}}-of-\d{{5}}{re.escape(WEIGHTS_SUFFIX)}")
 """transformers 5 reads these before any other; each holds a part of every tensor."""
 POINTER = "a pointer of Git LFS, not the file itself"
 IN_REPOSITORY = "the repository itself holds the pointer: ask its owner to upload the file"
@@ -51,8 +47,8 @@ class Folder:
         """
         if "adapter_config.json" not in self.names:
             return False
-        whole = [name for name in _MODEL if name in self.names and "config.json" in self.names]
-        adapter = [name for name in _ADAPTER if name in self.names]
+        whole = self._there(_model_files()) if "config.json" in self.names else []
+        adapter = self._there(_adapter_files())
         if whole and adapter:
             raise SourceProblem(
                 f"holds a whole model ({whole[0]}) and an adapter ({adapter[0]}), and transformers "
@@ -98,7 +94,7 @@ class Folder:
         Raises:
             SourceProblem: none do, or not all are there.
         """
-        order: tuple[str, ...] = _ADAPTER if adapter else _MODEL
+        order = _adapter_files() if adapter else _model_files()
         if rank_files := sorted(filter(_RANK_FILES.fullmatch, self.names - self.listed)):
             raise SourceProblem(
                 f"holds {some(rank_files)}, each with a part of every tensor",
@@ -106,15 +102,15 @@ class Folder:
                 "consolidate_distributed_checkpoint, and take them out of the folder",
             )
         if explicit is not None and not adapter:
-            if not _is_plain_name(explicit) or not re.search(
-                r"\.safetensors(\.index\.json)?$", str(explicit)
-            ):
+            ends = (WEIGHTS_SUFFIX, WEIGHTS_SUFFIX + _INDEX)
+            if not _is_plain_name(explicit) or not str(explicit).endswith(ends):
                 what = f"config.json: transformers_weights is {explicit!r}"
-                raise SourceProblem(what, "name a .safetensors file or its index in its folder")
-            order = (str(explicit), *order)
+                fix = f"name a {WEIGHTS_SUFFIX} file or its index in its folder"
+                raise SourceProblem(what, fix)
+            order = [glob.escape(str(explicit)), *order]
             if explicit not in self.names:
                 raise SourceProblem(f"config.json names {explicit}, which is not there", self.again)
-        chosen = next((name for name in order if name in self.names), None)
+        chosen = next(iter(self._there(order)), None)
         if chosen is None:
             none = f"holds none of {', '.join(n for n in order if not n.endswith(_INDEX))}"
             raise self.problem(none, "download the model's weights")
@@ -124,12 +120,17 @@ class Folder:
             files, index = self._shards(chosen, order)
         self.check(files)
         used = {chosen, *files, *(index or {}).values()}
-        others = sorted(n for n in self.names - used if _PASSED_OVER.fullmatch(n))
+        passed = rf"(adapter_|pytorch_)?model(-\d+-of-\d+)?{suffix_pattern()}(\.index\.json)?"
+        others = sorted(name for name in self.names - used if re.fullmatch(passed, name))
         others = [name for name in others if name.startswith("adapter_") == adapter]
         note = f"its weights are {chosen}, which {'PEFT' if adapter else 'transformers'} takes; "
         return Weights(files, index, f"{note}{some(others)} is passed over" if others else "")
 
-    def _shards(self, name: str, order: Collection[str]) -> tuple[list[str], dict[str, str]]:
+    def _there(self, patterns: Iterable[str]) -> list[str]:
+        """The names that fit the patterns, those of the first pattern first."""
+        return [name for one in patterns for name in fnmatch.filter(sorted(self.names), one)]
+
+    def _shards(self, name: str, order: Iterable[str]) -> tuple[list[str], dict[str, str]]:
         index = read_json(self.directory / name).get("weight_map")
         if not isinstance(index, dict) or not index:
             raise SourceProblem(f"{name} has no weight_map", "save the model again")
@@ -140,10 +141,14 @@ class Folder:
                     "do not use this model: its index is hostile or broken",
                 )
         files = sorted(set(index.values()))
+        if strange := [file for file in files if not file.endswith(weight_suffixes())]:
+            what = f"{name} names {some(strange)}, which is no file of weights"
+            fix = f"save the model again; weights are in files of {', '.join(weight_suffixes())}"
+            raise SourceProblem(what, fix)
         there = [file for file in files if file in self.names]
         if there != files and not (self.partial and there):
             gone = [file for file in files if file not in self.names]
-            other = [one for one in order if one in self.names and one != name]
+            other = [one for one in self._there(order) if one != name]
             stale = f", or remove {name} if the model is {other[0]}" if other else ""
             raise SourceProblem(
                 f"{name} names {some(gone)}, which is not there", self.again + stale
@@ -156,6 +161,16 @@ class Folder:
         if instead is None:
             return SourceProblem(what, self.again if self.partial else fix)
         return SourceProblem(f"{what}, but {instead[0]}", instead[1])
+
+
+def _model_files() -> list[str]:
+    """Patterns of a model's files, as transformers takes the first that is there."""
+    return [one.MODEL + end for one in in_order() for end in ("", _INDEX)]
+
+
+def _adapter_files() -> list[str]:
+    """The same of an adapter's, which are PEFT's; what has an index, transformers wrote."""
+    return [one.ADAPTER + end for end in ("", _INDEX) for one in in_order()]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moemerge.architectures import LAYER, MLP, Names, count_of, reading_of
-from moemerge.checkpoint.location import ITEMSIZE, Location
+from moemerge.checkpoint.location import Location
 from moemerge.families import RECORDS, Family
 
 MAX_PARTS = 1 << 19
@@ -41,12 +41,14 @@ class View:
         """Where it lies, given where the whole tensor does.
 
         Raises:
-            ValueError: the tensor does not reach so far.
+            ValueError: the tensor does not reach so far, or a block would be cut there.
         """
         if self.start + math.prod(self.shape) > math.prod(whole.shape):
             raise ValueError(f"{self.of} is {list(whole.shape)}, which is not what it was")
-        offset = whole.offset + self.start * ITEMSIZE[whole.dtype]
-        return dataclasses.replace(whole, offset=offset, shape=self.shape)
+        part = whole.part(self.start, self.shape)
+        if part is None:
+            raise ValueError(f"a part of {self.of} begins within a block of {whole.encoding.name}")
+        return part
 
 
 def views_of(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,12 +16,36 @@ from moemerge.hub import HubError, Remote, read_range
 if TYPE_CHECKING:
     import numpy as np
 
+    Numbers = np.ndarray[Any, np.dtype[Any]]
 
-ITEMSIZE = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
-    "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a tensor's values stand in bytes: `block_values` after `block_values`, row-major, each
+    such block in `block_bytes`. The last block may have more values than the tensor has left.
+
+    `decode` makes float32 values, (blocks * block_values,), of the bytes of whole blocks, each
+    block by itself. It is None where the bytes are plain numbers.
+    """
+
+    name: str
+    block_values: int
+    block_bytes: int
+    decode: Callable[[memoryview], Numbers] | None = None
+
+    def nbytes(self, values: int) -> int:
+        """The bytes of so many values from a block's beginning on."""
+        return -(-values // self.block_values) * self.block_bytes
+
+
+PLAIN = {
+    name: Encoding(name, 1, nbytes)
+    for name, nbytes in {
+        "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
+        "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    }.items()
 }  # fmt: skip
-"""Bytes a value, by the dtype names of the safetensors format."""
+"""Plain numbers, by the dtype names of the safetensors format."""
 
 MAX_DIMENSIONS = 64
 """As numpy; more can only be meant to make their product endless."""
@@ -53,7 +79,7 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class Location:
-    """A tensor's bytes: `nbytes` at `offset` of `file`, row-major, little-endian.
+    """A tensor's bytes: `nbytes` at `offset` of `file`, little-endian.
 
     `stamp` is the file's when its header was read. With `remote`, the file is on the Hub, and its
     bytes are read there. Of a `negative` one they are the numbers with the other sign.
@@ -61,7 +87,7 @@ class Location:
 
     file: Path
     offset: int
-    dtype: str
+    encoding: Encoding
     shape: tuple[int, ...]
     stamp: Stamp | None = None
     remote: Remote | None = None
@@ -70,7 +96,23 @@ class Location:
     @property
     def nbytes(self) -> int:
         """The tensor's size in bytes."""
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+        return self.encoding.nbytes(math.prod(self.shape))
+
+    @property
+    def dtype(self) -> str:
+        """The dtype in which its values are read: F32 of those that are decoded."""
+        return "F32" if self.encoding.decode else self.encoding.name
+
+    def is_plain(self, dtype: str) -> bool:
+        """Whether its bytes are numbers of that dtype as they are, so that they can be copied."""
+        return self.encoding.decode is None and self.encoding.name == dtype
+
+    def part(self, start: int, shape: tuple[int, ...]) -> Location | None:
+        """Where its values from `start` on lie; None if a block would be cut there."""
+        if start % self.encoding.block_values:
+            return None
+        offset = self.offset + self.encoding.nbytes(start)
+        return dataclasses.replace(self, offset=offset, shape=shape)
 
 
 def read_bytes(location: Location, start: int = 0, nbytes: int | None = None) -> bytearray:
@@ -121,7 +163,7 @@ def _resign(location: Location, start: int, view: memoryview) -> None:
     if location.negative:
         import numpy as np
 
-        size = ITEMSIZE[location.dtype]
+        size = location.encoding.block_bytes
         np.frombuffer(view, np.uint8)[(size - 1 - start) % size :: size] ^= 0x80
 
 
@@ -157,14 +199,29 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return found
 
 
+def read_values(location: Location, start: int, count: int) -> Numbers:
+    """Read `count` values from value `start` on, in the tensor's `dtype`.
+
+    Raises:
+        ReadError: as `read_into`.
+    """
+    import numpy as np
+
+    encoding = location.encoding
+    first, skipped = divmod(start, encoding.block_values)
+    nbytes = encoding.nbytes(skipped + count)
+    raw = read_bytes(location, first * encoding.block_bytes, nbytes)
+    if encoding.decode is None:
+        return np.frombuffer(raw, numpy_dtype(location.dtype))
+    return encoding.decode(memoryview(raw))[skipped : skipped + count]
+
+
 def read_rows(location: Location, rows: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Read some rows of a matrix: (len(rows), columns), as float32."""
     import numpy as np
 
-    dtype = numpy_dtype(location.dtype)
-    width = location.nbytes // location.shape[0]
-    parts = [np.frombuffer(read_bytes(location, row * width, width), dtype) for row in rows]
-    return np.stack(parts).astype(np.float32)
+    width = math.prod(location.shape[1:])
+    return np.stack([read_values(location, row * width, width) for row in rows]).astype(np.float32)
 
 
 def read_numbers(location: Location) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -7,21 +7,23 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from moemerge.checkpoint.formats import suffix_pattern
+
 ORIGINALS = "merge from the original weights: a merge cannot read quantised ones"
 GATHER = (
     "gather it: `python zero_to_fp32.py . gathered --safe_serialization`, and copy its config.json "
     "and tokenizer there"
 )
 _FOREIGN = (
-    # a file's or folder's name, what it is, what makes a model of it
+    # a file's or folder's name (WEIGHTS: any format's suffix), what it is, what makes a model of it
     (r"zero_to_fp32\.py|global_step\d+|.*(mp|zero_pp)_rank_\d+.*\.pt", "a DeepSpeed checkpoint",
      GATHER),
     (r".*\.distcp|pytorch_model_fsdp_\d+", "a distributed checkpoint of FSDP",
      "join it: `accelerate merge-weights FOLDER_OF_ITS_DISTCP_FILES joined`, and copy its "
      "config.json and tokenizer there"),
-    (r"(adapter_|pytorch_)?model-\d+-of-\d+\.(safetensors|bin)", "shards without their index",
+    (r"(adapter_|pytorch_)?model-\d+-of-\d+WEIGHTS", "shards without their index",
      "download or copy the file that ends with .index.json too"),
-    (r"(pytorch_)?model\.[\w-]+(-\d+-of-\d+)?\.(safetensors|bin)|.*\.index\.[\w-]+\.json",
+    (r"(pytorch_)?model\.[\w-]+(-\d+-of-\d+)?WEIGHTS|.*\.index\.[\w-]+\.json",
      "a variant, which is loaded by its name alone",
      "load it with from_pretrained(..., variant=NAME) and save it with save_pretrained"),
     (r"consolidated\..*|params\.json", "in Mistral's or Meta's own format",
@@ -79,6 +81,7 @@ def some(names: Collection[str]) -> str:
 def _foreign(names: Iterable[str]) -> tuple[str, str] | None:
     listed = sorted(names)
     for pattern, kind, fix in _FOREIGN:
+        pattern = pattern.replace("WEIGHTS", suffix_pattern())
         found = [name for name in listed if re.fullmatch(pattern, name.rpartition("/")[2])]
         if found:
             return f"{some(found)}, which is {kind}", fix

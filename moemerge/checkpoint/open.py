@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.architectures import reading_of
-from moemerge.checkpoint import claims, fingerprint
+from moemerge.checkpoint import claims, fingerprint, formats
 from moemerge.checkpoint.folder import IN_REPOSITORY, POINTER, Folder, is_pointer, read_json
-from moemerge.checkpoint.formats import safetensors as safetensors_file
-from moemerge.checkpoint.formats import torch_zip as torch_file
 from moemerge.checkpoint.fused import View, rows_named, views_of, with_views
 from moemerge.checkpoint.location import Location, Stamp
 from moemerge.checkpoint.not_a_model import GATHER, ORIGINALS, SourceProblem
@@ -23,7 +21,7 @@ from moemerge.errors import ReadError
 from moemerge.families import EMBEDDING, HEAD, RECORDS, normalise
 from moemerge.hub import NOWHERE, HubError, Remote, open_remote
 from moemerge.hub import download as hub
-from moemerge.reporting import Reporter
+from moemerge.reporting import Reporter, listener
 
 _SMALL_BYTES = 1 << 28
 """An adapter of no more is known by all its bytes."""
@@ -60,6 +58,11 @@ class Checkpoint:
     def lost_its_tokenizer(self) -> bool:
         """Whether it is a cache without a tokenizer; the repository may have one."""
         return self.partial and not any((self.directory / n).exists() for n in hub.VOCABULARIES)
+
+    @property
+    def streams(self) -> bool:
+        """Whether its absent files can be read on the Hub, tensor by tensor."""
+        return all(formats.format_of(file).STREAMS for file in self.absent)
 
     @property
     def is_adapter(self) -> bool:
@@ -111,19 +114,26 @@ def fetch(
     names: Iterable[str],
     cache_dir: str | Path | None,
     reporter: Reporter | None = None,
+    stream: bool = False,
 ) -> Checkpoint:
     """Download the files that hold the tensors `names`, if they are absent; open them again.
+
+    With `stream`, tensors are to be read from the Hub as they are asked for, if their format can.
 
     Raises:
         ReadError: the download failed, or what came is not what the plan was made from.
     """
     names = set(names)
+    if stream and checkpoint.streams:
+        return _streamed(checkpoint, names)
     doubted = EMBEDDING in names and _is_doubtful(checkpoint)
     if doubted:
         names.add(HEAD)
     files = {checkpoint.tensors[name].file.name for name in names} & set(checkpoint.absent)
     if not files:
         return checkpoint
+    what = f"{checkpoint.reference.text}: downloading what is needed into the Hub's cache"
+    listener(reporter, False).say(what)
     hub.fetch([checkpoint.absent[file] for file in files], cache_dir, reporter)
     tensors = dict(checkpoint.tensors)
     for file in files:
@@ -137,7 +147,8 @@ def fetch(
             raise ReadError(f"{path}: {error}; download it again") from error
         for name, location in found.items():
             if name in tensors and tensors[name].file == path:
-                if (location.dtype, location.shape) != (tensors[name].dtype, tensors[name].shape):
+                told = tensors[name]
+                if (location.encoding, location.shape) != (told.encoding, told.shape):
                     raise ReadError(f"{path}: {name} is not what the Hub said; run again")
                 tensors[name] = location
     absent = {file: at for file, at in checkpoint.absent.items() if file not in files}
@@ -146,12 +157,8 @@ def fetch(
     return dataclasses.replace(checkpoint, tensors=tensors, absent=absent)
 
 
-def streamed(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
-    """The same with every absent file's tensors to be read from the Hub, as they are asked for.
-
-    Raises:
-        ReadError: of the tensors `names`, one is not what the plan was made from.
-    """
+def _streamed(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    """The same with every absent file's tensors to be read from the Hub."""
     tensors = {
         name: dataclasses.replace(at, remote=checkpoint.absent.get(at.file.name))
         for name, at in checkpoint.tensors.items()
@@ -172,11 +179,19 @@ def _confirm(checkpoint: Checkpoint, tensors: dict[str, Location], fix: str) -> 
 
 
 def with_rows(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
-    """The same with those of `names` that `fused.row_name` gives to rows of its tensors."""
+    """The same with those of `names` that `fused.row_name` gives to rows of its tensors.
+
+    Raises:
+        SourceProblem: the tensors are encoded in blocks, and such rows begin within one.
+    """
     views = rows_named(checkpoint.tensors, names)
     if not views:
         return checkpoint
-    tensors = checkpoint.tensors | {n: v.at(checkpoint.tensors[v.of]) for n, v in views.items()}
+    try:
+        rows = {name: view.at(checkpoint.tensors[view.of]) for name, view in views.items()}
+    except ValueError as error:
+        raise SourceProblem(str(error), ORIGINALS) from error
+    tensors = checkpoint.tensors | rows
     return dataclasses.replace(checkpoint, tensors=tensors, views=checkpoint.views | views)
 
 
@@ -229,14 +244,14 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
             f"config.json: num_hidden_layers is {layers}, its weights are {count} tensors",
             "use the weights and the config.json of one and the same model",
         )
-    views: dict[str, View] = {}
+    views, shown = dict[str, View](), tensors
     if not adapter:
         try:
             views = views_of(tensors, family, config)
+            shown = with_views(tensors, views)
         except ValueError as error:
             fix = "use the weights and the config.json of one and the same model"
             raise SourceProblem(str(error), fix) from error
-    shown = with_views(tensors, views)
     commit = snapshot.commit if snapshot else None
     small = adapter and sum(at.nbytes for at in tensors.values()) <= _SMALL_BYTES
     on_hub = snapshot.files if snapshot else {}
@@ -274,30 +289,18 @@ def _read_header(path: Path, snapshot: hub.Snapshot | None) -> dict[str, Locatio
         if snapshot is None or path.exists():
             return _read_local_header(path)
         with open_remote(snapshot.files[path.name]) as remote:
-            if path.suffix == ".safetensors":
-                return safetensors_file.read_header(path, remote)
-            return torch_file.read_header(path, remote)
+            return formats.read_header(path, remote)
     except ValueError as error:
         if snapshot and path.name in snapshot.files:
             with open_remote(snapshot.files[path.name]) as remote:
                 if is_pointer(remote):
                     raise SourceProblem(f"{path.name} is {POINTER}", IN_REPOSITORY) from error
-        raise SourceProblem(f"{path.name}: {error}", _repair(path)) from error
-
-
-def _repair(path: Path) -> str:
-    """What to do about a weight file that cannot be read."""
-    if path.suffix == ".safetensors":
-        return "download or save the model again"
-    saved = "from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
-    return f"download it again if it is damaged, or save the model as safetensors: {saved}"
+        raise SourceProblem(f"{path.name}: {error}", formats.format_of(path.name).FIX) from error
 
 
 def _read_local_header(path: Path) -> dict[str, Location]:
-    stat = path.stat()
-    read = safetensors_file if path.suffix == ".safetensors" else torch_file
-    stamp = Stamp.of(stat)
+    stamp = Stamp.of(path.stat())
     return {
         name: dataclasses.replace(location, stamp=stamp)
-        for name, location in read.read_header(path).items()
+        for name, location in formats.read_header(path).items()
     }

@@ -55,7 +55,7 @@ def plan_lines(ready: Any, options: Options) -> Iterator[str]:
             "read twice (ridge with on_policy: false does not)"
         )
     for text in hub.whole:
-        yield f"{text} holds .bin files alone: they are downloaded whole, even with --stream"
+        yield f"{text} can only be had whole: its files are downloaded, even with --stream"
     yield f"base      {ready.base.model.reference.text}"
     if rows := ready.vocabulary.summary:
         yield f"vocabulary: {rows}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moemerge.checkpoint import Location
+from moemerge.checkpoint import PLAIN, Location
 from moemerge.families import EMBEDDING, HEAD, LAYER, PARTIAL, RECORDS, TRAINED
 from moemerge.options import RunOptions
 from moemerge.plan import Recipe, Sources, arithmetic, recipe
@@ -39,7 +40,8 @@ def available_memory() -> int | None:
 
 def model_bytes(tensors: Collection[Location]) -> int:
     """What a model of these tensors takes in memory, as `whole_model` holds it."""
-    return sum(at.nbytes * (2 if at.dtype == "F16" else 1) for at in tensors)
+    as_held = {"F16": "F32"}  # a processor has no arithmetic for it
+    return sum(PLAIN[as_held.get(at.dtype, at.dtype)].nbytes(math.prod(at.shape)) for at in tensors)
 
 
 def pick_device(name: str) -> str:

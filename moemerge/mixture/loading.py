@@ -10,7 +10,7 @@ from typing import Any
 from moemerge.architectures import COUNTS
 from moemerge.dense import available_memory, pick_device
 from moemerge.errors import Findings, InputError, Problem, first_line
-from moemerge.files import CONFIG_FILE
+from moemerge.files import CONFIG_FILE, WEIGHTS_SUFFIX
 from moemerge.mixture.open import open_moe
 from moemerge.mixture.unfused import dtype_of, load, refuse_weights
 from moemerge.options import RunOptions
@@ -30,7 +30,7 @@ def load_mixture(out: Path, options: RunOptions, reporter: Reporter) -> Any:
     Raises:
         InputError: transformers cannot load it, or not all of its weights.
     """
-    needed = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    needed = sum(file.stat().st_size for file in out.glob(f"*{WEIGHTS_SUFFIX}"))
     free = available_memory()
     if options.lazy or (free is not None and needed > free):
         if not options.lazy:

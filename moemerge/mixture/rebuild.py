@@ -18,7 +18,7 @@ from typing import Any
 from moemerge import output
 from moemerge.card import files as card_files
 from moemerge.card import without_evaluation
-from moemerge.checkpoint import Checkpoint, Donor, Location, check_unchanged, fetch, streamed
+from moemerge.checkpoint import Checkpoint, Donor, Location, check_unchanged, fetch
 from moemerge.errors import Findings
 from moemerge.files import CONFIG_FILE, PART_SUFFIX
 from moemerge.mixture.open import Moe, Part, planned
@@ -225,13 +225,8 @@ def _sources(
     found = {}
     for opened in _checkpoints(edit):
         text = opened.reference.text
-        if options.stream and not any(name.endswith(".bin") for name in opened.absent):
-            opened = streamed(opened, needed.get(text, ()))
-        else:
-            if opened.absent:
-                reporter.say(f"{text}: downloading what is needed into the Hub's cache")
-            opened = fetch(opened, needed.get(text, ()), options.cache_dir, reporter)
-        found[text] = opened.tensors
+        names = needed.get(text, ())
+        found[text] = fetch(opened, names, options.cache_dir, reporter, options.stream).tensors
     return found
 
 

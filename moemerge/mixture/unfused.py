@@ -94,8 +94,7 @@ def load(moe: Moe, options: RunOptions, reporter: Reporter, dtype: torch.dtype) 
 
     opened = moe.checkpoint
     if opened.absent:
-        reporter.say(f"{moe.text}: downloading it into the Hub's cache")
-        opened = fetch(opened, list(opened.tensors), options.cache_dir, reporter)
+        opened = fetch(opened, opened.tensors, options.cache_dir, reporter)
     config = AutoConfig.for_model(**copy.deepcopy(moe.config))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

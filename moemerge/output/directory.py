@@ -14,8 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from moemerge.checkpoint import weight_suffixes
 from moemerge.errors import DiskFull, Findings, ReadError, WriteError
-from moemerge.files import CONFIG_FILE, is_inside, read_json
+from moemerge.files import CONFIG_FILE, WEIGHTS_SUFFIX, is_inside, read_json
 from moemerge.options import Options, PublishOptions, WriteOptions
 from moemerge.output.manifest import MANIFEST_FILE, OWN_FILES, PICTURE_FILE, read_manifest
 from moemerge.output.state import STATE_DIRECTORY, State
@@ -28,7 +29,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-MODEL_SUFFIXES = (".safetensors", ".bin", ".gguf", ".index.json", ".pt", ".pth")
+MODEL_SUFFIXES = (*weight_suffixes(), ".gguf", ".index.json")
 
 
 def carried_files(vocabulary: Vocabulary, copy_tokenizer: bool) -> tuple[Path, ...]:
@@ -144,7 +145,7 @@ def check(
         )
     elif (
         MANIFEST_FILE in ours
-        and not any(n.endswith(".safetensors") for n in ours)
+        and not any(n.endswith(WEIGHTS_SUFFIX) for n in ours)
         and not (started or overwrite)
     ):
         what = "holds what is left of a mixture whose shards were pushed as it went"

@@ -14,12 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
-from moemerge.files import PART_SUFFIX, read_json, write_json
+from moemerge.files import PART_SUFFIX, WEIGHTS_SUFFIX, read_json, write_json
 from moemerge.output.manifest import FileEntry
 from moemerge.plan import Shard
 
 STATE_DIRECTORY = ".moemerge"
-ROUTERS_FILE = "routers.safetensors"
+ROUTERS_FILE = f"routers{WEIGHTS_SUFFIX}"
 ASIDE, COMMITTED = "change", "committed"
 """Where files that are replaced together stand before that is decided, and after."""
 _STARTED = "started.json"

@@ -16,13 +16,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moemerge.checkpoint import (
-    ITEMSIZE,
+    PLAIN,
     Location,
     numpy_dtype,
     read_bytes,
     read_into,
     read_numbers,
     read_rows,
+    read_values,
 )
 from moemerge.errors import ReadError
 from moemerge.plan.recipe import (
@@ -84,7 +85,7 @@ def fill(
     import numpy as np
 
     location = locate(recipe, sources)
-    if location and location.dtype == dtype:
+    if location and location.is_plain(dtype):
         read_into(location, start, view)
         _refuse_what_is_broken(view, dtype, next(reads(recipe)))
     elif location:
@@ -95,7 +96,7 @@ def fill(
         end = 0
         for number, part in enumerate(recipe.of):
             its_shape, first = shape_of(part, sources), end
-            end += math.prod(its_shape) * ITEMSIZE[dtype]
+            end += PLAIN[dtype].nbytes(math.prod(its_shape))
             low, high = max(start, first), min(start + len(view), end)
             if low < high:
                 its_view, its_name = view[low - start : high - start], f"{name}[{number}]"
@@ -152,14 +153,19 @@ def _convert(view: memoryview, start: int, dtype: str, recipe: Recipe, location:
     """A bare read in another dtype: value by value, so it needs no fixed blocks, and no torch."""
     import numpy as np
 
-    target, kind = np.frombuffer(view, numpy_dtype(dtype)), numpy_dtype(location.dtype)
-    first = start // ITEMSIZE[dtype]
+    target = np.frombuffer(view, numpy_dtype(dtype))
+    first = start // target.itemsize
     for at in range(0, len(target), BLOCK_VALUES):
         part = target[at : at + BLOCK_VALUES]
-        raw = _scratch(len(part) * kind.itemsize)
-        read_into(location, (first + at) * kind.itemsize, raw)
+        if location.encoding.decode:
+            values = read_values(location, first + at, len(part))
+        else:
+            kind = numpy_dtype(location.dtype)
+            raw = _scratch(len(part) * kind.itemsize)
+            read_into(location, (first + at) * kind.itemsize, raw)
+            values = np.frombuffer(raw, kind)
         with np.errstate(over="ignore", invalid="ignore"):
-            part[...] = np.frombuffer(raw, kind)
+            part[...] = values
         _refuse_what_is_not_finite(part.view(f"u{part.itemsize}"), dtype, next(reads(recipe)))
 
 
@@ -178,13 +184,14 @@ def _compute(
     sources = sources if isinstance(sources, WithStatistics) else WithStatistics(sources)
     rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
     step = max(1, BLOCK_VALUES // width)
-    block_bytes = step * width * ITEMSIZE[dtype]
+    block_bytes = PLAIN[dtype].nbytes(step * width)
     end, whole = start + len(view), dict[Read, Any]()
     for block in range(start // block_bytes, -(-end // block_bytes)):
         of_block = range(block * step, min((block + 1) * step, rows))
         value = _evaluate(recipe, name, block, of_block, sources, whole)
         done = value.to(_torch_dtype(dtype)).view(torch.uint8).numpy().reshape(-1)
-        _refuse_what_is_not_finite(done.view(f"u{ITEMSIZE[dtype]}"), dtype, next(reads(recipe)))
+        bits = done.view(f"u{PLAIN[dtype].block_bytes}")
+        _refuse_what_is_not_finite(bits, dtype, next(reads(recipe)))
         data = done.data
         offset = block * block_bytes
         low, high = max(start, offset), min(end, offset + len(data))
@@ -204,7 +211,7 @@ def _refuse_what_is_broken(view: memoryview, dtype: str, read: Read) -> None:
 
     if dtype not in _INFINITY or any(part in read.tensor for part in _VOCABULARY):
         return
-    if not _is_finite(np.frombuffer(view, f"u{ITEMSIZE[dtype]}"), dtype):
+    if not _is_finite(np.frombuffer(view, f"u{PLAIN[dtype].block_bytes}"), dtype):
         raise ReadError(f"{read.source}: {read.tensor} holds NaN or Inf; use another model")
 
 
@@ -396,6 +403,9 @@ def _read(location: Location, rows: range) -> torch.Tensor:
     import torch
 
     dtype, width = _torch_dtype(location.dtype), math.prod(location.shape[1:])
+    if location.encoding.decode:
+        values = read_values(location, rows.start * width, len(rows) * width)
+        return torch.from_numpy(values).reshape(len(rows), width)
     row_bytes = width * dtype.itemsize
     raw = read_bytes(location, rows.start * row_bytes, len(rows) * row_bytes)
     if not raw:

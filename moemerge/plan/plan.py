@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from moemerge.architectures import COUNTS
-from moemerge.checkpoint import ITEMSIZE
+from moemerge.checkpoint import PLAIN
 from moemerge.families import HEAD
+from moemerge.files import WEIGHTS_SUFFIX
 from moemerge.plan import recipe
 from moemerge.plan.recipe import Recipe
 
 ROUTERS = ""
 """The source that router tensors are read from: made by a gate mode, never named by a config."""
 
-INDEX_FILE = "model.safetensors.index.json"
+INDEX_FILE = f"model{WEIGHTS_SUFFIX}.index.json"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         """Its size in bytes."""
-        return self.parameters * ITEMSIZE[self.dtype]
+        return PLAIN[self.dtype].nbytes(self.parameters)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ output's dtype is a byte copy; so is what is joined of such.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -208,9 +209,8 @@ def locate(recipe: Recipe, sources: Sources) -> Location | None:
     whole = locate(recipe.of, sources)
     if whole is None:
         return None
-    row_bytes = whole.nbytes // whole.shape[0]
     shape = (recipe.stop - recipe.start, *whole.shape[1:])
-    return dataclasses.replace(whole, offset=whole.offset + recipe.start * row_bytes, shape=shape)
+    return whole.part(recipe.start * math.prod(whole.shape[1:]), shape)
 
 
 def copies(recipe: Recipe, dtype: str, sources: Sources) -> list[Location]:
@@ -219,7 +219,7 @@ def copies(recipe: Recipe, dtype: str, sources: Sources) -> list[Location]:
         parts = [copies(part, dtype, sources) for part in recipe.of]
         return [at for part in parts for at in part] if all(parts) else []
     at = locate(recipe, sources)
-    return [at] if at and at.dtype == dtype else []
+    return [at] if at and at.is_plain(dtype) else []
 
 
 def is_copy(recipe: Recipe, dtype: str, sources: Sources) -> bool:

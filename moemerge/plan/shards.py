@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from moemerge.files import WEIGHTS_SUFFIX
 from moemerge.plan import recipe
 from moemerge.plan.plan import Plan, PlannedTensor, Shard, Source, digest_of
 
@@ -34,7 +35,7 @@ def shards_of(
         reads = {read.source for tensor in group for read in recipe.reads(tensor.recipe)}
         made_of = [fingerprints.get(source, gate_inputs) for source in sorted(reads)]
         tensors = [vars(tensor) | {"recipe": recipe.to_json(tensor.recipe)} for tensor in group]
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        file = f"model-{number:05d}-of-{len(groups):05d}{WEIGHTS_SUFFIX}"
         shards.append(Shard(file, group, digest_of([tensors, made_of])))
     return tuple(shards)
 

@@ -69,7 +69,7 @@ def transfer(ready: Prepared, options: RunOptions) -> Transfer:
             else:
                 cached += (opened.directory / name).stat().st_size
         remote = {t: n for t, n in of_one.items() if opened.tensors[t].file.name in opened.absent}
-        if any(name.endswith(".bin") for name in opened.absent):
+        if not opened.streams:
             whole.append(text)
         ranges += sum(times * opened.tensors[tensor].nbytes for tensor, times in remote.items())
     return Transfer(files, cached, ranges, sources, tuple(whole))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from moemerge.architectures import Constant, FromBody, FromExpert, Joined, Made, Slot, dense_shapes
-from moemerge.checkpoint import FLOATS, ITEMSIZE, TIED, Checkpoint, Donor, Reference
+from moemerge.checkpoint import FLOATS, PLAIN, TIED, Checkpoint, Donor, Reference
 from moemerge.config import MergeConfig
 from moemerge.dense import VOCABULARY, Body
 from moemerge.errors import Findings, nearest
@@ -72,7 +72,7 @@ def lay_out(made: Layout, opened: Iterable[Checkpoint], findings: Findings) -> P
     _check_left_over(tensors, made, findings)
     if config.dtype is None:
         _note_what_is_narrowed(needs, made, tensors_of, dtype, findings)
-    limit = ShardSize.parse(options.shard_size).max_bytes(ITEMSIZE[dtype])
+    limit = ShardSize.parse(options.shard_size).max_bytes(PLAIN[dtype].block_bytes)
     routers = [tensor for tensor in tensors if tensor.made]
     others = [tensor for tensor in tensors if not tensor.made]
     return Plan(
@@ -107,7 +107,7 @@ def _dtype(config: MergeConfig, base: Donor, slots: list[Slot]) -> str:
     for slot in slots:
         found = base.model.tensors.get(slot.of.tensor) if isinstance(slot.of, FromBody) else None
         if found:
-            sizes[found.dtype] += found.nbytes
+            sizes[found.encoding.name] += found.nbytes
     most = max(sizes, key=sizes.__getitem__, default="BF16")
     return "F32" if most == "F64" else most if most in _LONG_NAMES else "BF16"
 

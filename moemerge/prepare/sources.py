@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from moemerge import checkpoint
 from moemerge.checkpoint import Donor, Location
@@ -11,10 +10,6 @@ from moemerge.options import RunOptions
 from moemerge.plan import ROUTERS, recipe
 from moemerge.prepare.stages import Prepared
 from moemerge.reporting import Reporter
-
-if TYPE_CHECKING:
-    pass
-
 
 Tensors = dict[str, dict[str, Location]]
 
@@ -38,13 +33,7 @@ def fetch(
             needed[text] |= names
     found = {}
     for text, opened in ready.checkpoints.items():
-        files = {opened.tensors[name].file.name for name in needed[text]} & set(opened.absent)
-        if options.stream and files and not any(name.endswith(".bin") for name in files):
-            opened = checkpoint.streamed(opened, needed[text])
-        else:
-            if files:
-                reporter.say(f"{text}: downloading what is needed into the Hub's cache")
-            opened = checkpoint.fetch(opened, needed[text], options.cache_dir, reporter)
+        opened = checkpoint.fetch(opened, needed[text], options.cache_dir, reporter, options.stream)
         found[text] = opened.tensors
     return found
 

@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from moemerge.checkpoint import weight_suffixes
 from moemerge.errors import Problem, RunError
 from moemerge.files import CONFIG_FILE
 from moemerge.hub import FEW_TRIES, SHARD, Repository
 from moemerge.output import MANIFEST_FILE
-
-_WEIGHTS = (".safetensors", ".bin")
 
 
 def refusals(repo: str, private: bool, fresh: bool = False) -> Iterator[Problem]:
@@ -73,7 +72,7 @@ def _refusals(repo: str, private: bool, fresh: bool) -> Iterator[Problem]:
         fix = "make it private on the Hub, or name a new one"
         yield Problem(repo, "exists and is public", fix)
     there = target.files()
-    strangers = [n for n in there if n.endswith(_WEIGHTS) and not SHARD.fullmatch(n)]
+    strangers = [n for n in there if n.endswith(weight_suffixes()) and not SHARD.fullmatch(n)]
     strangers += [CONFIG_FILE] * (CONFIG_FILE in there)
     if strangers and MANIFEST_FILE not in there:
         what = f"holds {strangers[0]}, which moemerge did not make"

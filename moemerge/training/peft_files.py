@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moemerge.files import WEIGHTS_SUFFIX
 from moemerge.mixture import Moe, is_plain, name_in_files
 from moemerge.output import writing
 
@@ -77,7 +78,7 @@ def save(wrapped: Any, moe: Moe, adapter: Path, dtype: torch.dtype) -> None:
     config.inference_mode = True
     state = {name: value.contiguous() for name, value in state.items()}
     with writing(adapter):
-        save_file(state, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(state, adapter / f"adapter_model{WEIGHTS_SUFFIX}", metadata={"format": "pt"})
         config.save_pretrained(str(adapter))
 
 

@@ -16,7 +16,7 @@ from moemerge.card import card
 from moemerge.card import files as card_files
 from moemerge.checkpoint import numpy_dtype, read_bytes, read_header
 from moemerge.errors import Findings, InputError, Problem
-from moemerge.files import CONFIG_FILE
+from moemerge.files import CONFIG_FILE, WEIGHTS_SUFFIX
 from moemerge.merging import save
 from moemerge.mixture import Moe, dtype_of, load, routers_of
 from moemerge.options import Options
@@ -167,7 +167,7 @@ def _replace(
     """Replace the first shard, the manifest and the card, and what is kept of those before."""
     out, state, plan = change.out, change.state, manifest.plan
     first = plan.shards[0]
-    source = state.directory / "tuned.safetensors"
+    source = state.directory / f"tuned{WEIGHTS_SUFFIX}"
     whole = Shard(first.file, tuple(_as_made(tensor) for tensor in first.tensors), "")
     content = {
         t.name: made[t.name] if t.name in made else _array(out, first, t) for t in first.tensors

@@ -1,1 +1,86 @@
-"""What a weights file says of its tensors, one file a format."""
+"""Source formats, one file each: what a weights file says of its tensors."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+from typing import BinaryIO, Protocol, cast
+
+from moemerge.checkpoint.location import Location
+
+
+class Format(Protocol):
+    """What a file of this folder defines. One whose name begins with `_` belongs to another."""
+
+    SUFFIXES: tuple[str, ...]
+    """How the names of its files end."""
+
+    MODEL: str
+    ADAPTER: str
+    """The names of the file that holds a whole model, and of one that holds an adapter, as
+    patterns (`*.npz`); a file of that name and `.index.json` lists the shards of larger ones."""
+
+    ORDER: int
+    """Which format is read where a folder holds weights in several: that of the lowest number."""
+
+    STREAMS: bool
+    """Whether a header that was read on the Hub says where each tensor lies, so that a tensor can
+    be read there alone. Otherwise files are downloaded whole, even with --stream."""
+
+    FIX: str
+    """What to do about a file that cannot be read."""
+
+    def read_header(self, path: Path, remote: BinaryIO | None = None) -> dict[str, Location]:
+        """The tensors of a file by name, without their values; nothing in it is believed unchecked.
+
+        With `remote`, the file is read there and `path` is where it will be.
+
+        Raises:
+            ValueError: the file is damaged or claims what cannot be; says which.
+            OSError: the file cannot be read.
+        """
+
+
+def names() -> list[str]:
+    """The formats there are."""
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in found if not name.startswith("_"))
+
+
+def find(name: str) -> Format:
+    """The format `name`, one of `names()`."""
+    return cast(Format, importlib.import_module(f"{__name__}.{name}"))
+
+
+def in_order() -> list[Format]:
+    """The formats, the one that wins first."""
+    return sorted(map(find, names()), key=lambda one: one.ORDER)
+
+
+def weight_suffixes() -> tuple[str, ...]:
+    """How the names of weight files end, in any format."""
+    return tuple(suffix for one in in_order() for suffix in one.SUFFIXES)
+
+
+def suffix_pattern() -> str:
+    """The same as a regular expression."""
+    return f"({'|'.join(map(re.escape, weight_suffixes()))})"
+
+
+def format_of(file: str) -> Format:
+    """The format of a file, by its name.
+
+    Raises:
+        ValueError: it is of none.
+    """
+    for one in in_order():
+        if file.endswith(one.SUFFIXES):
+            return one
+    raise ValueError(f"its name ends with none of {', '.join(weight_suffixes())}")
+
+
+def read_header(path: Path, remote: BinaryIO | None = None) -> dict[str, Location]:
+    """The tensors of a weights file by name; see `Format.read_header`."""
+    return format_of(path.name).read_header(path, remote)

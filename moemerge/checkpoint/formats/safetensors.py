@@ -14,7 +14,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moemerge.checkpoint.location import ITEMSIZE, MAX_DIMENSIONS, Location
+from moemerge.checkpoint.location import MAX_DIMENSIONS, PLAIN, Location
+from moemerge.files import WEIGHTS_SUFFIX
+
+SUFFIXES = (WEIGHTS_SUFFIX,)
+MODEL, ADAPTER = f"model{WEIGHTS_SUFFIX}", f"adapter_model{WEIGHTS_SUFFIX}"
+ORDER = 0
+STREAMS = True
+FIX = "download or save the model again"
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -74,13 +81,13 @@ def check_header(
             begin, end = entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"tensor {name!r} has a malformed entry") from error
-        if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        if not isinstance(dtype, str) or dtype not in PLAIN:
             raise ValueError(f"tensor {name!r} has dtype {dtype!r}, which is not known")
         flat = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
         numbers = [*shape, begin, end] if flat else [None]
         if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
             raise ValueError(f"tensor {name!r} has a shape or offset that is not a natural number")
-        if end - begin != math.prod(shape) * ITEMSIZE[dtype]:
+        if end - begin != PLAIN[dtype].nbytes(math.prod(shape)):
             raise ValueError(
                 f"tensor {name!r}: shape {shape} of {dtype} is not {end - begin} bytes"
             )
@@ -90,7 +97,7 @@ def check_header(
                 f"the file at {file_bytes}"
             )
         spans.append((begin, end, name))
-        tensors[name] = Location(path, data_start + begin, dtype, tuple(shape))
+        tensors[name] = Location(path, data_start + begin, PLAIN[dtype], tuple(shape))
     spans.sort()
     for (_, end, first), (begin, _, second) in pairwise(spans):
         if begin < end:

@@ -1,7 +1,7 @@
 """A `.bin` shard's tensors, located without torch and without running anything it holds.
 
 `torch.save` writes an uncompressed zip: `data.pkl` describes the tensors, `data/KEY` holds each
-storage's bytes. What `torch_pickle` finds described is checked like a safetensors header.
+storage's bytes. What `_torch_pickle` finds described is checked like a safetensors header.
 """
 
 from __future__ import annotations
@@ -13,9 +13,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
-from moemerge.checkpoint.formats.torch_pickle import Tensor, unpickle
-from moemerge.checkpoint.location import ITEMSIZE, Location
+from moemerge.checkpoint.formats._torch_pickle import Tensor, unpickle
+from moemerge.checkpoint.location import PLAIN, Location
 from moemerge.hub import HubError
+
+SUFFIXES = (".bin", ".pt", ".pth")
+MODEL, ADAPTER = "pytorch_model.bin", "adapter_model.bin"
+ORDER = 1
+STREAMS = False
+"""A zip states each tensor's place beside its data, which would cost a request a tensor."""
+
+FIX = (
+    "download it again if it is damaged, or save the model as safetensors: "
+    "from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
+)
 
 MAX_PICKLE_BYTES = 10_000_000
 """Ten times what the largest model's shard needs; bounds memory and time."""
@@ -24,8 +35,7 @@ MAX_PICKLE_BYTES = 10_000_000
 def read_header(path: Path, remote: BinaryIO | None = None) -> dict[str, Location]:
     """The tensors of a `.bin` file by name.
 
-    With `remote`, the file is read there and `path` is where it will be; offsets are then left at
-    0, for a zip states each beside its data, which would cost a request a tensor.
+    With `remote`, the file is read there and `path` is where it will be; offsets are then 0.
 
     Raises:
         ValueError: the file is not a zip of `torch.save`, or holds what is not a plain tensor.
@@ -93,8 +103,8 @@ def _locate(
     info = members.get(f"{root}data/{storage.key}")
     if info is None or info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"tensor {name!r} has no uncompressed data")
-    itemsize = ITEMSIZE[tensor.dtype]
-    if storage.count * ITEMSIZE[storage.dtype] != info.file_size:
+    encoding = PLAIN[tensor.dtype]
+    if PLAIN[storage.dtype].nbytes(storage.count) != info.file_size:
         raise ValueError(
             f"it is truncated: tensor {name!r} lies in {storage.count} values of {storage.dtype}, "
             f"its data is {info.file_size} bytes"
@@ -103,11 +113,11 @@ def _locate(
     strides = zip(shape, tensor.stride, row_major, strict=True)
     if math.prod(shape) and any(size > 1 and have != want for size, have, want in strides):
         raise ValueError(f"tensor {name!r} is not contiguous")
-    end = (tensor.start + math.prod(shape)) * itemsize
+    end = encoding.nbytes(tensor.start + math.prod(shape))
     if end > info.file_size:
         raise ValueError(f"it is truncated: tensor {name!r} needs more bytes than it holds")
     if file is None:
-        return Location(path, 0, tensor.dtype, shape, negative=tensor.negative)
+        return Location(path, 0, encoding, shape, negative=tensor.negative)
     file.seek(info.header_offset)
     local = file.read(30)
     if len(local) < 30 or local[:4] != b"PK\x03\x04":
@@ -116,5 +126,5 @@ def _locate(
     begin = info.header_offset + 30 + name_length + extra_length
     if begin + info.file_size > path.stat().st_size:
         raise ValueError(f"it is truncated: tensor {name!r} needs more bytes than it holds")
-    begin += tensor.start * itemsize
-    return Location(path, begin, tensor.dtype, shape, negative=tensor.negative)
+    begin += encoding.nbytes(tensor.start)
+    return Location(path, begin, encoding, shape, negative=tensor.negative)
