@@ -144,7 +144,7 @@ def _commands() -> str:
 
     commands: Any = get_command(app)
     parts = ["# The commands", "", COMMANDS_HEAD]
-    for command in ["", *commands.commands]:
+    for command in ["", *commands.list_commands(None)]:
         help_text = subprocess.run(
             [sys.executable, "-m", "moemerge", *command.split(), "--help"],
             check=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from moemerge.cli.options import UNHEARD, meaningful, with_ray_address
 from moemerge.cli.terminal import explained
@@ -33,13 +33,10 @@ class DefaultToMerge(TyperGroup):
         return sorted(self.commands, key=lambda name: (name != "merge", name))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put `merge` where no command stands, and drop what means nothing here, saying so."""
+        """Put `merge` where no command stands."""
         args = self._as_meant(args)
         if args and args[0] not in self.commands and args[0] not in OWN:
             args = ["merge", *args]
-        if args[:1] in (["merge"], ["split"], ["plan"]):
-            unheard: list[str] = ctx.meta.setdefault(UNHEARD, [])
-            args = list(meaningful(list(with_ray_address(args)), unheard))
         return super().parse_args(ctx, args)
 
     def _as_meant(self, args: list[str]) -> list[str]:
@@ -58,6 +55,17 @@ class DefaultToMerge(TyperGroup):
         if nearest(first, self.commands).startswith("did") and not set(first) & {".", os.sep}:
             check_config_path(Path(first))
         return args
+
+
+class AsMergekit(TyperCommand):
+    """A command that mergekit-moe has too: it takes that program's flags, and says which of them
+    mean nothing here. Write `@app.command(cls=AsMergekit)`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Drop those flags, and give `--ray` its address."""
+        unheard: list[str] = ctx.meta.setdefault(UNHEARD, [])
+        args = list(meaningful(list(with_ray_address(args)), unheard))
+        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(

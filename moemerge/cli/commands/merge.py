@@ -6,13 +6,13 @@ from pathlib import Path
 
 from moemerge.cli.describe import router_lines
 from moemerge.cli.options import with_options
-from moemerge.cli.program import Config, Out, app, check_config_path
+from moemerge.cli.program import AsMergekit, Config, Out, app, check_config_path
 from moemerge.cli.terminal import Terminal, peak_memory
 from moemerge.options import Options
 from moemerge.reporting import count, size
 
 
-@app.command()
+@app.command(cls=AsMergekit)
 @with_options()
 def merge(config: Config, out: Out, options: Options, terminal: Terminal) -> None:
     """Merge the models of CONFIG into OUT (the default command)."""

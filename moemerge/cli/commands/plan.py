@@ -10,7 +10,7 @@ import typer
 
 from moemerge.cli.describe import plan_lines
 from moemerge.cli.options import with_options
-from moemerge.cli.program import Config, app, check_config_path
+from moemerge.cli.program import AsMergekit, Config, app, check_config_path
 from moemerge.cli.terminal import Terminal, show
 from moemerge.errors import flag, no_effect
 from moemerge.options import Options
@@ -22,7 +22,7 @@ MERGE_ALONE = {
 """The options of how files are written; `plan` takes them, so that a command is easily edited."""
 
 
-@app.command()
+@app.command(cls=AsMergekit)
 @with_options()
 def plan(
     config: Config,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from moemerge.cli.commands.merge import write_mixture
 from moemerge.cli.options import with_options
-from moemerge.cli.program import Config, Out, app, check_config_path
+from moemerge.cli.program import AsMergekit, Config, Out, app, check_config_path
 from moemerge.cli.terminal import Terminal
 from moemerge.errors import InputError, Problem
 from moemerge.options import Options
 
 
-@app.command()
+@app.command(cls=AsMergekit)
 @with_options()
 def split(config: Config, out: Out, options: Options, terminal: Terminal) -> None:
     """Cut the MLPs of one model into slices, as CONFIG's `split:` says; merge does it too."""
