@@ -14,9 +14,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
-from babies import make_model, simple_config, write_config
-from test_laws import BODIES, all_tensors, logits
+from babies import make_adapter, make_model, simple_config, write_config
+from fake_hub import FakeHub
+from safetensors.numpy import load_file, save_file
+from test_laws import BODIES, all_tensors, logits, same_bytes
 from transformers import CONFIG_MAPPING
 
 from moemerge.families import RECORDS
@@ -49,9 +52,9 @@ def package_with(tmp_path: Path, files: Mapping[str, str]) -> Path:
     return copy
 
 
-def run_program(package: Path, program: str, *arguments: str) -> str:
+def run_program(package: Path, program: str, *arguments: str, **environment: str) -> str:
     """What a program prints in a process of its own, which imports moemerge from `package`."""
-    env = {**os.environ, "PYTHONPATH": str(package)}
+    env = {**os.environ, **environment, "PYTHONPATH": str(package)}
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         capture_output=True, text=True, env=env, cwd=package,
@@ -60,9 +63,10 @@ def run_program(package: Path, program: str, *arguments: str) -> str:
     return done.stdout
 
 
-def run_commands(package: Path, *lines: list[object]) -> list[tuple[int, str]]:
+def run_commands(package: Path, *lines: list[object], **environment: str) -> list[tuple[int, str]]:
     """The exit code of each command, one after another in one process, and what it said."""
-    said = run_program(package, COMMANDS, json.dumps([[*map(str, line)] for line in lines]))
+    given = json.dumps([[*map(str, line)] for line in lines])
+    said = run_program(package, COMMANDS, given, **environment)
     return [(code, text) for code, text in json.loads(said.splitlines()[-1])]
 
 
@@ -259,3 +263,99 @@ def test_a_dense_family_is_one_record(tmp_path: Path) -> None:
 
 def test_no_family_with_a_record_is_refused_by_name() -> None:
     assert not RECORDS.keys() & NO_HOST.keys()
+
+
+def quantise(model: Path, quantised: Path, decoded: Path) -> None:
+    """A model's weights in the walkthrough's format, and as the numbers that those stand for."""
+    for copy in (quantised, decoded):
+        shutil.copytree(model, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    shapes, blocks, numbers = {}, [], {}
+    for name, values in load_file(model / "model.safetensors").items():
+        padded = np.zeros((-(-values.size // 32), 32), np.float32)
+        padded.reshape(-1)[: values.size] = values.reshape(-1)
+        scale = (np.abs(padded).max(1) / 127).astype(np.float16)
+        block = np.zeros(len(padded), [("scale", "<f2"), ("numbers", "i1", 32)])
+        block["scale"] = scale
+        block["numbers"] = np.rint(padded / np.maximum(scale, 1e-7)[:, None])
+        whole = scale.astype(np.float32)[:, None] * block["numbers"]
+        shapes[name], numbers[name] = values.shape, whole.reshape(-1)[: values.size]
+        numbers[name] = np.ascontiguousarray(numbers[name].reshape(values.shape))
+        blocks.append(block.tobytes())
+    header = json.dumps(shapes).encode()
+    content = len(header).to_bytes(8, "little") + header + b"".join(blocks)
+    (quantised / "model.q8").write_bytes(content)
+    save_file(numbers, decoded / "model.safetensors")
+
+
+def test_a_source_format_is_one_file(tmp_path: Path) -> None:
+    """Blocks with scales, in which rows may begin: as good as the numbers that they stand for.
+
+    Converted, cut into rows and columns, added to, run in transformers, and read from afar.
+    """
+    source = example("A source format is one file")
+    package = package_with(tmp_path, {"checkpoint/formats/q8.py": source})
+    q8, numbers, adapter = tmp_path / "q8", tmp_path / "numbers", tmp_path / "adapter"
+    for seed, name in enumerate(("base", "other")):
+        plain = make_model(tmp_path / name, seed=seed, hidden_size=40)
+        quantise(plain, q8 / name, numbers / name)
+    make_adapter(adapter, numbers / "base")
+
+    def merges(kind: str, base: str, other: str) -> list[list[object]]:
+        sources = [base, other, f"{base}+{adapter}"]
+        cut = "gate_mode: random\nsplit: {slices: 16, assign: order}\ndtype: float32\n"
+        configs = {
+            "hidden": simple_config(base, sources, "gate_mode: hidden\ndtype: float32"),
+            "halves": simple_config(base, sources, "gate_mode: cheap_embed\ndtype: bfloat16"),
+            "alike": simple_config(base, [base] * 2, "gate_mode: random\ndtype: float32"),
+            "cut": f"base_model: {base}\n{cut}",
+        }
+        (tmp_path / kind).mkdir()
+        return [
+            ["merge", write_config(tmp_path / kind / f"{name}.yaml", text), tmp_path / kind / name]
+            for name, text in configs.items()
+        ]
+
+    damaged = q8 / "damaged"
+    shutil.copytree(q8 / "base", damaged)
+    (damaged / "model.q8").write_bytes((q8 / "base" / "model.q8").read_bytes()[:-1])
+    wrong = write_config(tmp_path / "wrong.yaml", simple_config(damaged, [damaged] * 2))
+    refused, *ends = run_commands(
+        package,
+        ["plan", wrong],
+        *merges("of q8", f"{q8}/base", f"{q8}/other"),
+        *merges("of numbers", f"{numbers}/base", f"{numbers}/other"),
+        ["verify", tmp_path / "of q8" / "hidden"],
+    )
+    assert refused[0] == 2 and "model.q8: its tensors end at byte" in refused[1]
+    assert "save the model again" in refused[1]
+    with FakeHub() as hub:
+        for name in ("base", "other"):
+            hub.publish(f"lab/{name}", q8 / name)
+        hidden = [*merges("streamed", "lab/base", "lab/other")[0], "--stream"]
+        environment = hub.environment(tmp_path / "home")
+        ends += run_commands(package, hidden, **environment)
+    assert not list((tmp_path / "home").rglob("*.q8"))
+    assert [code for code, _ in ends] == [0] * len(ends), ends
+    made = [*(tmp_path / "of q8").glob("*/"), tmp_path / "streamed" / "hidden"]
+    for out in filter(Path.is_dir, made):
+        same = tmp_path / "of numbers" / out.name
+        assert same_bytes(all_tensors(out), all_tensors(same)), out
+        assert (out / "config.json").read_text() == (same / "config.json").read_text()
+    expected = logits(numbers / "base")
+    assert (expected - logits(tmp_path / "of q8" / "alike")).abs().max() <= 1e-5
+
+
+def test_a_command_is_one_file(tmp_path: Path, babies: dict[str, Path]) -> None:
+    """The one of the walkthrough is listed, shows its options, runs, and refuses."""
+    package = package_with(tmp_path, {"cli/commands/shapes.py": example("A command is one file")})
+    base, first, _ = babies.values()
+    config = write_config(tmp_path / "c.yaml", simple_config(base, [base, first]))
+    listed, helped, ran, refused, mistyped = run_commands(
+        package, ["--help"], ["shapes", "--help"], ["shapes", config],
+        ["shapes", tmp_path / "none.yaml"], ["shape", tmp_path / "out"],
+    )  # fmt: skip
+    assert "shapes" in listed[1] and "the shape of every tensor" in listed[1]
+    assert helped[0] == 0 and "--cache-dir" in helped[1] and "--overwrite" not in helped[1]
+    assert ran[0] == 0 and "model.embed_tokens.weight [64, 32]" in ran[1].splitlines()
+    assert refused[0] == 2 and "there is no such config file" in refused[1]
+    assert mistyped[0] == 2 and "did you mean 'shapes'? (a command)" in mistyped[1]
