@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -112,6 +113,57 @@ def test_only_the_command_line_prints_or_exits() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
             assert name not in CLI_ONLY, (path, name)
+
+
+CHANGING = {
+    "add", "append", "clear", "discard", "extend", "insert", "pop", "popitem", "remove",
+    "setdefault", "update",
+}  # fmt: skip
+
+
+def changes(tree: ast.Module) -> Iterator[str]:
+    """The names that a file's code changes in place: by a method, an item, or `|=` and the like."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in CHANGING:
+                yield ast.unparse(node.func.value)
+        elif isinstance(node, ast.AugAssign):
+            yield ast.unparse(node.target)
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            yield ast.unparse(node.value)
+        elif isinstance(node, ast.Global):
+            yield from node.names
+
+
+def holds(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
+    """What a module or a class assigns when it is imported: name and value."""
+    for node in body:
+        if isinstance(node, ast.Assign):
+            yield from ((ast.unparse(target), node.value) for target in node.targets)
+        elif isinstance(node, ast.AnnAssign) and node.value:
+            yield ast.unparse(node.target), node.value
+
+
+def test_nothing_is_kept_for_the_whole_process() -> None:
+    """What one call leaves behind, the next does not see.
+
+    What stands in a module or a class is never changed, no cache grows without a bound, and what
+    a thread keeps is its own.
+    """
+    mutable = ast.Dict | ast.List | ast.Set | ast.DictComp | ast.ListComp | ast.SetComp
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        kept = {name for name, _ in holds(tree.body)}
+        kept |= {name for _, name in imports(path) if name.isupper()}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                names = [name for name, value in holds(node.body) if isinstance(value, mutable)]
+                kept |= {f"{of}.{name}" for name in names for of in ("self", "cls", node.name)}
+            elif isinstance(node, ast.FunctionDef):
+                caches = [one for one in map(ast.unparse, node.decorator_list) if "cache" in one]
+                bounded = r"cached_property|(functools\.)?lru_cache\(maxsize=\d\)"
+                assert all(re.fullmatch(bounded, one) for one in caches), (path, node.name)
+        assert not kept & {*changes(tree)}, path
 
 
 def test_the_docs_are_what_the_code_says() -> None:

@@ -262,7 +262,7 @@ def _part_experts(model: Any, moe: Moe) -> None:
         raise RunError(f"{moe.text}: its experts are not where transformers 5 keeps them")
 
 
-@lru_cache
+@lru_cache(maxsize=1)
 def _experts_class() -> Any:
     import torch
 
