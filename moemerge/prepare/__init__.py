@@ -4,9 +4,10 @@ from moemerge.prepare.choose import listing, no_host
 from moemerge.prepare.compatibility import compare
 from moemerge.prepare.costs import Transfer, check_cache_room, expected_peak, transfer
 from moemerge.prepare.layout import source_of
+from moemerge.prepare.records import Prepared
 from moemerge.prepare.source_cards import Claims, claims_of, split_own
 from moemerge.prepare.sources import Tensors, fetch
-from moemerge.prepare.stages import Prepared, make_plan, prepare
+from moemerge.prepare.stages import make_plan, prepare
 
 __all__ = [
     "Claims",

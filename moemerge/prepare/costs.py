@@ -19,7 +19,7 @@ from moemerge.gates import Prompts
 from moemerge.options import Options, RunOptions
 from moemerge.output import CHUNK_BYTES
 from moemerge.plan import BLOCK_VALUES, ROUTERS, Read, recipe
-from moemerge.prepare.stages import Prepared
+from moemerge.prepare.records import Prepared
 from moemerge.reporting import size
 
 PLAIN = 60_000_000

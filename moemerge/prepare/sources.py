@@ -8,7 +8,7 @@ from moemerge import checkpoint
 from moemerge.checkpoint import Donor, Location
 from moemerge.options import RunOptions
 from moemerge.plan import ROUTERS, recipe
-from moemerge.prepare.stages import Prepared
+from moemerge.prepare.records import Prepared
 from moemerge.reporting import Reporter
 
 Tensors = dict[str, dict[str, Location]]

@@ -6,65 +6,25 @@ import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moemerge.checkpoint import Checkpoint, Donor, Opener
+from moemerge.checkpoint import Donor, Opener
 from moemerge.config import Expert, MergeConfig, as_config, check_values
 from moemerge.dense import Body
-from moemerge.errors import Findings, InputError, Line, flag
+from moemerge.errors import Findings, InputError, flag
 from moemerge.gates import ExpertPrompts, Gate, check_device_is_here
 from moemerge.gates import setup as gate_setup
 from moemerge.options import Options
 from moemerge.output import directory as output
 from moemerge.plan import Plan
-from moemerge.prepare.choose import Host, no_host
+from moemerge.prepare.choose import no_host
 from moemerge.prepare.compatibility import compare
 from moemerge.prepare.layout import Layout, check_dtype, lay_out
 from moemerge.prepare.members import factor_of, host_of, parts_of
+from moemerge.prepare.records import Chosen, Prepared
 from moemerge.prepare.source_cards import read_own
 from moemerge.reporting import Reporter, listener
 from moemerge.split import Cutting, Split, check_split, read_text, split_of, with_slices
 from moemerge.text import Encoder, Prompt, Vocabulary, shared_rows
 from moemerge.text import build_vocabulary as vocabulary_choice
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """All that a plan is made of, with no problem in it.
-
-    `donors` are the routed experts and `shared` the shared ones; of a split with a `cutting`, the
-    donors are its routed slices, each the base model. `own_card` is the text of the card
-    that a person wrote for it.
-    """
-
-    config: MergeConfig
-    gate: Gate
-    split: Split | None
-    base: Donor
-    donors: tuple[Donor, ...]
-    shared: tuple[Donor, ...]
-    host: Host
-    vocabulary: Vocabulary
-    encoder: Encoder | None
-    prompts: tuple[ExpertPrompts, ...]
-    cutting: Cutting | None
-    own_card: str
-
-
-@dataclass(frozen=True)
-class Prepared(_Chosen):
-    """A merge that can begin: its plan, its opened models, and what a person should know."""
-
-    plan: Plan
-    body: Body
-    checkpoints: dict[str, Checkpoint]
-    carried: tuple[Path, ...]
-    notes: tuple[Line, ...]
-
-    @property
-    def folder(self) -> str | None:
-        """Where the config file stands, if anything that it names is on this machine."""
-        local = any(source.directory for source in self.plan.sources)
-        local = local or any(expert.calibration for expert in self.config.experts)
-        return str(self.config.folder) if self.config.folder and local else None
 
 
 def make_plan(
@@ -151,7 +111,7 @@ class _Preparation:
         shared = self._donors(config.shared_experts, "shared_experts")
         return _Opened(config, gate, split, base, donors, shared)
 
-    def _choose(self, opened: _Opened) -> _Chosen | None:
+    def _choose(self, opened: _Opened) -> Chosen | None:
         """The class, the vocabulary and the prompts; None after any problem."""
         config, gate, split, base = opened.config, opened.gate, opened.split, opened.base
         options, findings = self.options, self.findings
@@ -190,12 +150,12 @@ class _Preparation:
             gate_setup.check_room(config, options, donors, gate, findings)
         if findings.problems:  # tensors are named from a config that is not trusted yet
             return None
-        return _Chosen(
+        return Chosen(
             config, gate, split, base, donors, shared, host, vocabulary, encoder, prompts, cutting,
             own_card,
         )  # fmt: skip
 
-    def _plan(self, chosen: _Chosen, out: Path | None) -> Prepared:
+    def _plan(self, chosen: Chosen, out: Path | None) -> Prepared:
         """Every tensor laid out, and the output directory checked for what will be written."""
         config, options, findings = chosen.config, self.options, self.findings
         gate, split, host, base = chosen.gate, chosen.split, chosen.host, chosen.base
@@ -289,7 +249,7 @@ class _Preparation:
         if self.options.ray and importlib.util.find_spec("ray") is None:
             self.findings.problem("--ray", "Ray is not installed", "pip install 'moemerge[ray]'")
 
-    def _note_what_has_no_effect(self, chosen: _Chosen) -> None:
+    def _note_what_has_no_effect(self, chosen: Chosen) -> None:
         config, needs, donors = chosen.config, chosen.gate.needs, chosen.donors
         idle, given, mode = self.findings.without_effect, self.options.chosen, config.mode
         if not needs.body_pass:

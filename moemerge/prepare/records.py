@@ -1,0 +1,57 @@
+"""What a preparation comes to: all that a plan is made of, and a merge that can begin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moemerge.checkpoint import Checkpoint, Donor
+from moemerge.config import MergeConfig
+from moemerge.dense import Body
+from moemerge.errors import Line
+from moemerge.gates import ExpertPrompts, Gate
+from moemerge.plan import Plan
+from moemerge.prepare.choose import Host
+from moemerge.split import Cutting, Split
+from moemerge.text import Encoder, Vocabulary
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """All that a plan is made of, with no problem in it.
+
+    `donors` are the routed experts and `shared` the shared ones; of a split with a `cutting`, the
+    donors are its routed slices, each the base model. `own_card` is the text of the card
+    that a person wrote for it.
+    """
+
+    config: MergeConfig
+    gate: Gate
+    split: Split | None
+    base: Donor
+    donors: tuple[Donor, ...]
+    shared: tuple[Donor, ...]
+    host: Host
+    vocabulary: Vocabulary
+    encoder: Encoder | None
+    prompts: tuple[ExpertPrompts, ...]
+    cutting: Cutting | None
+    own_card: str
+
+
+@dataclass(frozen=True)
+class Prepared(Chosen):
+    """A merge that can begin: its plan, its opened models, and what a person should know."""
+
+    plan: Plan
+    body: Body
+    checkpoints: dict[str, Checkpoint]
+    carried: tuple[Path, ...]
+    notes: tuple[Line, ...]
+
+    @property
+    def folder(self) -> str | None:
+        """Where the config file stands, if anything that it names is on this machine."""
+        local = any(source.directory for source in self.plan.sources)
+        local = local or any(expert.calibration for expert in self.config.experts)
+        return str(self.config.folder) if self.config.folder and local else None
