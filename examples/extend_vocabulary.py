@@ -75,7 +75,7 @@ def main() -> None:
     mixture, adapter, extended = out / "mixture", out / "adapter", out / "extended"
     _moemerge(out / "config.yaml", mixture)
     _moemerge(
-        "tune", mixture, adapter, "--lora", "--embeddings",
+        "tune", "lora", mixture, adapter, "--embeddings",
         "--first-row", _vocabulary_size(options.base), "--embedding-rate", options.embedding_rate,
         "--data", out / "chinese.jsonl", "--data", out / "english.jsonl",
         "--steps", options.steps, "--batch", options.batch, "--length", options.length,

@@ -1,4 +1,4 @@
-"""Peak memory of `tune --lora` in bf16 and of `--qlora`: they differ by what the weights say.
+"""Peak memory of `tune lora` in bf16 and with `--qlora`: they differ by what the weights say.
 
 Makes a Mixtral of random weights, trains an adapter of it twice as processes of their own, and
 prints the peak resident memory of each (ru_maxrss) beside the weights' own size.
@@ -55,11 +55,12 @@ def main() -> None:
         text = root / "text.txt"
         text.write_text((ROOT / "README.md").read_text()[:3000])
         told = ["--data", text, "--steps", options.steps, "--batch", 1, "--length", 128]
-        found = []
-        for how in ("--lora", "--qlora"):
+        found = list[tuple[float, float]]()
+        for how in ("tune lora", "tune lora --qlora"):
             with spawn.Pool(1) as pool:
-                weights = pool.apply(weights_megabytes, (str(root / "out"), how == "--qlora"))
-            peak = peak_megabytes("tune", root / "out", root / how, how, *told)
+                weights = pool.apply(weights_megabytes, (str(root / "out"), "--qlora" in how))
+            adapter = root / f"adapter{len(found)}"
+            peak = peak_megabytes(*how.split(), root / "out", adapter, *told)
             found.append((weights, peak))
             print(f"| `{how}` | {weights:.0f} | {peak:.0f} | {peak - weights:.0f} |", flush=True)
     (one, high), (other, low) = found

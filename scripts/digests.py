@@ -45,7 +45,7 @@ CALLS: dict[str, str] = {
     "top-k": "top-k ridge 1",
     "extract": "extract random extracted --expert 1",
     "repair": "repair hidden repaired",
-    "tune": "tune self --only routers --data text.jsonl --steps 4 --batch 2 --length 16",
+    "tune": "tune routers self --data text.jsonl --steps 4 --batch 2 --length 16",
     "routing": "routing random --text words=text.txt --json",
 }
 ARCHITECTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoehybrid", "dots1")

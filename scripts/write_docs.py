@@ -142,9 +142,8 @@ def _commands() -> str:
 
     from moemerge.cli import app
 
-    commands: Any = get_command(app)
     parts = ["# The commands", "", COMMANDS_HEAD]
-    for command in ["", *commands.list_commands(None)]:
+    for command in _names(get_command(app)):
         help_text = subprocess.run(
             [sys.executable, "-m", "moemerge", *command.split(), "--help"],
             check=True,
@@ -155,6 +154,13 @@ def _commands() -> str:
         ).stdout
         parts += [f"## moemerge {command}".rstrip(), "", "```", help_text.strip(), "```", ""]
     return "\n".join(parts)
+
+
+def _names(command: Any, name: str = "") -> Iterator[str]:
+    """A command's name and those of the commands in it."""
+    yield name
+    for one in command.list_commands(None) if hasattr(command, "commands") else ():
+        yield from _names(command.commands[one], f"{name} {one}".strip())
 
 
 def main() -> None:

@@ -73,6 +73,9 @@ def test_commands_and_their_options_exist(path: Path) -> None:
             assert name or begins, line
             only_options = words and words[0].startswith("-")
             command = program if only_options else program.commands[name or "merge"]
+            if commands := getattr(command, "commands", None) if len(words) > 1 else None:
+                assert words[1] in commands, line
+                command = commands[words[1]]
             known = {"--help", "-h"}
             for parameter in command.params:
                 known |= {*parameter.opts, *parameter.secondary_opts}

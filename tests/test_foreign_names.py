@@ -120,7 +120,7 @@ COMMANDS = {
     "routing": ["routing", "{moe}", "--text", "a={text}"],
     "eval": ["eval", "{moe}", "--text", "a={text}"],
     "eval --lazy": ["eval", "{moe}", "--text", "a={text}", "--lazy"],
-    "tune": ["tune", "{moe}", "{out}", "--lora", "--data", "{text}"],
+    "tune": ["tune", "lora", "{moe}", "{out}", "--data", "{text}"],
     "merge-adapter": ["merge-adapter", "{moe}", "{adapter}", "{out}"],
     "repair": ["repair", "{moe}", "{out}"],
     "extract": ["extract", "{moe}", "{out}", "--expert", "0"],

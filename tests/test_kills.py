@@ -1,7 +1,7 @@
 """Every command that writes to an output, killed before any change that it makes there.
 
 What is then there is the old state, the new one, or what the next call resolves: the same command
-again, `verify`, or `tune --undo`. And again where that is killed too.
+again, `verify`, or `tune undo`. And again where that is killed too.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Com
 
     def tuning(*more: object) -> list[object]:
         return [
-            "tune", out, "--only", "routers", "--data", text, "--steps", 2, "--batch", 8,
+            "tune", "routers", out, "--data", text, "--steps", 2, "--batch", 8,
             "--length", 16, "--held-out", 0.5, "--device", "cpu", *more,
         ]  # fmt: skip
 
@@ -103,7 +103,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Com
             "regate": (tuned, ["regate", out, config("cheap_embed")]),
             "tune": (merged, tuning()),
             "tune, tuned already": (tuned, tuning("--learning-rate", 0.05)),
-            "undo": (tuned, ["tune", out, "--undo"]),
+            "undo": (tuned, ["tune", "undo", out]),
             "top-k": (merged, ["top-k", out, 1]),
             "eval --card": (merged, ["eval", out, "--text", f"a={text}", "--card"]),
         }  # fmt: skip
@@ -139,7 +139,7 @@ def check(one: Command, at: int, way: str, tmp: Path) -> str:
         assert verified.rc == 0, f"{where}: {verified.said}"
         assert content(one.out) == (one.after if decided else one.old), where
     elif way == "undo" and one.before:
-        undone = one.do("tune", one.out, "--undo")
+        undone = one.do("tune", "undo", one.out)
         assert undone.rc in (0, 2) and "Traceback" not in undone.said, f"{where}: {undone.said}"
         if undone.rc == 2:
             assert "nothing to undo" in undone.said, f"{where}: {undone.said}"

@@ -58,7 +58,7 @@ class Desk:
 
     def tuned(self) -> Path:
         out = self.fresh()
-        self.do("tune", out, "--only", "routers", "--data", self.text, "--steps", 2, "--batch", 8,
+        self.do("tune", "routers", out, "--data", self.text, "--steps", 2, "--batch", 8,
                 "--length", 16, "--held-out", 0.5, "--device", "cpu")  # fmt: skip
         return out
 
@@ -93,7 +93,7 @@ def regated(desk: Desk) -> Path:
 
 def undone(desk: Desk) -> Path:
     out = desk.tuned()
-    desk.do("tune", out, "--undo")
+    desk.do("tune", "undo", out)
     return out
 
 
@@ -166,7 +166,7 @@ AFTER: dict[str, Callable[[Desk], Path]] = {
     "merge --card": own_card,
     "regate": regated,
     "tune": Desk.tuned,
-    "tune --undo": undone,
+    "tune undo": undone,
     "eval --card": evaluated,
     "an edited card": edited,
     "top-k in place, tuned": chosen,

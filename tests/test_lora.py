@@ -345,17 +345,17 @@ def test_the_command_line_from_chat_to_checkpoint(
     (out / "chat_template.jinja").write_text(CHATML)
     told = ["--data", chat(tmp_path / "chat.jsonl"), "--steps", 3, "--batch", 2, "--rank", 2]
     told += ["--no-packing", "--length", 32]
-    for how in ("--lora", "--qlora"):
-        adapter = tmp_path / how
-        done = run("tune", out, adapter, how, *told, "--embeddings", "--save-every", 2)
+    for name, how in (("plain", []), ("quantised", ["--qlora"])):
+        adapter = tmp_path / name
+        done = run("tune", "lora", out, adapter, *how, *told, "--embeddings", "--save-every", 2)
         assert done.exit_code == 0, done.output
         assert "trained for 3 steps, held-out loss" in done.output
-        done = run("tune", out, adapter, how, *told, "--embeddings", "--resume")
+        done = run("tune", "lora", out, adapter, *how, *told, "--embeddings", "--resume")
         assert done.exit_code == 0, done.output
         assert "checkpoint-3" in done.output
-        done = run("merge-adapter", out, adapter, tmp_path / f"new{how}")
+        done = run("merge-adapter", out, adapter, tmp_path / f"new-{name}")
         assert done.exit_code == 0, done.output
-        verify_checkpoint(tmp_path / f"new{how}")
+        verify_checkpoint(tmp_path / f"new-{name}")
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     said = "tell me code </s> code python function python </s>"
     assert learnt == {tuple(tokenizer.encode(said, add_special_tokens=False).ids)}
@@ -374,7 +374,7 @@ def test_a_real_chat_template_is_learnt_from_the_answer_to_its_end(smollm2: Path
 @pytest.mark.full
 def test_two_processes_train_one_adapter(tmp_path: Path, data: str) -> None:
     out = made(tmp_path)
-    told = ["tune", out, tmp_path / "a", "--lora", "--data", data, "--steps", 4, "--batch", 2]
+    told = ["tune", "lora", out, tmp_path / "a", "--data", data, "--steps", 4, "--batch", 2]
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "moemerge"]
     command = [sys.executable, "-m", *map(str, (*launch, *told))]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -403,18 +403,18 @@ def test_bad_input_is_told_once(tmp_path: Path, data: str, monkeypatch: pytest.M
         ("m0", ["--data", data], "is there already"),
         ("a", ["--data", data, "--steps", "0"], "--steps"),
     ):
-        done = run("tune", out, tmp_path / adapter, "--lora", *arguments)
+        done = run("tune", "lora", out, tmp_path / adapter, *arguments)
         assert (done.exit_code, done.stderr.count("\n")) == (2, 2), done.output
         assert said in done.stderr
     (out / "chat_template.jinja").unlink()
-    assert "has no chat template" in run("tune", out, "a", "--lora", "--data", spoken).stderr
+    assert "has no chat template" in run("tune", "lora", out, "a", "--data", spoken).stderr
     make_adapter(tmp_path / "other", make_model(tmp_path / "wide", hidden_size=64))
     for adapter, said in (("other", "trained on"), ("m0", "adapter"), ("none", "none")):
         done = run("merge-adapter", out, tmp_path / adapter, tmp_path / "new")
         assert (done.exit_code, done.stderr.count("\n")) == (2, 2), done.output
         assert said in done.stderr
     monkeypatch.setitem(sys.modules, "peft", None)
-    done = run("tune", out, tmp_path / "a", "--lora", "--data", data)
+    done = run("tune", "lora", out, tmp_path / "a", "--data", data)
     assert done.exit_code == 2
     assert "pip install 'moemerge[train]'" in done.stderr
     assert not (tmp_path / "a").exists()

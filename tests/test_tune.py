@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from babies import WORDS, make_model, simple_config, write_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from moemerge import InputError, Options, RunError, merge, output, regate, top_k, verify_checkpoint
 from moemerge.card.card import is_untouched
 from moemerge.cli import app
+from moemerge.cli.old_tune import as_today, is_old
 from moemerge.errors import Findings
 from moemerge.mixture.open import open_moe
 from moemerge.mixture.unfused import load, memory_of, name_in_files
@@ -231,13 +234,13 @@ def test_bad_input_is_told_and_nothing_written(tmp_path: Path, data: str) -> Non
     out = made(tmp_path)
     before = files(out)
     for arguments, said in (
-        (["--data", str(tmp_path / "none.txt"), "--only", "routers"], "there is no"),
-        (["--data", data], "--only routers"),
-        (["--only", "routers"], "--data"),
-        (["--data", data, "--only", "routers", "--steps", "0"], "--steps"),
-        (["--undo"], "nothing to undo"),
+        (["routers", str(out), "--data", str(tmp_path / "none.txt")], "there is no"),
+        (["routers", str(out)], "--data"),
+        (["routers", str(out), "--data", data, "--steps", "0"], "--steps"),
+        (["routers", str(out), "--data", data, "--learning-rate", "0"], "--learning-rate: is 0"),
+        (["undo", str(out)], "nothing to undo"),
     ):
-        done = CliRunner().invoke(app, ["tune", str(out), *arguments])
+        done = CliRunner().invoke(app, ["tune", *arguments])
         assert done.exit_code == 2, arguments
         assert said in done.output
     assert files(out) == before
@@ -245,21 +248,78 @@ def test_bad_input_is_told_and_nothing_written(tmp_path: Path, data: str) -> Non
         tune(tmp_path, tuning(data))
 
 
-@pytest.mark.parametrize(
-    ("said", "idle"),
-    [
-        (["--only", "routers", "--rank", "4"], "--rank: has no effect with --only routers"),
-        (["adapter", "--only", "routers"], "ADAPTER: has no effect with --only routers"),
-        (["adapter", "--lora", "--distil", "0.5"], "--distil: has no effect with --lora"),
-        (["adapter", "--qlora", "--balance", "0"], "--balance: has no effect with --qlora"),
-        (["--lora", "--only", "routers"], "needs one thing to do"),
-        (["--undo", "--lora"], "needs one thing to do"),
-        (["--undo", "--steps", "100"], "--steps: has no effect with --undo"),
-        (["--only", "routers", "--learning-rate", "0"], "--learning-rate: is 0"),
-    ],
-)
-def test_flags_without_an_effect_are_refused(tmp_path: Path, said: list[str], idle: str) -> None:
-    data = [] if "--undo" in said else ["--data", "a.txt"]
-    done = CliRunner().invoke(app, ["tune", str(tmp_path), *said, *data])
+def test_a_command_has_its_own_options_alone() -> None:
+    program: Any = get_command(app)
+    options = {
+        name: {flag for parameter in command.params for flag in parameter.opts}
+        for name, command in program.commands["tune"].commands.items()
+    }
+    assert set(options) == {"routers", "lora", "undo"}
+    assert {"--balance", "--distil"} <= options["routers"] - options["lora"]
+    assert {"--rank", "--qlora", "--resume"} <= options["lora"] - options["routers"]
+    assert options["undo"] == {"out", "--quiet", "-q", "--verbose", "-v"}
+
+
+OLD = {
+    "OUT --only routers --data D": "routers OUT --data D",
+    "--only=routers --data D OUT": "routers --data D OUT",
+    "OUT ADAPTER --lora --data D": "lora OUT ADAPTER --data D",
+    "OUT ADAPTER --data D --qlora --rank 4": "lora OUT ADAPTER --data D --qlora --rank 4",
+    "--undo OUT": "undo OUT",
+    "OUT --only routers -- --lora": "routers OUT -- --lora",
+    "routers --only routers --data D": "routers routers --data D",
+    "routers ADAPTER --qlora": "lora routers ADAPTER --qlora",
+    "lora ADAPTER --lora": "lora lora ADAPTER",
+    "undo --undo": "undo undo",
+}
+"""Arguments after `tune` as they were written once, and today."""
+
+WRONG = {
+    "OUT --data D": "write `moemerge tune routers`",
+    "router OUT --data D": "write `moemerge tune routers`",
+    "OUT --only router": "'router' is nothing that can be trained alone; did you mean 'routers'?",
+    "OUT --only": "nothing that can be trained alone",
+    "OUT ADAPTER --lora --qlora": "needs one thing to do",
+    "OUT ADAPTER --lora --only routers": "needs one thing to do",
+    "OUT --undo --lora": "needs one thing to do",
+    "OUT --only routers --rank 4": "--rank",
+    "OUT ADAPTER --only routers": "ADAPTER",
+    "OUT ADAPTER --lora --distil 0.5": "--distil",
+    "OUT --undo --steps 100": "--steps",
+    "lora ADAPTER --qlora --data D": "ADAPTER",
+}
+"""The same, refused, and what is said."""
+
+
+@pytest.mark.parametrize("old", OLD)
+def test_an_old_spelling_is_todays(old: str) -> None:
+    assert is_old(old.split())
+    today = as_today(old.split())
+    assert today == OLD[old].split()
+    assert not is_old(today)
+
+
+@pytest.mark.parametrize("old", WRONG)
+def test_an_old_spelling_that_was_wrong_is_so_still(old: str) -> None:
+    done = CliRunner().invoke(app, ["tune", *old.split()])
     assert done.exit_code == 2
-    assert idle in done.stderr
+    assert WRONG[old] in done.stderr
+
+
+def test_an_old_spelling_works_and_the_new_one_is_told(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = made(tmp_path).rename(tmp_path / "routers")
+    monkeypatch.chdir(tmp_path)
+    before = files(out)
+    told = ["--data", data, "--steps", "4", "--length", "16", "--held-out", "0.5"]
+    for old, new in (
+        (["routers", "--only", "routers", *told], ["routers", "routers", *told]),
+        (["routers", "--undo"], ["undo", "routers"]),
+    ):
+        done = CliRunner().invoke(app, ["tune", *old])
+        assert done.exit_code == 0, done.stderr
+        assert f"note: the usual way: `{shlex.join(['moemerge', 'tune', *new])}`" in done.stderr
+        assert (files(out) == before) == (old[-1] == "--undo")
+    done = CliRunner().invoke(app, ["tune", "routers", "--only", "routers", *told, "--quiet"])
+    assert done.exit_code == 0 and not done.output

@@ -158,8 +158,11 @@ OPTIONS = {
 READING = ("lazy", "device", "cuda", "cache_dir", "quiet")
 """Those of a command that runs models and writes none."""
 
-TUNING = ("seed", "device", "cuda", "load_in_4bit", "cache_dir", "quiet", "verbose")
-"""Those of a command that trains."""
+SAYING = ("quiet", "verbose")
+"""Those of every command that works for long."""
+
+TRAINING = ("cache_dir", *SAYING)
+"""Those of a command that trains, besides where and with what seed."""
 
 BUILDING = ("overwrite", "verify", "copy_tokenizer", "jobs", "direct", "checksums", "cache_dir",
             "stream", "quiet", "verbose")  # fmt: skip

@@ -103,12 +103,8 @@ def check_config_path(config: Path) -> None:
         return  # reading it will say what is wrong
     else:
         return
-    commands = [
-        command.callback.__name__.replace("_", "-")
-        for command in app.registered_commands
-        if command.callback
-    ]
-    guess = nearest(str(config), commands)
+    program: Any = typer.main.get_command(app)
+    guess = nearest(str(config), program.commands)
     fix = f"{guess} (a command)" if guess.startswith("did") else "name a YAML file"
     raise InputError([Problem(str(config), "there is no such config file", fix)])
 

@@ -132,7 +132,7 @@ def verdict(found: RoutingSummary, experts: Sequence[str], mode: str) -> Iterato
     if share < POOR and find(mode).NEEDS.expert_models:
         yield (
             "what would help: positive_prompts for the experts' texts to begin with, calibration "
-            "texts, more samples, or `moemerge tune --only routers` with text of each kind"
+            "texts, more samples, or `moemerge tune routers` with text of each kind"
         )
     elif share < POOR:
         yield (

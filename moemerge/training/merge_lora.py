@@ -32,7 +32,7 @@ def merge_adapter(
 ) -> Built:
     """Write the mixture `old` with a LoRA adapter's deltas into `out`.
 
-    The adapter has the names of the mixture's files, as `moemerge tune --lora` writes it, or it was
+    The adapter has the names of the mixture's files, as `moemerge tune lora` writes it, or it was
     trained with PEFT on experts that transformers 5 had stacked (`target_parameters`). One that
     changes the embeddings or the head of a tied mixture alone unties them, as PEFT does.
 

@@ -1,73 +1,134 @@
-"""The command `tune`."""
+"""The commands `tune routers`, `tune lora` and `tune undo`."""
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from moemerge.cli.options import TUNING, with_options
+from moemerge.cli.old_tune import as_today, is_old
+from moemerge.cli.options import SAYING, TRAINING, UNHEARD, with_options
 from moemerge.cli.program import Out, app
 from moemerge.cli.terminal import Terminal
-from moemerge.errors import InputError, Problem, nearest
 from moemerge.options import Options
 from moemerge.reporting import count
 
-if TYPE_CHECKING:
-    pass
+
+class Tune(TyperGroup):
+    """What is trained is a command of its own; the spellings of old are understood too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put an old spelling in today's, and say that."""
+        if args and is_old(args):
+            args = as_today(args)
+            told = f"the usual way: `{shlex.join(['moemerge', 'tune', *args])}`"
+            ctx.meta.setdefault(UNHEARD, []).append(told)
+        return super().parse_args(ctx, args)
 
 
-_OF_LORA = {
-    "adapter": "ADAPTER", "rank": "--rank", "alpha": "--alpha", "packing": "--[no-]packing",
-    "checkpointing": "--[no-]gradient-checkpointing", "save_every": "--save-every",
-    "resume": "--resume", "embeddings": "--embeddings", "first_row": "--first-row",
-    "embedding_rate": "--embedding-rate",
-}  # fmt: skip
-_OF_ROUTERS = {"balance": "--balance", "distil": "--distil"}
-_OF_TRAINING = {
-    "data": "--data", "steps": "--steps", "batch": "--batch", "length": "--length",
-    "learning_rate": "--learning-rate", "held_out": "--held-out", "seed": "--seed",
-    "device": "--device", "load_in_4bit": "--load-in-4bit",
-}  # fmt: skip
-"""Which flags of `tune` are only of some of what it does."""
+tuning = typer.Typer(
+    cls=Tune,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Train the mixture in OUT: its routers, in place, or a LoRA adapter of it.\n\n\b\n"
+    "moemerge tune routers OUT --data FILE\n"
+    "moemerge tune lora OUT ADAPTER --data FILE [--qlora]\n"
+    "moemerge tune undo OUT",
+)
+app.add_typer(tuning, name="tune")
+
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        show_default=False,
+        help="Text to learn from, plain or jsonl; again for more.",
+    ),
+]
+Steps = Annotated[int, typer.Option("--steps", help="At most so many.")]
+Batch = Annotated[int, typer.Option("--batch", help="Passages a step.")]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        "--length",
+        show_default=False,
+        help="Tokens a passage, at most.  [default: 256, or the model's context if less]",
+    ),
+]
+Rate = Annotated[float, typer.Option("--learning-rate", help="Its highest; then a cosine.")]
+HeldOut = Annotated[
+    float, typer.Option("--held-out", help="The share of the data never trained on.")
+]
 
 
-@app.command()
-@with_options(*TUNING)
-def tune(
+@tuning.command()
+@with_options("seed", "device", "cuda", "load_in_4bit", *TRAINING)
+def routers(
     out: Out,
     options: Options,
     terminal: Terminal,
-    typed: frozenset[str],
+    data: Data = None,
+    steps: Steps = 100,
+    batch: Batch = 8,
+    length: Length = None,
+    learning_rate: Rate = 0.1,
+    held_out: HeldOut = 0.1,
+    balance: Annotated[
+        float | None,
+        typer.Option(
+            "--balance",
+            show_default=False,
+            help="The weight of the load-balancing loss, if not as config.json says.",
+        ),
+    ] = None,
+    distil: Annotated[
+        float,
+        typer.Option(
+            "--distil",
+            help="The share of the loss that is the distance to what the best "
+            "expert for each passage says alone.",
+        ),
+    ] = 0.0,
+) -> None:
+    """Train the routers, in place. All else in OUT is frozen."""
+    from moemerge.training import Tuning, shape, tune
+
+    files = tuple(data or ())
+    wanted = Tuning(files, steps, batch, length, learning_rate, held_out, balance, distil)
+    done = tune(out, wanted, options, terminal)
+    trained = done.trained
+    terminal.result(
+        f"{out}: held-out loss {trained.before:.4f} to {trained.after:.4f} at step {trained.best}, "
+        f"{done.seconds:.0f} s ({shape(trained.curve)})"
+    )
+
+
+@tuning.command()
+@with_options("seed", "device", "cuda", *TRAINING)
+def lora(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The mixture.")],
     adapter: Annotated[
-        Path | None, typer.Argument(metavar="[ADAPTER]", help="Where --lora writes its adapter.")
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            metavar="FILE",
-            show_default=False,
-            help="Text to learn from, plain or jsonl; again for more.",
-        ),
-    ] = None,
-    only: Annotated[
-        str,
-        typer.Option(
-            "--only",
-            metavar="routers",
-            show_default=False,
-            help="What is trained; all else is frozen.",
-        ),
-    ] = "",
-    lora: Annotated[
-        bool, typer.Option("--lora", help="Train a LoRA adapter of all linears and experts.")
-    ] = False,
+        Path, typer.Argument(metavar="ADAPTER", help="Where the adapter is written.")
+    ],
+    options: Options,
+    terminal: Terminal,
+    data: Data = None,
     qlora: Annotated[
-        bool, typer.Option("--qlora", help="The same, with what is frozen in 4 bits.")
+        bool,
+        typer.Option(
+            "--qlora", "--load-in-4bit", help="Hold what is frozen in 4 bits (bitsandbytes)."
+        ),
     ] = False,
+    steps: Steps = 100,
+    batch: Batch = 8,
+    length: Length = None,
+    learning_rate: Rate = 2e-4,
+    held_out: HeldOut = 0.1,
     rank: Annotated[int, typer.Option("--rank", help="The adapter's.")] = 16,
     alpha: Annotated[float, typer.Option("--alpha", help="Its scale times its rank.")] = 32,
     packing: Annotated[
@@ -101,91 +162,29 @@ def tune(
             help="Their learning rate, if not --learning-rate.",
         ),
     ] = None,
-    undo: Annotated[
-        bool, typer.Option("--undo", help="Give it back the routers from before the last tuning.")
-    ] = False,
-    steps: Annotated[int, typer.Option("--steps", help="At most so many.")] = 100,
-    batch: Annotated[int, typer.Option("--batch", help="Passages a step.")] = 8,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            "--length",
-            show_default=False,
-            help="Tokens a passage, at most.  [default: 256, or the model's context if less]",
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            "--learning-rate",
-            show_default=False,
-            help="Its highest; then a cosine.  [default: 0.1 for routers, 2e-4 for LoRA]",
-        ),
-    ] = None,
-    held_out: Annotated[
-        float, typer.Option("--held-out", help="The share of the data never trained on.")
-    ] = 0.1,
-    balance: Annotated[
-        float | None,
-        typer.Option(
-            "--balance",
-            show_default=False,
-            help="The weight of the load-balancing loss, if not as config.json says.",
-        ),
-    ] = None,
-    distil: Annotated[
-        float,
-        typer.Option(
-            "--distil",
-            help="The share of the loss that is the distance to what the best "
-            "expert for each passage says alone.",
-        ),
-    ] = 0.0,
 ) -> None:
-    """Train the mixture in OUT: its routers, in place (--only routers), or a LoRA adapter of it."""
-    from moemerge.training import Tuning, shape, tune
-    from moemerge.training import undo as undo_tuning
+    """Train a LoRA adapter, ADAPTER. It is on every linear and every expert of the mixture OUT."""
+    from moemerge.training import Lora, Tuning, finetune, is_first_process
 
-    ways = {"--only routers": bool(only), "--lora": lora, "--qlora": qlora, "--undo": undo}
-    chosen = [way for way, one in ways.items() if one]
-    if only not in ("", "routers"):
-        what = f"{only!r} is nothing that can be trained alone"
-        raise InputError([Problem("--only", what, nearest(only, ["routers"]))])
-    if len(chosen) != 1:
-        fix = f"write one of {', '.join(ways)}"
-        raise InputError([Problem("tune", "needs one thing to do", fix)])
-    idle = {**({} if lora or qlora else _OF_LORA), **({} if only else _OF_ROUTERS)}
-    idle |= _OF_TRAINING if undo else {}
-    if wrong := [flag for name, flag in idle.items() if name in typed]:
-        what = f"has no effect with {chosen[0]}"
-        raise InputError([Problem(flag, what, "remove it") for flag in wrong])
-    if undo:
-        undo_tuning(out, terminal)
-        terminal.result(f"{out}: has the routers from before its last tuning")
-        return
-    usual = Tuning.learning_rate if only else 2e-4
-    rate = usual if learning_rate is None else learning_rate
-    tuning = Tuning(tuple(data or ()), steps, batch, length, rate, held_out, balance, distil)
-    if not only:
-        from moemerge.training import Lora, finetune, is_first_process
+    tuning = Tuning(tuple(data or ()), steps, batch, length, learning_rate, held_out)
+    wanted = Lora(
+        rank, alpha, packing, checkpointing, save_every, resume, embeddings, first_row,
+        embedding_rate,
+    )  # fmt: skip
+    options = dataclasses.replace(options, load_in_4bit=qlora)
+    made = finetune(out, adapter, tuning, wanted, options, terminal)
+    if is_first_process():
+        terminal.result(
+            f"{adapter}: {count(made.parameters)} parameters trained for {made.steps} steps, "
+            f"held-out loss {made.before:.4f} to {made.after:.4f}"
+        )
 
-        if adapter is None:
-            fix = "name a new directory for the adapter"
-            raise InputError([Problem("ADAPTER", "is missing", fix)])
-        if qlora:
-            options = dataclasses.replace(options, load_in_4bit=True)
-        wanted = Lora(rank, alpha, packing, checkpointing, save_every, resume, embeddings)
-        wanted = dataclasses.replace(wanted, first_row=first_row, embedding_rate=embedding_rate)
-        made = finetune(str(out), adapter, tuning, wanted, options, terminal)
-        if is_first_process():
-            terminal.result(
-                f"{adapter}: {count(made.parameters)} parameters trained for {made.steps} steps, "
-                f"held-out loss {made.before:.4f} to {made.after:.4f}"
-            )
-        return
-    done = tune(out, tuning, options, terminal)
-    trained = done.trained
-    terminal.result(
-        f"{out}: held-out loss {trained.before:.4f} to {trained.after:.4f} at step {trained.best}, "
-        f"{done.seconds:.0f} s ({shape(trained.curve)})"
-    )
+
+@tuning.command()
+@with_options(*SAYING)
+def undo(out: Out, options: Options, terminal: Terminal) -> None:
+    """Put back the routers. Those are from before the last `tune routers` of OUT."""
+    from moemerge.training import undo
+
+    undo(out, terminal)
+    terminal.result(f"{out}: has the routers from before its last tuning")
