@@ -1,15 +1,16 @@
 """A mixture that is there: opened, loaded, edited, repaired, and taken apart."""
 
 from moemerge.mixture.edit import add, drop, top_k
+from moemerge.mixture.edited_plan import Edit
 from moemerge.mixture.extraction import extract
+from moemerge.mixture.linear_experts import experts_of
 from moemerge.mixture.loading import PER_TOKEN, config_of, encoder_of, load_mixture
 from moemerge.mixture.open import Moe, open_moe, portions
-from moemerge.mixture.rebuild import Built, Edit, build
+from moemerge.mixture.rebuild import Built, build
 from moemerge.mixture.repairing import repair
 from moemerge.mixture.unfused import (
     check_memory,
     dtype_of,
-    experts_of,
     is_plain,
     load,
     name_in_files,

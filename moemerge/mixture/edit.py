@@ -1,4 +1,4 @@
-"""Mixtures repaired, taken apart and put together; see `rebuild` for how little that rewrites."""
+"""Edits of a mixture: experts added or dropped, and the number that each token chooses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from moemerge.architectures import MLP, find, names
 from moemerge.checkpoint import FLOATS, Donor, Opener
 from moemerge.config import Expert, MergeConfig, parse_config
 from moemerge.errors import Findings, InputError, Line, flag, no_effect
-from moemerge.mixture.open import Moe, Part, open_moe
-from moemerge.mixture.rebuild import Built, Edit, build, build_in_place
+from moemerge.mixture.edited_plan import Edit
+from moemerge.mixture.open import Moe, open_moe
+from moemerge.mixture.parts import Part
+from moemerge.mixture.rebuild import Built, build, build_in_place
 from moemerge.mixture.runnable import (
     check_groups,
     check_whole,
@@ -35,11 +37,11 @@ def top_k(
     reporter: Reporter | None = None,
     progress: bool = False,
 ) -> Built:
-    """Let each token choose `per_token` experts; without `out`, in `old` itself.
+    """Let each token choose `per_token` experts; without `out`, `old` itself changes.
 
-    In place only config.json and the manifest change. Of a split, what the chosen slices add is
-    multiplied by their number: most classes have that in the down projections, which are written
-    anew, in `out` alone.
+    In place, only config.json and the manifest change. A split multiplies the sum of the chosen
+    slices by their number. Most classes keep this factor in the down projections, so they are
+    rewritten, which needs an `out`.
 
     Raises:
         InputError: `old` is no mixture that is known, or cannot choose so many experts.
@@ -55,12 +57,16 @@ def top_k(
     with held(moe.checkpoint.directory) as change:
         moe = opened_mixture(
             old, options, findings, Silent()
-        )  # again, now that nobody else changes it
+        )  # again, because the lock is held only now
         return build_in_place(_choosing(moe, per_token, True, findings), change, reporter)
 
 
 def _choosing(moe: Moe, per_token: int, in_place: bool, findings: Findings) -> Edit:
-    """The mixture with so many experts a token; problems are refused."""
+    """The edit that lets each token choose `per_token` experts.
+
+    Raises:
+        InputError: the mixture cannot run with this number.
+    """
     check_groups(moe, moe.experts, findings)
     most = most_per_token(moe)
     if not 1 <= per_token <= most:
@@ -91,7 +97,7 @@ def drop(
     reporter: Reporter | None = None,
     progress: bool = False,
 ) -> Built:
-    """The mixture without one expert, named by its number or name; its routers' row goes too.
+    """The mixture without one expert, named by its number or name, and without its router rows.
 
     Raises:
         InputError: `old` is no mixture that is known, or has no such expert, or no other.
@@ -199,10 +205,10 @@ def add(
 def opened_mixture(
     old: str | Path, options: RunOptions, findings: Findings, reporter: Reporter
 ) -> Moe:
-    """The mixture `old`, its notes said.
+    """Open the mixture `old` and say its notes.
 
     Raises:
-        InputError: it is none, or one that moemerge does not know.
+        InputError: `old` is no mixture of a class that moemerge knows.
     """
     moe = open_moe(old, options.cache_dir, findings)
     findings.refuse()
@@ -214,7 +220,7 @@ def opened_mixture(
 
 
 def retold(moe: Moe, change: Callable[[MergeConfig], MergeConfig] = lambda merge: merge) -> str:
-    """The config that the mixture was merged by, changed; empty where that is not known."""
+    """The YAML config of the merge with `change` applied; empty if it is not known."""
     if moe.manifest is None or not moe.manifest.config:
         return ""
     try:
@@ -234,7 +240,7 @@ def _free(name: str, taken: Iterable[str]) -> str:
 
 
 def _check_donor(moe: Moe, donor: Donor, options: Options, findings: Findings) -> None:
-    """Record what makes the model's MLPs no expert of this mixture."""
+    """Record why the MLPs of the model cannot be an expert of this mixture."""
     config = {**moe.dense, "intermediate_size": moe.inner}
     host = Donor("MOE", "the mixture", replace(moe.checkpoint, config=config))
     scaled = moe.config.get("residual_multiplier", 1) != 1
@@ -260,7 +266,7 @@ def _check_donor(moe: Moe, donor: Donor, options: Options, findings: Findings) -
 
 
 def is_made_of(moe: Moe, family: str) -> bool:
-    """Whether the mixture's class reproduces models of that family."""
+    """Whether the mixture's class computes models of that family exactly."""
     return moe.family in names() and family in find(moe.family).HOLDS.families
 
 
@@ -270,7 +276,7 @@ def _renumbered(part: Part, expert: int, moe: Moe) -> Part:
 
 
 def _rows(part: Part, spans: Iterable[tuple[int, int]]) -> Part:
-    """Some of a router's rows, in stretches."""
+    """The given rows of a router; consecutive rows are one read."""
     chosen = [Cut(part.recipe, 0, start, stop) for start, stop in spans if start < stop]
     count = sum(one.stop - one.start for one in chosen)
     made: Recipe = chosen[0] if len(chosen) == 1 else Join(tuple(chosen))
@@ -278,7 +284,7 @@ def _rows(part: Part, spans: Iterable[tuple[int, int]]) -> Part:
 
 
 def _with_mean_row(part: Part, experts: int) -> Part:
-    """A router with one row more, the mean of those that there are."""
+    """A router with one more row, the mean of its rows."""
     own = tuple(Cut(part.recipe, 0, row, row + 1) for row in range(experts))
     mean = Mean(own, (1 / experts,) * experts)
     shape = (experts + 1, *part.shape[1:])

@@ -10,14 +10,15 @@ from moemerge.architectures import MLP, dense_shapes
 from moemerge.errors import Findings
 from moemerge.families import PARTIAL, RECORDS
 from moemerge.mixture.edit import is_made_of, opened_mixture
+from moemerge.mixture.edited_plan import Edit
 from moemerge.mixture.open import Moe
-from moemerge.mixture.rebuild import Built, Edit, build
+from moemerge.mixture.rebuild import Built, build
 from moemerge.mixture.runnable import check_whole, long_name
 from moemerge.options import Options
 from moemerge.reporting import Reporter, listener
 
 _OURS = (PARTIAL, "o_bias", "post_norm", "qk_norm", "qkv_bias", "saved_as")
-"""What `normalise` adds to a config for this program alone."""
+"""The keys that `normalise` adds for moemerge's own use; no reader knows them."""
 
 
 def extract(
@@ -28,7 +29,7 @@ def extract(
     reporter: Reporter | None = None,
     progress: bool = False,
 ) -> Built:
-    """One expert, named by its number or name, as a dense model: its MLPs in the mixture's body.
+    """Write one expert, named by its number or name, as a dense model in the mixture's body.
 
     Raises:
         InputError: `old` is no mixture that is known, has no such expert, or no dense family has
@@ -74,7 +75,7 @@ def extract(
 
 
 def _no_dense(moe: Moe) -> Iterator[str]:
-    """Why the mixture's body is not a dense model's, as far as no tensor tells."""
+    """Why no dense model has this body, as far as config.json tells."""
     kind = moe.dense["model_type"]
     if not is_made_of(moe, kind):
         yield f"is a {moe.family}, whose body is no {kind}'s"

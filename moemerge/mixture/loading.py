@@ -1,4 +1,4 @@
-"""A finished mixture opened, and in transformers: whole where memory holds it, or streamed."""
+"""A finished mixture loaded into transformers: whole if memory is large enough, or streamed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token")
 def load_mixture(out: Path, options: RunOptions, reporter: Reporter) -> Any:
     """The mixture in transformers, on its device.
 
-    Where memory is too small, or with `options.lazy`, a decoder layer's weights are read each time
-    it runs, and let go after it; see `reading.mean_losses`.
+    If memory is too small, or with `options.lazy`, the weights of a decoder layer are read each
+    time the layer runs, and dropped after it.
 
     Raises:
-        InputError: transformers cannot load it, or not all of its weights.
+        InputError: transformers cannot load the mixture, or leaves some weights out.
     """
     needed = sum(file.stat().st_size for file in out.glob(f"*{WEIGHTS_SUFFIX}"))
     free = available_memory()
@@ -46,7 +46,7 @@ def load_mixture(out: Path, options: RunOptions, reporter: Reporter) -> Any:
             model, found = transformers.AutoModelForCausalLM.from_pretrained(
                 out, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
             )
-        except Exception as error:  # it lets through what any of many libraries raises
+        except Exception as error:  # errors of many libraries reach this line
             what = f"transformers cannot load it ({first_line(error)})"
             fix = "name one that it loads; `moemerge verify` checks one that moemerge made"
             raise InputError([Problem(str(out), what, fix)]) from error
@@ -59,10 +59,10 @@ def load_mixture(out: Path, options: RunOptions, reporter: Reporter) -> Any:
 
 
 def config_of(out: Path) -> dict[str, Any]:
-    """The config.json of a mixture, which says how many experts there are and a token chooses.
+    """The config.json of a mixture, with its numbers of experts.
 
     Raises:
-        InputError: there is none.
+        InputError: the file is missing, or is no mixture's.
     """
     try:
         config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ def encoder_of(out: Path) -> Encoder:
     """The mixture's tokenizer.
 
     Raises:
-        InputError: there is none that can be read.
+        InputError: the tokenizer is missing or cannot be read.
     """
     try:
         return Encoder(out)
@@ -94,6 +94,6 @@ def _streamed(out: Path, options: RunOptions, reporter: Reporter) -> Any:
     assert moe is not None
     options = dataclasses.replace(options, lazy=True, load_in_4bit=False)
     model = load(moe, options, reporter, dtype_of(moe)).eval()
-    model.config.output_router_logits = False  # the layers that would note them run elsewhere
+    model.config.output_router_logits = False  # a streamed layer cannot record them
     model.config.use_cache, model.config.model_type = True, moe.family
     return model

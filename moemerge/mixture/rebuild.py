@@ -1,28 +1,26 @@
-"""An edited mixture written: a plan that mostly reads the old files, and copies what it can whole.
+"""Writes an edited mixture: a plan that mostly reads the old files, and copies whole shards.
 
-A shard that the old and the new plan have in common is copied within the kernel, which shares its
-blocks where the file system can (XFS, Btrfs). Nothing is ever linked: who edits one mixture in
-place does not change another. Where the old mixture has a manifest, the new one's says of what the
-weights were made in the first place, as if it had been merged so: `regate` works on it.
+A shard that is in both plans is copied by the kernel, which shares its blocks where the file system
+can (XFS, Btrfs). Files are never linked, so an edit of one mixture in place does not change
+another. If the old mixture has a manifest, the new manifest names the same sources, as a merge
+would have written it, so `regate` works on the result.
 """
 
 from __future__ import annotations
 
-import math
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from moemerge import output
 from moemerge.card import files as card_files
 from moemerge.card import without_evaluation
-from moemerge.checkpoint import Checkpoint, Donor, Location, check_unchanged, fetch
+from moemerge.checkpoint import Donor, Location, check_unchanged, fetch
 from moemerge.errors import Findings
 from moemerge.files import CONFIG_FILE, PART_SUFFIX
-from moemerge.mixture.open import Moe, Part, planned
-from moemerge.options import Options, RunOptions, ShardSize, WriteOptions
+from moemerge.mixture.edited_plan import Edit, checkpoints_of, plan_of
+from moemerge.options import Options, RunOptions
 from moemerge.output import (
     STATE_DIRECTORY,
     Change,
@@ -39,33 +37,17 @@ from moemerge.output import (
     write_shard,
 )
 from moemerge.plan import (
-    Cut,
-    Join,
-    LowRank,
-    Mean,
-    Noise,
     Plan,
-    PlannedTensor,
-    Read,
-    Recipe,
-    Renew,
-    Scale,
     Shard,
-    cut,
     recipe,
-    shards_of,
 )
-from moemerge.prepare import source_of
 from moemerge.reporting import Reporter
 from moemerge.text import Vocabulary
-
-_GIVEN = "given"
-"""The gate mode of a mixture whose routers are those that it came with."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """What was built in `out`: `copied` bytes in whole files, `written` bytes in others."""
+    """The new model in `out`: `copied` bytes in whole files, `written` bytes in other files."""
 
     out: Path
     plan: Plan
@@ -73,120 +55,15 @@ class Built:
     written: int
 
 
-@dataclass(frozen=True)
-class Edit:
-    """What is to become of a mixture: its new parts, config.json and experts, of which models."""
-
-    moe: Moe
-    parts: Sequence[Part]
-    config: dict[str, Any]
-    experts: tuple[str, ...]
-    per_token: int
-    story: str
-    donors: tuple[Donor, ...] = ()
-    text: str = ""
-    same_model: bool = False
-
-
-def _plan(edit: Edit, options: WriteOptions) -> tuple[Plan, tuple[Shard, ...]]:
-    """The plan that says what the weights are made of, and its shards as they are to be written.
-
-    Tensors stay in the files that they were in, routers come first, and what is new comes last.
-    """
-    moe, before = edit.moe, edit.moe.manifest
-    tensors = list(planned(edit.parts, moe.tensors))
-    limit = ShardSize.parse(options.shard_size).max_bytes(2)
-    new = [tensor for file, tensor in tensors if not (file or tensor.made)]
-    kept: dict[str, list[PlannedTensor]] = {}
-    for file, tensor in tensors:
-        if file:
-            kept.setdefault("" if tensor.made else file, []).append(tensor)
-    if "" in kept:
-        groups = [tuple(kept.pop("")), *map(tuple, kept.values()), *cut(new, limit)]
-    else:
-        groups = list(cut((tensor for _, tensor in tensors), limit))
-    origins = _origins(moe)
-    said = [tuple(_as_merged(tensor, moe.text, origins) for tensor in group) for group in groups]
-    read = {read.source for group in said for t in group for read in recipe.reads(t.recipe)}
-    known = {one.reference: one for one in before.plan.sources} if before else {}
-    opened = {one.reference.text: source_of(one) for one in _checkpoints(edit)}
-    if before:  # else one that it knows would not be what the old shards are made of
-        opened = {n: s if n == moe.text else before.plan.remembered(s) for n, s in opened.items()}
-    sources = tuple(source for name, source in {**known, **opened}.items() if name in read)
-    inputs = before.plan.gate_inputs if before else ""
-    shards = shards_of(said, sources, inputs)
-    plan = Plan(
-        architecture=str(edit.config["model_type"]),
-        gate_mode=before.plan.gate_mode if before else _GIVEN,
-        gate_inputs=inputs,
-        seed=before.plan.seed if before else 0,
-        dtype=groups[-1][-1].dtype,
-        experts=edit.experts,
-        experts_per_token=edit.per_token // moe.segments,
-        config=edit.config,
-        sources=sources,
-        shards=shards,
-    )
-    pairs = zip(shards, groups, strict=True)
-    return plan, tuple(replace(shard, tensors=group) for shard, group in pairs)
-
-
-def _origins(moe: Moe) -> dict[str, PlannedTensor]:
-    """What the old manifest has of each tensor, and of each expert's part of those of all."""
-    found = {one.name: one for one in moe.manifest.plan.tensors} if moe.manifest else {}
-    for name, view in moe.checkpoint.views.items():
-        whole, values = found.get(view.of), math.prod(view.shape)
-        if whole and isinstance(whole.recipe, Join):
-            parts, at = whole.recipe.of, view.start // values
-            if whole.parameters == len(parts) * values:
-                drawn_for = f"{whole.name}[{at}]"
-                found[name] = PlannedTensor(drawn_for, view.shape, whole.dtype, parts[at])
-    return found
-
-
-def _as_merged(tensor: PlannedTensor, old: str, origins: dict[str, PlannedTensor]) -> PlannedTensor:
-    """A copy of an old tensor with the recipe that the old manifest has of it, if it holds still.
-
-    What was drawn at random was drawn for the name that the tensor had.
-    """
-    made = tensor.recipe
-    if isinstance(made, Join) and tensor.expert == -1:
-        shape = (tensor.parameters // len(made.of) // tensor.shape[-1], tensor.shape[-1])
-        parts = (
-            PlannedTensor(f"{tensor.name}[{number}]", shape, tensor.dtype, part)
-            for number, part in enumerate(made.of)
-        )
-        return replace(
-            tensor, recipe=Join(tuple(_as_merged(part, old, origins).recipe for part in parts))
-        )
-    before = origins.get(made.tensor) if isinstance(made, Read) and made.source == old else None
-    same = before and (before.shape, before.dtype) == (tensor.shape, tensor.dtype)
-    if before is None or not same or (before.name != tensor.name and _draws(before.recipe)):
-        return tensor
-    return replace(tensor, recipe=before.recipe)
-
-
-def _draws(made: Recipe) -> bool:
-    if isinstance(made, Mean | Join):
-        return any(map(_draws, made.of))
-    draws = isinstance(made, Noise | Renew)
-    return draws or (isinstance(made, LowRank | Scale | Cut) and _draws(made.of))
-
-
-def _checkpoints(edit: Edit) -> list[Checkpoint]:
-    adapters = [donor.adapter.checkpoint for donor in edit.donors if donor.adapter]
-    return [edit.moe.checkpoint, *(donor.model for donor in edit.donors), *adapters]
-
-
 def build(edit: Edit, out: Path, options: Options, reporter: Reporter, findings: Findings) -> Built:
-    """Write what an edit makes, going on where a run of the same edit was cut off."""
+    """Write the edited mixture; a run that was cut off goes on."""
     moe = edit.moe
-    plan, shards = _plan(edit, options)
+    plan, shards = plan_of(edit, options)
     body = Donor("MOE", Path(moe.text).name, replace(moe.checkpoint, config=moe.dense))
     vocabulary = Vocabulary(body, moe.checkpoint.directory)
     carried = output.carried_files(vocabulary, options.copy_tokenizer)
     output.check_carried(vocabulary, carried, moe.text, findings)
-    directories = [one.directory for one in _checkpoints(edit)]
+    directories = [one.directory for one in checkpoints_of(edit)]
     settle(out)
     output.check(out, plan, carried, directories, options, findings)
     findings.refuse()
@@ -217,13 +94,13 @@ def _manifest(edit: Edit, plan: Plan, files: dict[str, FileEntry]) -> Manifest:
 def _sources(
     edit: Edit, shards: Iterable[Shard], options: RunOptions, reporter: Reporter
 ) -> dict[str, dict[str, Location]]:
-    """Every model's tensors, with what has to come from the Hub downloaded or to be streamed."""
+    """Every source's tensors. Those needed from the Hub are downloaded first, or streamed later."""
     needed: dict[str, set[str]] = {}
     for shard in shards:
         for read in (read for t in shard.tensors for read in recipe.reads(t.recipe)):
             needed.setdefault(read.source, set()).add(read.tensor)
     found = {}
-    for opened in _checkpoints(edit):
+    for opened in checkpoints_of(edit):
         text = opened.reference.text
         names = needed.get(text, ())
         found[text] = fetch(opened, names, options.cache_dir, reporter, options.stream).tensors
@@ -239,7 +116,8 @@ def _write(
     options: Options,
     reporter: Reporter,
 ) -> tuple[dict[str, FileEntry], int]:
-    """Every shard that is not there yet: its manifest entry by file, and the bytes copied whole."""
+    """Write the shards that are missing. Returns the manifest's entries, and the bytes that were
+    copied as whole files."""
     state, before = State(out), edit.moe.manifest
     old = {shard.digest: shard for shard in before.plan.shards} if before else {}
     entries, copied = {}, 0
@@ -266,14 +144,14 @@ def _write(
 
 
 def _places(shard: Shard, sources: dict[str, dict[str, Location]]) -> list[Location]:
-    """Where the shard's tensors are read from: the index decides, not the manifest."""
+    """Where the shard's tensors are read from. The index decides, not the manifest."""
     reads = (read for tensor in shard.tensors for read in recipe.reads(tensor.recipe))
     return [sources[read.source][read.tensor] for read in reads]
 
 
 def _copied(place: Location, shard: Shard, out: Path) -> bool:
-    """Copy the whole file of a tensor within the kernel; False if it will not, or the file is not
-    the shard."""
+    """Let the kernel copy the whole file of a tensor. False if it does not, or if the file is not
+    this shard."""
     old = place.file
     part = out / STATE_DIRECTORY / f"{shard.file}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}"
     with output.writing(out):
@@ -293,7 +171,7 @@ def _copied(place: Location, shard: Shard, out: Path) -> bool:
 
 
 def _card(edit: Edit, reporter: Reporter) -> bytes:
-    """The mixture's own card where it is the same model still, else a short one."""
+    """The mixture's own card if it is still the same model, otherwise a short one."""
     kept = edit.moe.checkpoint.directory / output.CARD_FILE
     if edit.same_model and kept.is_file():
         routed_otherwise = edit.per_token != edit.moe.per_token
@@ -305,7 +183,7 @@ def _card(edit: Edit, reporter: Reporter) -> bytes:
 
 
 def build_in_place(edit: Edit, change: Change, reporter: Reporter) -> Built:
-    """Change config.json, the manifest if there is one, and the card, together."""
+    """Replace config.json, the manifest (if there is one) and the card together."""
     moe, before = edit.moe, edit.moe.manifest
     if before:
         chosen = edit.per_token // moe.segments
@@ -313,7 +191,7 @@ def build_in_place(edit: Edit, change: Change, reporter: Reporter) -> Built:
         made = replace(before, plan=plan, config=edit.text or before.config)
         change.write_json(output.MANIFEST_FILE, made.to_json())
     else:
-        plan = _plan(edit, Options())[0]
+        plan = plan_of(edit, Options())[0]
     change.write_json(CONFIG_FILE, edit.config)
     card_files.drop_evaluation(change, reporter)
     change.commit()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from moemerge.errors import Findings
 from moemerge.mixture.edit import opened_mixture, retold
-from moemerge.mixture.rebuild import Built, Edit, build
+from moemerge.mixture.edited_plan import Edit
+from moemerge.mixture.rebuild import Built, build
 from moemerge.mixture.runnable import check_groups, config_of, is_wrong
 from moemerge.options import Options
 from moemerge.reporting import Reporter, listener
@@ -19,9 +20,9 @@ def repair(
     reporter: Reporter | None = None,
     progress: bool = False,
 ) -> Built | None:
-    """Give the mixture `old` the names and the config.json that every reader knows, in `out`.
+    """Write `old` to `out` with the tensor names and the config.json that every reader knows.
 
-    None, and nothing written, if it has them.
+    Returns None and writes nothing if `old` has them already.
 
     Raises:
         InputError: `old` is no mixture that is known, or `out` cannot be; nothing was written.

@@ -1,4 +1,4 @@
-"""A mixture's config.json in words for every reader, and the numbers of experts its class can run.
+"""A mixture's config.json for every reader, and the numbers of experts that its class can run.
 
 Shapes: E experts.
 """
@@ -12,13 +12,14 @@ from moemerge.architectures import COUNTS, MLP, SPLIT_FACTOR
 from moemerge.checkpoint import FLOATS
 from moemerge.errors import Findings
 from moemerge.families import PARTIAL
-from moemerge.mixture.open import PER_TOKEN, Moe, Part
+from moemerge.mixture.open import PER_TOKEN, Moe
+from moemerge.mixture.parts import Part
 from moemerge.plan import Scale
 from moemerge.tokenizer import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILE, portable, read_object
 
 
 def is_wrong(moe: Moe) -> bool:
-    """Whether some reader cannot load it: by its tensors' names, its config or its tokenizer."""
+    """Whether a reader cannot load the mixture, because of tensor names, config or tokenizer."""
     config = moe.config
     scaled = moe.dense["rope_scaling"] is not None
     deaf = "rope_parameters" in config and not (
@@ -31,7 +32,7 @@ def is_wrong(moe: Moe) -> bool:
 
 
 def _is_foreign(moe: Moe) -> bool:
-    """Whether a small file beside it says what some reader trips over."""
+    """Whether a tokenizer or generation config has a key that some reader fails on."""
     directory, rows = moe.checkpoint.directory, int(moe.dense["vocab_size"])
     fast = (directory / TOKENIZER_FILE).is_file()
     there = [n for n in (CONFIG_FILE, GENERATION_FILE) if (directory / n).is_file()]
@@ -40,7 +41,7 @@ def _is_foreign(moe: Moe) -> bool:
 
 
 def config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:
-    """The mixture's config.json with other numbers, in words that transformers 4 and 5 know."""
+    """The mixture's config.json with these numbers, for transformers 4 and 5."""
     dense, config = moe.dense, moe.config
     rope, part = dense["rope_parameters"], dense[PARTIAL]
     partial = {PARTIAL: part} if part != 1 or moe.reading.turned != 1 else {}
@@ -70,7 +71,7 @@ def config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:
 
 
 def _layer_kinds(moe: Moe) -> list[Any]:
-    """Each layer's kind as transformers 4 calls it, which 5 understands."""
+    """Each layer's kind by its name in transformers 4, which transformers 5 understands too."""
     types, known = moe.config.get("layer_types"), moe.reading.older_kinds
     return [known.get(str(kind), kind) for kind in types] if isinstance(types, list) else []
 
@@ -81,8 +82,11 @@ def long_name(dtype: str) -> str:
 
 
 def check_groups(moe: Moe, count: int, findings: Findings) -> None:
-    """Record a number of experts that the class cannot run; its groups must hold the best two
-    that a sigmoid class judges each by."""
+    """Record a number of experts that the class cannot run.
+
+    Experts are in groups of equal size. A sigmoid class scores a group by its best two experts, so
+    a group needs two.
+    """
     groups = moe.config.get("n_group") or 1
     best = 2 if "n_group" in moe.config and any(part.made == "bias" for part in moe.parts) else 1
     if type(groups) is not int or groups < 1 or count % groups:
@@ -97,14 +101,14 @@ def check_groups(moe: Moe, count: int, findings: Findings) -> None:
 
 
 def most_per_token(moe: Moe) -> int:
-    """How many experts a token can choose: those of the groups that its class lets it use."""
+    """The most experts that a token can choose: the experts of the groups that it may use."""
     groups, chosen = (moe.config.get(key) or 1 for key in ("n_group", "topk_group"))
     whole = type(groups) is type(chosen) is int and 1 <= chosen <= groups
     return moe.experts // groups * chosen if whole else moe.experts
 
 
 def check_whole(moe: Moe, findings: Findings) -> None:
-    """Record experts that are no whole MLPs."""
+    """Record a problem if the experts are parts of MLPs."""
     if moe.factor or moe.segments > 1:
         kind = (
             "slices of the model that was split" if moe.factor else f"{moe.segments} segments each"
@@ -114,13 +118,13 @@ def check_whole(moe: Moe, findings: Findings) -> None:
 
 
 def has_factor(moe: Moe) -> bool:
-    """Whether it is a split whose class multiplies what is chosen by a factor of its config."""
+    """Whether the mixture is a split whose config.json has a factor for the chosen slices."""
     factor = moe.reading.factor
     return bool(moe.factor and factor and isinstance(moe.config.get(factor), int | float))
 
 
 def weighed(part: Part, per_token: int, moe: Moe) -> Part:
-    """A split's down projection as it is to be where a token chooses so many slices."""
+    """The part scaled for `per_token` chosen slices, if it is the down projection of a split."""
     if part.expert is None or MLP[part.which] != "down_proj" or moe.factor in (0, per_token):
         return part
     return replace(part, recipe=Scale(part.recipe, per_token / moe.factor))

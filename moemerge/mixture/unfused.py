@@ -1,9 +1,9 @@
-"""A mixture in transformers as training wants it: every expert's matrices are linears of their own.
+"""A mixture in transformers for training: every matrix of an expert is a linear of its own.
 
-transformers 5 keeps a layer's experts in two tensors, which bitsandbytes leaves in full size and
-whose gradients are as large as they are. Here an expert is three linears, as in the files: they are
-quantised one by one while they are read, an adapter sits on each, and no gradient of a frozen
-weight, nor a frozen weight in full size, outlives the product that it is for.
+transformers 5 keeps the experts of a layer in two tensors. bitsandbytes does not quantise them, and
+their gradients are as large as the tensors. Here an expert is three linears, as in the files. Each
+is quantised while it is read, and each takes a LoRA. A frozen weight has no gradient, and is in
+full size only during its own product.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from __future__ import annotations
 import copy
 import ctypes
 from collections.abc import Iterable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moemerge.architectures import ROUTING
 from moemerge.checkpoint import fetch
 from moemerge.dense import Streamed, available_memory, pick_device
-from moemerge.errors import Findings, InputError, Problem, RunError
+from moemerge.errors import Findings, InputError, Problem
 from moemerge.families import HEAD
-from moemerge.mixture.open import Moe, Part
+from moemerge.mixture.linear_experts import part_experts
+from moemerge.mixture.open import Moe
+from moemerge.mixture.parts import Part
 from moemerge.options import RunOptions
 from moemerge.plan import arithmetic
 from moemerge.reporting import Reporter, size
@@ -29,22 +31,22 @@ if TYPE_CHECKING:
 
 
 _WHOLE = ROUTING | {"lm_head"}
-"""The linears that are neither quantised nor adapted: the head, and what routes."""
+"""The linears that are neither quantised nor given a LoRA: the head, routers and gates."""
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Of glibc's mallopt(3)."""
 
 _FOUR_BITS = 4.13 / 8
-"""Bytes a parameter in NF4 with doubly quantised statistics: 4 bits, 8/64 and 32/256/64."""
+"""Bytes per parameter in NF4 with double quantisation: 4 bits, plus 8/64 and 32/(256 * 64)."""
 
 
 def is_plain(name: str) -> bool:
-    """Whether a linear of that name is one to quantise and to adapt."""
+    """Whether a linear of that name is quantised and takes a LoRA."""
     return name.rpartition(".")[2] not in _WHOLE
 
 
 def check_memory(moe: Moe, options: RunOptions, findings: Findings) -> None:
-    """Record a model too large for the memory at hand, where that can be told."""
+    """Record a model that is larger than the free memory, if that is known."""
     free = available_memory()
     needed = memory_of(moe, options.load_in_4bit)
     if free is not None and needed > free and pick_device(options.device) == "cpu":
@@ -54,7 +56,8 @@ def check_memory(moe: Moe, options: RunOptions, findings: Findings) -> None:
 
 
 def memory_of(moe: Moe, four_bits: bool) -> int:
-    """The bytes of its weights in memory; in NF4 all matrices but embeddings, head and routers."""
+    """The bytes of the weights in memory. With `four_bits`, all matrices but embeddings, head and
+    routers are in NF4."""
     total = 0.0
     for part in moe.parts:
         if _is_again(part, moe):
@@ -68,7 +71,7 @@ def memory_of(moe: Moe, four_bits: bool) -> int:
 
 
 def _is_again(part: Part, moe: Moe) -> bool:
-    """Whether it is the head that is the embeddings, which memory holds once."""
+    """Whether the part is a tied head, which shares the embeddings' memory."""
     return part.name == HEAD and bool(moe.dense["tie_word_embeddings"])
 
 
@@ -78,12 +81,12 @@ def _is_quantised(part: Part) -> bool:
 
 
 def load(moe: Moe, options: RunOptions, reporter: Reporter, dtype: torch.dtype) -> Any:
-    """The mixture on its device in `dtype`, all of it frozen; its experts are linears.
+    """Load the mixture to its device in `dtype`, all of it frozen; its experts are linears.
 
     With `options.load_in_4bit` every linear but the head is quantised (NF4, QLoRA: Dettmers et al.
-    2023, https://arxiv.org/abs/2305.14314) as it is read: memory never holds more than that and
-    one matrix. With `options.lazy` a decoder layer's weights are read each time it runs, and let go
-    after it.
+    2023, https://arxiv.org/abs/2305.14314) as it is read: memory holds the quantised
+    model and one matrix at most. With `options.lazy` the weights of a decoder layer are read each
+    time the layer runs, and dropped after it.
 
     Raises:
         InputError: the files hold other tensors than transformers' model has.
@@ -99,7 +102,7 @@ def load(moe: Moe, options: RunOptions, reporter: Reporter, dtype: torch.dtype) 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    _part_experts(model, moe)
+    part_experts(model, moe)
     _return_freed_memory()
     device = pick_device(options.device)
     sources = {moe.text: opened.tensors}
@@ -136,23 +139,23 @@ def load(moe: Moe, options: RunOptions, reporter: Reporter, dtype: torch.dtype) 
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.requires_grad_(False)
-    if not options.load_in_4bit:  # else more than that saves would be full-size matrices' room
+    if not options.load_in_4bit:  # with it, the kept memory would be that of full-size matrices
         _keep_freed_memory()
     model.model.rotary_emb.to(device)
-    model.is_loaded_in_4bit = options.load_in_4bit  # by which PEFT knows what to put on its linears
+    model.is_loaded_in_4bit = options.load_in_4bit  # PEFT chooses its kind of LoRA layer by this
     model.name_or_path = moe.text
-    config.use_cache = False  # with a cache, texts packed in a row would see each other
-    config.model_type = f"{moe.family}, experts apart"  # else PEFT looks for them where they were
+    config.use_cache = False  # with a cache, packed texts would see each other
+    config.model_type = f"{moe.family}, experts apart"  # otherwise PEFT looks for fused experts
     return model
 
 
 def refuse_weights(
     where: str, missing: Iterable[str], misfits: Iterable[str], unplaced: Iterable[str]
 ) -> None:
-    """Refuse a mixture some of whose weights transformers would draw at random, or leave out.
+    """Refuse a mixture if transformers would draw weights at random, or leave some out.
 
     Raises:
-        InputError: there are some; the first of each kind are named.
+        InputError: names the first of each kind.
     """
     repair = "`moemerge repair` gives a mixture the names that transformers knows"
     other = "use the weights and the config.json of one and the same model"
@@ -178,19 +181,19 @@ def dtype_of(moe: Moe) -> torch.dtype:
 
 
 def _return_freed_memory() -> None:
-    """Have the C library give large blocks back at once, where it is glibc.
+    """Let glibc return large freed blocks to the system at once.
 
-    Else what is quantised settles in the room that its full-size matrix left, no next one fits
-    there, and the heap grows as large as if nothing had been quantised.
+    Otherwise a quantised matrix takes a part of the space that its full-size matrix freed. The next
+    full-size matrix does not fit there, and the heap grows as if nothing were quantised.
     """
     _allocate(1 << 20, 1 << 20)
 
 
 def _keep_freed_memory() -> None:
-    """Have it use freed memory again.
+    """Let glibc keep freed memory for the next tensor.
 
-    A step's large tensors are else mapped, faulted in and unmapped every time, which took a third
-    of a step with 135M parameters on two cores.
+    Otherwise large tensors are remapped every step, which took a third of a step with 135M
+    parameters on two cores.
     """
     _allocate(1 << 30, (1 << 31) - 1)
 
@@ -216,18 +219,13 @@ def routers_of(model: Any, moe: Moe) -> dict[str, torch.nn.Parameter]:
 
 
 def name_in_files(name: str, moe: Moe) -> str:
-    """What a module or tensor of the model in memory is called in the files of its family."""
+    """The name in the files of a module or tensor of the model in memory."""
     own, ours = moe.tensors.expert, f"{_block(moe)}.experts."
     return name.replace(f".{ours}", f".{own}") if ours != own else name
 
 
-def experts_of(model: Any) -> list[Any]:
-    """Every layer's experts; `only` may name the one that all tokens are to go through."""
-    return [module for module in model.modules() if type(module).__name__ == "ExpertsApart"]
-
-
 def _block(moe: Moe) -> str:
-    """A layer's module in memory that holds the experts."""
+    """The name of the module that holds a layer's experts in memory."""
     return moe.tensors.uppers[0].partition(".")[0]
 
 
@@ -244,73 +242,10 @@ def _names_in_memory(part: Part, moe: Moe) -> Iterator[str]:
         yield part.name.replace(".block_sparse_moe.", ".mlp.")
 
 
-def _part_experts(model: Any, moe: Moe) -> None:
-    """Put linears in the place of stacked experts, without memory."""
-    import torch
-
-    stacked = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter)
-    ]
-    for name, module in stacked:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        count, rows, _ = module.gate_up_proj.shape
-        apart = _experts_class()(count, module.down_proj.shape[1], rows // 2, moe, module.act_fn)
-        setattr(parent, name.rpartition(".")[2], apart)
-    if not stacked:
-        raise RunError(f"{moe.text}: its experts are not where transformers 5 keeps them")
-
-
-@lru_cache(maxsize=1)
-def _experts_class() -> Any:
-    import torch
-
-    class Expert(torch.nn.Module):
-        """One expert: act(x W_gate) * (x W_up), times W_down, for x (T, D)."""
-
-        def __init__(self, hidden: int, inner: int, moe: Moe, act: Any):
-            super().__init__()
-            sizes = ((hidden, inner), (hidden, inner), (inner, hidden))
-            with torch.device("meta"):
-                for name, (wide, high) in zip(moe.tensors.matrices, sizes, strict=True):
-                    self.add_module(name, torch.nn.Linear(wide, high, bias=False))
-            self.act, self.own_names = act, moe.tensors.matrices
-
-        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-            gate, up, down = (getattr(self, name) for name in self.own_names)
-            made: torch.Tensor = down(self.act(gate(inputs)) * up(inputs))
-            return made
-
-    class ExpertsApart(torch.nn.ModuleList):
-        """A layer's experts; called as transformers calls its own."""
-
-        only: int | None = None
-
-        def __init__(self, count: int, hidden: int, inner: int, moe: Moe, act: Any):
-            super().__init__(Expert(hidden, inner, moe, act) for _ in range(count))
-
-        def forward(
-            self, inputs: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
-        ) -> torch.Tensor:
-            if self.only is not None:
-                alone: torch.Tensor = self[self.only](inputs)
-                return alone
-            total = torch.zeros_like(inputs)
-            for number, expert in enumerate(self):
-                tokens, place = torch.where(chosen == number)
-                if len(tokens):
-                    made = expert(inputs[tokens]) * weights[tokens, place, None]
-                    total = total.index_add(0, tokens, made.to(total.dtype))
-            return total
-
-    return ExpertsApart
-
-
 def _place(
     model: Any, name: str, value: torch.Tensor, dtype: torch.dtype, device: str, four_bits: bool
 ) -> None:
-    """Give a tensor its place; a linear's weight is quantised on its way if that is wanted."""
+    """Set a tensor of the model; with `four_bits`, the weight of a linear is quantised first."""
     import torch
 
     path, _, leaf = name.rpartition(".")
@@ -337,7 +272,9 @@ def _place(
         device="meta",
     )
     made.bias = module.bias
-    made.support_avx512bf16_for_cpu = False  # else evaluation packs it as training cannot read it
+    made.support_avx512bf16_for_cpu = (
+        False  # otherwise evaluation packs the weight, and training cannot read it
+    )
     made.weight = bnb.nn.Params4bit(
         value, requires_grad=False, compress_statistics=True, quant_type="nf4"
     ).to(device)
