@@ -140,5 +140,6 @@ def _draws(made: Recipe) -> bool:
 
 
 def checkpoints_of(edit: Edit) -> list[Checkpoint]:
+    """The mixture's checkpoint, then those of the added models and of their adapters."""
     adapters = [donor.adapter.checkpoint for donor in edit.donors if donor.adapter]
     return [edit.moe.checkpoint, *(donor.model for donor in edit.donors), *adapters]
