@@ -233,7 +233,7 @@ def test_every_number_of_experts_is_that_model(built: Path, found: dict[str, Any
 def test_texts_in_batches_read_as_each_alone(
     built: Path, texts: dict[str, Path], found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moemerge.evaluation.loss.BATCH_TOKENS", 1)
+    monkeypatch.setattr("moemerge.text.batching.BATCH_TOKENS", 1)
     alone = report(built, texts)
     for one, other in zip(alone["texts"], found["texts"], strict=True):
         np.testing.assert_allclose(one["weight"], other["weight"], atol=2e-4)

@@ -2,7 +2,7 @@
 
 from moemerge.dense.body import VOCABULARY, Body
 from moemerge.dense.generate import write_texts
-from moemerge.dense.inputs import BATCH_TOKENS, Passage, embed, layer_inputs, router_inputs
+from moemerge.dense.inputs import Passage, embed, layer_inputs, router_inputs
 from moemerge.dense.run import (
     Streamed,
     available_memory,
@@ -13,7 +13,6 @@ from moemerge.dense.run import (
 )
 
 __all__ = [
-    "BATCH_TOKENS",
     "VOCABULARY",
     "Body",
     "Passage",

@@ -21,7 +21,7 @@ from moemerge.families import EMBEDDING, LAYER
 from moemerge.options import RunOptions
 from moemerge.plan import Recipe, Sources, load_rows, recipe
 from moemerge.reporting import Reporter
-from moemerge.text import Prompt
+from moemerge.text import Prompt, batching
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
     Matrix = np.ndarray[Any, np.dtype[np.float32]]
     Weights = dict[str, torch.Tensor]
-
-BATCH_TOKENS = 2048
-"""The most tokens a batch holds, padding included: bounds what activations cost."""
 
 _MLP = "mlp."
 
@@ -81,11 +78,7 @@ def layer_inputs(
     config = body.base.model.config
     dtype = compute_dtype(body.recipe(EMBEDDING), sources, device)
     donors = list({id(passage.mlps): passage.mlps for passage in passages}.values())
-    batches = [
-        (donor, batch)
-        for donor in donors
-        for batch in _batches(passages, [n for n, p in enumerate(passages) if p.mlps is donor])
-    ]
+    batches = [(donor, batch) for donor in donors for batch in _batches(passages, donor)]
     states = _embed(body, sources, passages, [batch for _, batch in batches], dtype, device)
     layers = range(config["num_hidden_layers"])
     names = one_layer(config).layers[0].state_dict().keys()
@@ -160,17 +153,11 @@ def _through(body: Body, donor: Donor | None) -> Callable[[str], Recipe]:
     return recipe_of
 
 
-def _batches(passages: Sequence[Passage], numbers: list[int]) -> list[list[int]]:
-    """Passage numbers in batches of like length, the longest first."""
-    order = sorted(numbers, key=lambda number: (-len(passages[number].prompt.ids), number))
-    batches: list[list[int]] = []
-    for number in order:
-        longest = len(passages[batches[-1][0]].prompt.ids) if batches else 0
-        if batches and (len(batches[-1]) + 1) * longest <= BATCH_TOKENS:
-            batches[-1].append(number)
-        else:
-            batches.append([number])
-    return batches
+def _batches(passages: Sequence[Passage], donor: Donor | None) -> list[list[int]]:
+    """The numbers of the passages that pass the donor's MLPs, in batches."""
+    own = [number for number, passage in enumerate(passages) if passage.mlps is donor]
+    lengths = [len(passages[number].prompt.ids) for number in own]
+    return [[own[at] for at in batch] for batch in batching.batches(lengths)]
 
 
 def _embed(
@@ -228,10 +215,7 @@ def _run(
     seen: dict[str, dict[int, Matrix]],
 ) -> None:
     """Send a batch through the layer, in place; note what the modules of `seen` are given."""
-    import torch
-
-    lengths = torch.tensor([len(passages[number].prompt.ids) for number in batch])
-    mask = (torch.arange(state.shape[1]) < lengths[:, None]).long().to(state.device)
+    mask = batching.mask(len(passages[number].prompt.ids) for number in batch).to(state.device)
 
     def note(found: dict[int, Matrix], module: object, args: tuple[torch.Tensor, ...]) -> None:
         inputs = args[0].float().cpu().numpy()

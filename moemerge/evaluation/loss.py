@@ -11,13 +11,7 @@ from typing import Any
 from moemerge.dense import Streamed
 from moemerge.errors import InputError, Problem, RunError
 from moemerge.reporting import Reporter
-from moemerge.text import PIECE_TOKENS, Encoder, Prompt, texts_of
-
-BATCH_TOKENS = 2048
-"""The most tokens that are read at once, padding included."""
-
-_MOST = 700.0
-"""A mean loss from which on no float holds the perplexity."""
+from moemerge.text import PIECE_TOKENS, Encoder, Prompt, batching, texts_of
 
 _ROUTERS = (".gate", ".router", ".router.layer")
 
@@ -140,10 +134,7 @@ def counted(passages: Sequence[Prompt]) -> int:
 
 
 def _mean(total: float, passages: Sequence[Prompt], what: str) -> float:
-    mean = total / counted(passages)
-    if not mean < _MOST:
-        raise RunError(f"{what}: the loss came out as {mean:g}; the model is broken")
-    return mean
+    return batching.check_loss(total / counted(passages), f"{what}: the loss")
 
 
 @dataclass(frozen=True)
@@ -155,34 +146,22 @@ class _Batch:
 
     def inputs(self, model: Any) -> dict[str, Any]:
         """What the model is called with."""
-        import torch
-
-        lengths = torch.tensor([len(prompt.ids) for prompt in self.passages.values()])
-        mask = (torch.arange(self.ids.shape[1]) < lengths[:, None]).long()
+        mask = batching.mask(len(prompt.ids) for prompt in self.passages.values())
         device = model.device if model.device.type != "meta" else "cpu"
         return {"input_ids": self.ids.to(device), "attention_mask": mask.to(device)}
 
     def losses(self, logits: Any) -> Iterator[tuple[int, float]]:
         """Each passage's number and the sum of its own tokens' losses, by logits (B, T, V)."""
-        scores = logits[:, :-1].float().log_softmax(-1).cpu()
-        losses = -scores.gather(2, self.ids[:, 1:, None])[..., 0]
+        losses = batching.losses(batching.log_probabilities(logits).cpu(), self.ids)
         for row, (n, prompt) in enumerate(self.passages.items()):
             yield n, float(losses[row, max(prompt.own, 1) - 1 : len(prompt.ids) - 1].sum())
 
 
 def _batches(passages: Sequence[Prompt]) -> Iterator[_Batch]:
     """The longest first."""
-    import torch
-
-    order = sorted(range(len(passages)), key=lambda n: -len(passages[n].ids))
-    at = 0
-    while at < len(order):
-        width = len(passages[order[at]].ids)
-        chosen = order[at : at + max(1, BATCH_TOKENS // width)]
-        at += len(chosen)
-        rows = [list(passages[n].ids) for n in chosen]
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        yield _Batch({n: passages[n] for n in chosen}, ids)
+    for chosen in batching.batches([len(prompt.ids) for prompt in passages]):
+        batch = {n: passages[n] for n in chosen}
+        yield _Batch(batch, batching.padded(prompt.ids for prompt in batch.values()))
 
 
 def _by_layer(

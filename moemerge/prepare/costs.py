@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moemerge.dense import BATCH_TOKENS, model_bytes
+from moemerge.dense import model_bytes
 from moemerge.errors import InputError, Problem
 from moemerge.gates import Prompts
 from moemerge.options import Options, RunOptions
@@ -21,6 +21,7 @@ from moemerge.output import CHUNK_BYTES
 from moemerge.plan import BLOCK_VALUES, ROUTERS, Read, recipe
 from moemerge.prepare.records import Prepared
 from moemerge.reporting import size
+from moemerge.text import batching
 
 PLAIN = 60_000_000
 """A process that copies bytes."""
@@ -150,7 +151,7 @@ def expected_peak(ready: Prepared, options: Options) -> int:
     layer = sum(at.nbytes for name, at in tensors_of_base if name.startswith("model.layers.0."))
     held = layer if options.lazy else 2 * layer
     prompts = [prompt for expert in ready.prompts for prompt in expert.own + expert.negative]
-    tokens = min(sum(len(prompt.ids) for prompt in prompts), BATCH_TOKENS)
+    tokens = min(sum(len(prompt.ids) for prompt in prompts), batching.BATCH_TOKENS)
     wide = 3 * config["intermediate_size"] + 8 * config["hidden_size"]
     running = held + 4 * tokens * wide + _slicing(ready)
     return WITH_TRANSFORMERS + int(max(running, buffers))

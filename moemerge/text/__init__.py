@@ -1,6 +1,6 @@
 """Text as tokens: the mixture's vocabulary, prompts and documents encoded with it."""
 
-from moemerge.text import build_vocabulary
+from moemerge.text import batching, build_vocabulary
 from moemerge.text.build_vocabulary import BASE
 from moemerge.text.documents import documents_of, find, rows_of, texts_of
 from moemerge.text.encoder import PIECE_TOKENS, Encoder, Prompt, open_encoder
@@ -13,6 +13,7 @@ __all__ = [
     "Encoder",
     "Prompt",
     "Vocabulary",
+    "batching",
     "build_vocabulary",
     "documents_of",
     "find",

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moemerge.dense import pick_device
-from moemerge.errors import Findings, InputError, Problem, RunError
+from moemerge.errors import Findings, InputError, Problem
 from moemerge.mixture import Moe, dtype_of, load
 from moemerge.options import Options, RunOptions
 from moemerge.output import writing
 from moemerge.reporting import Reporter, Silent, listener
+from moemerge.text import batching
 from moemerge.training import checkpoints
 from moemerge.training.data import Passage, Template, divide, packed
 from moemerge.training.peft_files import attach, save
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 
 CHECKPOINTS = "checkpoints"
+_NOT_LEARNT = -100
+"""The label of a token that transformers' loss does not count."""
 
 
 @dataclass(frozen=True)
@@ -240,8 +243,7 @@ def _run(
         else:
             trainer.train(resume_from_checkpoint=str(at) if at else None)
     after = _held_out_loss(trainer, reporter)
-    if not after < 700:
-        raise RunError(f"the held-out loss came out as {after:g}; lower the learning rate")
+    batching.check_loss(after, "the held-out loss", "lower the learning rate")
     if is_first_process():
         save(wrapped, moe, adapter, dtype)
     count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
@@ -303,17 +305,18 @@ def _listener(advance: Callable[[int], object], reporter: Reporter) -> Any:
 
 def collate(passages: list[Passage]) -> dict[str, Any]:
     """A batch for transformers, (B, T) each; positions begin anew with every text in a row."""
-    import torch
-
     width = max(len(one.ids) for one in passages)
-    ids, labels, positions = [], [], []
+    labels, positions = [], []
     for one in passages:
-        fill = width - len(one.ids)
-        ids.append([*one.ids, *[0] * fill])
         learnt = zip(one.ids, one.counted, strict=True)
-        labels.append([*(token if own else -100 for token, own in learnt), *[-100] * fill])
-        ends = (*one.starts[1:], len(one.ids))
-        lengths = [stop - start for start, stop in zip(one.starts, ends, strict=True)]
-        positions.append([at for length in (*lengths, fill) for at in range(length)])
-    columns = {"input_ids": ids, "labels": labels, "position_ids": positions}
-    return {name: torch.tensor(rows) for name, rows in columns.items()}
+        labels.append([token if own else _NOT_LEARNT for token, own in learnt])
+        ends = (*one.starts[1:], len(one.ids), width)  # the padding is a text, too
+        lengths = [
+            stop - start for start, stop in zip((*one.starts, len(one.ids)), ends, strict=True)
+        ]
+        positions.append([at for length in lengths for at in range(length)])
+    return {
+        "input_ids": batching.padded(one.ids for one in passages),
+        "labels": batching.padded(labels, _NOT_LEARNT),
+        "position_ids": batching.padded(positions),
+    }

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from moemerge.errors import RunError
 from moemerge.mixture import experts_of
 from moemerge.reporting import Reporter, listener
+from moemerge.text import batching
 from moemerge.training.data import Passage, endless
 from moemerge.training.settings import Tuning
 
@@ -132,13 +132,12 @@ def mean_loss(
     reading = listener(reporter, False).progress("reading held-out text", len(order), "passage")
     with reading as advance, torch.inference_mode():
         for at in range(0, len(order), batch):
-            losses, counted = _token_losses(model, order[at : at + batch])
-            total += float(losses[counted].double().sum())
+            scores, ids, counted = _scores(model, order[at : at + batch])
+            counted = counted[:, 1:]
+            total += float(batching.losses(scores, ids)[counted].double().sum())
             tokens += int(counted.sum())
-            advance(len(losses))
-    if not total / tokens < 700:
-        raise RunError(f"the loss came out as {total / tokens:g}; the model is broken")
-    return total / tokens
+            advance(len(scores))
+    return batching.check_loss(total / tokens)
 
 
 def _pace(at: int, steps: int) -> float:
@@ -151,30 +150,19 @@ def _pace(at: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (at - warm) / max(1, steps - warm)))
 
 
-def padded(passages: Sequence[Passage], device: Any) -> tuple[Any, Any, Any]:
-    """Ids (B, T), which are no padding, and which the loss counts."""
-    import torch
-
-    def rows(values: Iterator[Sequence[int | bool]], kind: torch.dtype) -> torch.Tensor:
-        made = [torch.tensor(value, dtype=kind) for value in values]
-        return torch.nn.utils.rnn.pad_sequence(made, batch_first=True).to(device)
-
-    ids = rows((one.ids for one in passages), torch.long)
-    mask = rows(((True,) * len(one.ids) for one in passages), torch.bool)
-    return ids, mask, rows((one.counted for one in passages), torch.bool)
-
-
-def _token_losses(model: Any, passages: Sequence[Passage]) -> tuple[Any, Any]:
-    """Every token's loss (B, T - 1), and which count."""
-    scores, ids, counted = _scores(model, passages)
-    return -scores.gather(2, ids[:, 1:, None])[..., 0], counted[:, 1:]
+def _batch(passages: Sequence[Passage], device: Any) -> tuple[Any, Any, Any]:
+    """Ids (B, T), the attention mask, and which the loss counts."""
+    ids = batching.padded(one.ids for one in passages)
+    mask = batching.mask(len(one.ids) for one in passages)
+    counted = batching.padded(one.counted for one in passages).bool()
+    return ids.to(device), mask.to(device), counted.to(device)
 
 
 def _scores(model: Any, passages: Sequence[Passage]) -> tuple[Any, Any, Any]:
-    """Log-probabilities (B, T - 1, V) of what comes next, the ids, and which of them count."""
-    ids, mask, counted = padded(passages, model.lm_head.weight.device)
-    done = model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-    return done.logits[:, :-1].float().log_softmax(-1), ids, counted
+    """Log-probabilities (B, T - 1, V) of what comes next, the ids, and which of these count."""
+    ids, mask, counted = _batch(passages, model.lm_head.weight.device)
+    done = model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return batching.log_probabilities(done.logits), ids, counted
 
 
 def _loss(
@@ -190,7 +178,7 @@ def _loss(
     with _router_logits(model, routers, seen if balance else None):
         scores, ids, counted = _scores(model, passages)
     counted = counted[:, 1:]
-    loss = -scores.gather(2, ids[:, 1:, None])[..., 0][counted].mean()
+    loss = batching.losses(scores, ids)[counted].mean()
     if tuning.distil:
         far = scores.new_zeros(())
         for expert in sorted({one for one in teachers if one is not None}):
@@ -203,7 +191,7 @@ def _loss(
     if balance:
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-        mask = padded(passages, ids.device)[1].long()
+        mask = _batch(passages, ids.device)[1]
         count = routers[0].shape[0]
         loss = loss + balance * load_balancing_loss_func(tuple(seen), count, per_token, mask)
     return loss
@@ -256,8 +244,8 @@ def _best_experts(
             batch = texts[at : at + tuning.batch]
             for expert in range(count):
                 scores = _of_one_expert(model, batch, expert)
-                ids, _, counted = padded(batch, scores.device)
-                own = -scores.gather(2, ids[:, 1:, None])[..., 0]
+                ids, _, counted = _batch(batch, scores.device)
+                own = batching.losses(scores, ids)
                 sums = torch.where(counted[:, 1:], own, torch.zeros_like(own)).sum(1).tolist()
                 for row, loss in enumerate(sums):
                     losses.setdefault(at + row, []).append(loss)
