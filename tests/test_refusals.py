@@ -487,7 +487,7 @@ MODELS: dict[str, Any] = {
     "index names a number": (index_with(**{"lm_head.weight": 7}), "leaves", "do not use"),
     "index missing shard": (index_with("model-9.safetensors"), "model-9.safetensors",
                             "which is not there", "again"),
-    "index names two lines": (index_with("a\nb\x1b[2J"), "which is not there", "again"),
+    "index names two lines": (index_with("a\nb\x1b[2J"), "no file of weights", "again"),
     "index wrong shard": (index_with("model-00002-of-00002.safetensors"), "'lm_head.weight'",
                           "which is not there", "again"),
     "index extra tensor": (index_with(extra="model-00001-of-00002.safetensors"), "'extra'",
