@@ -77,7 +77,7 @@ def test_chunks_cut_anywhere_give_the_same_tensors(
 ) -> None:
     """Checksums are over chunks, so those differ; the tensors do not."""
     merge(config, tmp_path / "whole")
-    monkeypatch.setattr("moemerge.plan.arithmetic.BLOCK_VALUES", 1 << 18)
+    monkeypatch.setattr("moemerge.plan.blocks.BLOCK_VALUES", 1 << 18)
     monkeypatch.setattr("moemerge.output.shard_file.CHUNK_BYTES", 4096)
     merge(config, tmp_path / "cut", Options(jobs=4))
     whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")

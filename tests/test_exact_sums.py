@@ -148,7 +148,7 @@ def test_other_roundings_are_no_fault_but_other_values_are(
     def as_before(matrix: torch.Tensor, axis: int) -> torch.Tensor:
         return matrix.float()
 
-    monkeypatch.setattr(arithmetic, "_grid", as_before)
+    monkeypatch.setattr("moemerge.plan.blocks._grid", as_before)
     merge(config, tmp_path / "old")
     monkeypatch.undo()
     merge(config, tmp_path / "new")

@@ -327,7 +327,7 @@ def test_a_tensor_of_many_blocks_is_the_tensor_of_one(
     text = simple_config(base, [f"{base}+{adapter}", base], per_expert="residual_scale: 0.5")
     config = write_config(tmp_path / "c.yaml", text)
     merge(config, tmp_path / "whole")
-    monkeypatch.setattr("moemerge.plan.arithmetic.BLOCK_VALUES", 100)
+    monkeypatch.setattr("moemerge.plan.blocks.BLOCK_VALUES", 100)
     merge(config, tmp_path / "blocks")
     whole, blocks = all_tensors(tmp_path / "whole"), all_tensors(tmp_path / "blocks")
     for name, tensor in whole.items():

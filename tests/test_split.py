@@ -16,7 +16,7 @@ from test_laws import BODIES, HOSTED, PROMPT, all_tensors, files, load, logits, 
 from moemerge import InputError, MergeConfig, Options, make_plan, merge, regate, verify_checkpoint
 from moemerge.architectures import types
 from moemerge.config.schema import parse_config
-from moemerge.plan.arithmetic import generator
+from moemerge.plan.blocks import generator
 from moemerge.split import neurons
 
 TEXT = "code python function class return story scene write dragon castle to please explain " * 20

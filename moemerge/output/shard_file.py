@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moemerge.output.disk import CHUNK_BYTES, buffer
-from moemerge.plan import PlannedTensor, Shard, Sources, arithmetic
+from moemerge.plan import PlannedTensor, Shard, Sources, WithStatistics, arithmetic
 
 
 class ShardFile:
     """The bytes of a shard's file, any stretch of which can be made without the others."""
 
     def __init__(self, shard: Shard, sources: Sources):
-        self.sources = arithmetic.WithStatistics(sources)
+        self.sources = WithStatistics(sources)
         self.header = shard.header()
         self.starts = [0]
         self.tensors: list[PlannedTensor | None] = [None]

@@ -1,7 +1,8 @@
-"""A merge as data: a recipe for each tensor, and the shards that they are written in."""
+"""A merge as data: a recipe for each output tensor, and the shards that hold the tensors."""
 
 from moemerge.plan import arithmetic, recipe
-from moemerge.plan.arithmetic import BLOCK_VALUES, generator, load, load_rows
+from moemerge.plan.arithmetic import load, load_rows
+from moemerge.plan.blocks import BLOCK_VALUES, WithStatistics, generator
 from moemerge.plan.plan import (
     INDEX_FILE,
     ROUTERS,
@@ -52,6 +53,7 @@ __all__ = [
     "Shard",
     "Source",
     "Sources",
+    "WithStatistics",
     "adapted",
     "arithmetic",
     "computes",

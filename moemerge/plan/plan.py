@@ -1,4 +1,4 @@
-"""THE types: a merge as data. A `Plan` is ordered shards of tensors, each with its recipe."""
+"""The main types: a `Plan` is a list of shards, a shard a list of tensors, each with a recipe."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from moemerge.plan import recipe
 from moemerge.plan.recipe import Recipe
 
 ROUTERS = ""
-"""The source that router tensors are read from: made by a gate mode, never named by a config."""
+"""The source of router tensors: a gate mode makes this source, and no config can name it."""
 
 INDEX_FILE = f"model{WEIGHTS_SUFFIX}.index.json"
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One output tensor; `expert` is the index of the expert that it belongs to alone, if any.
+    """One output tensor: its name, shape, safetensors dtype and recipe.
 
-    It is -1 where all experts have an equal part of it. `made` is what a gate mode makes of it: a
-    `router`, a selection `bias` or a `shared gate`.
+    `expert` is the index of the one expert that the tensor belongs to. It is -1 where the tensor
+    holds an equal part of every expert, and None where it belongs to no expert. `made` is
+    `router`, `bias` (the selection bias) or `shared gate` for a tensor that a gate mode makes, and
+    empty for any other.
     """
 
     name: str
@@ -40,40 +42,44 @@ class PlannedTensor:
 
     @property
     def parameters(self) -> int:
-        """How many values it holds."""
+        """How many values the tensor holds."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """The tensor's size in bytes."""
         return PLAIN[self.dtype].nbytes(self.parameters)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file, independent of every other; `digest` stands for all it is made of."""
+    """One output file, independent of every other.
+
+    `digest` is equal for two shards exactly when they have the same recipes and sources.
+    """
 
     file: str
     tensors: tuple[PlannedTensor, ...]
     digest: str
 
     def header(self) -> bytes:
-        """The file's first bytes: length and JSON, padded so that the data begins at 8n."""
+        """The file's first bytes: length and JSON, padded so that the data begins at a multiple
+        of 8 bytes."""
         return file_header(self.tensors, {"format": "pt", "moemerge": self.digest})
 
     @property
     def nbytes(self) -> int:
-        """The file's size, header included."""
+        """The file's size in bytes, header included."""
         return len(self.header()) + sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model or adapter that tensors are read from: a `directory`, or the Hub's repo at `commit`.
+    """A model or adapter that tensors are read from: a `directory`, or the Hub's `repo` at `commit`.
 
-    `fingerprint` is the commit, or a digest of headers, config and some of every tensor; `modified`
-    (ns) is when the files of a directory last changed, `tokens` a digest of its tokenizer where
-    the mixture depends on that.
+    `fingerprint` is the commit, or a digest of headers, config and some bytes of every tensor.
+    `modified` is the time in ns when a file of the directory last changed. `tokens` is a digest of
+    the source's tokenizer, or None where the mixture does not depend on the tokenizer.
     """
 
     reference: str
@@ -87,9 +93,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that will be written, and from what. `config` is the output's config.json.
+    """Everything that a merge writes, and the sources that it reads.
 
-    `gate_inputs` is a digest of what the routers are made from besides the sources' weights.
+    `config` is the output's config.json. `gate_inputs` is a digest of everything that decides the
+    routers besides the sources' weights: the gate mode, its settings and the prompts' tokens.
     """
 
     architecture: str
@@ -105,34 +112,34 @@ class Plan:
 
     @property
     def tensors(self) -> Iterator[PlannedTensor]:
-        """Every tensor in the order of writing."""
+        """Every output tensor, in the order in which they are written."""
         return (tensor for shard in self.shards for tensor in shard.tensors)
 
     @property
     def tied_head(self) -> PlannedTensor | None:
-        """The head that is a copy of the embeddings, if there is one."""
+        """The head, where it is written as a copy of the embeddings; None otherwise."""
         tied = self.config.get("tie_word_embeddings")
         return next((one for one in self.tensors if tied and one.name == HEAD), None)
 
     @property
     def parameters(self) -> int:
-        """The parameters of the whole model, those of a tied head once."""
+        """The parameters of the whole model; a tied head does not count."""
         again = self.tied_head
         return sum(tensor.parameters for tensor in self.tensors if tensor is not again)
 
     @property
     def routed(self) -> int:
-        """The experts that routers choose from: segments are experts of their own."""
+        """How many experts a router chooses from; each segment of an expert counts as one."""
         return next((int(self.config[key]) for key in COUNTS if key in self.config), 1)
 
     @property
     def routed_per_token(self) -> int:
-        """How many of those a token passes."""
+        """How many routed experts a router chooses for each token."""
         return int(self.config.get("num_experts_per_tok", 1))
 
     @property
     def active_parameters(self) -> int:
-        """The parameters that one token passes: everything but the experts not chosen."""
+        """The parameters that one token uses: all but those of experts not chosen."""
         of_experts = sum(t.parameters for t in self.tensors if t.expert is not None)
         idle = of_experts * (self.routed - self.routed_per_token) // self.routed
         return self.parameters - idle
@@ -144,33 +151,33 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Equal for two plans exactly when they make the same files of the same sources."""
+        """Equal for two plans exactly when they make the same files from the same sources."""
         return digest_of(self.without_places(self.to_json()))
 
     @staticmethod
     def without_places(data: dict[str, Any]) -> dict[str, Any]:
-        """A plan's plain data but for where its sources lie and when they were changed.
+        """A plan's plain data without the sources' `directory` and `modified`.
 
         Raises:
-            TypeError, AttributeError: it is none.
+            KeyError, TypeError, AttributeError: `data` is not a plan's plain data.
         """
         places = ("directory", "modified")
         kept = [{k: v for k, v in one.items() if k not in places} for one in data["sources"]]
         return {**data, "sources": kept}
 
     def remembered(self, source: Source) -> Source:
-        """A source, opened again, with what this plan knew of its content."""
+        """The source with the `fingerprint` and `modified` that this plan has for it, if any."""
         old = next((one for one in self.sources if one.reference == source.reference), source)
         return dataclasses.replace(source, fingerprint=old.fingerprint, modified=old.modified)
 
     @property
     def run_digest(self) -> str:
-        """Equal for two runs that may share unfinished files: no source has changed between."""
+        """Equal for two runs that may share unfinished files: same plan, no source changed."""
         return digest_of([self.digest, [source.modified for source in self.sources]])
 
     @property
     def contents(self) -> dict[str, list[Any]]:
-        """What is known of each source's content, by its reference; as JSON has it."""
+        """Each source's fingerprint, tokenizer digest and time, by its reference."""
         return {one.reference: [one.fingerprint, one.tokens, one.modified] for one in self.sources}
 
     def to_json(self) -> dict[str, Any]:
@@ -194,10 +201,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
-        """The plan that `to_json` wrote.
+        """Read a plan from the data that `to_json` gives.
 
         Raises:
-            ValueError, KeyError, TypeError: the data is not one.
+            ValueError, KeyError, TypeError: the data is not a plan's.
         """
         shards = tuple(
             Shard(
@@ -237,6 +244,6 @@ def file_header(tensors: Iterable[PlannedTensor], metadata: dict[str, str]) -> b
 
 
 def digest_of(data: object) -> str:
-    """A digest of plain data, the same for equal data."""
+    """A digest of plain data, 32 hex digits; equal data has the same digest."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,7 +1,7 @@
-"""How one output tensor is made of source tensors, as data, and what can be known of it unread.
+"""Recipes: how an output tensor is made from source tensors, as data.
 
-A recipe is a small frozen tree; `arithmetic` works it out. A bare `Read`, or rows of one, in the
-output's dtype is a byte copy; so is what is joined of such.
+A recipe is a small frozen tree; `arithmetic` computes it. Nothing is read here. A `Read`, or rows
+of one, is a byte copy if the dtype stays; so is a `Join` of byte copies along axis 0.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 from moemerge.checkpoint import Adapter, Donor, Location
 
 Sources = Mapping[str, Mapping[str, Location]]
-"""The tensors of each source, by the reference's text."""
+"""The tensors of each source: where each lies, by the source's reference and the tensor's name."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """A source's tensor as it is."""
+    """A source's tensor, unchanged."""
 
     source: str
     tensor: str
@@ -30,8 +30,8 @@ class Read:
 class LowRank:
     """of + scale * up @ down, with `down` (r, in) and `up` (out, r): a LoRA delta.
 
-    Of an `up` (out, r * every) that several experts share, the columns `first`, `first + every` ...
-    Where they are `transposed`, `down` is (in, r) and `up` (r, out).
+    Several experts may share one `up` of shape (out, r * every); then only its columns `first`,
+    `first + every` and so on count. If `transposed`, `down` is (in, r) and `up` is (r, out).
     """
 
     of: Recipe
@@ -45,7 +45,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Noise:
-    """of + Gaussian noise of standard deviation `std`, drawn anew for every output tensor."""
+    """of + Gaussian noise of standard deviation `std`; each output tensor has its own draws."""
 
     of: Recipe
     std: float
@@ -62,7 +62,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Mean:
-    """The sum of each recipe times its weight; weights sum to 1."""
+    """The sum of weight * recipe; the weights sum to 1."""
 
     of: tuple[Recipe, ...]
     weights: tuple[float, ...]
@@ -70,7 +70,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Fill:
-    """One value everywhere."""
+    """A tensor with the same value everywhere."""
 
     value: float
     shape: tuple[int, ...]
@@ -80,7 +80,7 @@ class Fill:
 class Cut:
     """Rows (axis 0) or columns (axis 1) `start` to `stop` of a matrix.
 
-    With `order`, a vector of whole numbers, those that it names from `start` to `stop`.
+    With `order`, a vector of row (or column) numbers: the rows that `order[start:stop]` names.
     """
 
     of: Recipe
@@ -92,7 +92,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Join:
-    """Recipes one below another (axis 0) or, matrices of as many rows, side by side (axis 1)."""
+    """Tensors concatenated: one below the other (axis 0) or side by side (axis 1)."""
 
     of: tuple[Recipe, ...]
     axis: int = 0
@@ -100,11 +100,11 @@ class Join:
 
 @dataclass(frozen=True)
 class Renew:
-    """A `share` of a matrix's neurons, its rows (axis 0) or columns (axis 1), drawn anew.
+    """A matrix with a `share` of its neurons drawn again at random (Drop-Upcycling).
 
-    Values come from the normal distribution with the matrix's own mean and deviation. `key` decides
-    which neurons: the same for the matrices of one MLP (Drop-Upcycling: Nakamura et al. 2025,
-    https://arxiv.org/abs/2502.19261).
+    Neurons are rows (axis 0) or columns (axis 1). New values come from the normal distribution
+    with the matrix's mean and standard deviation. `seed` and `key` decide which neurons; the
+    matrices of one MLP have the same `key`. Nakamura et al. 2025, https://arxiv.org/abs/2502.19261.
     """
 
     of: Recipe
@@ -123,7 +123,7 @@ _KINDS = {
 
 
 def of_donor(donor: Donor, tensor: str) -> Recipe:
-    """The donor's tensor: its model's, with the adapter's part on top if it has one."""
+    """The recipe of a donor's tensor: the model's tensor with the adapter's delta, if any."""
     text, adapter = donor.model.reference.text, donor.adapter
     if adapter is None:
         return Read(text, tensor)
@@ -131,7 +131,7 @@ def of_donor(donor: Donor, tensor: str) -> Recipe:
 
 
 def adapted(adapter: Adapter, tensor: str, own: Recipe) -> Recipe:
-    """The model's `own` tensor with what the adapter does to it."""
+    """The recipe of a model's tensor `own` with the adapter's replacement and delta, if any."""
     on_top = adapter.checkpoint.reference.text
     if tensor in adapter.replacements:
         own = Read(on_top, adapter.replacements[tensor])
@@ -143,7 +143,10 @@ def adapted(adapter: Adapter, tensor: str, own: Recipe) -> Recipe:
 
 
 def rows(of: Recipe, start: int, stop: int) -> Recipe:
-    """Rows `start` to `stop` of a matrix; of one that is joined of cuts, what they lie in alone."""
+    """Rows `start` to `stop` of a matrix.
+
+    Where the matrix is a `Join` of cuts, only the cuts that hold these rows are kept.
+    """
     if not (isinstance(of, Join) and of.axis == 0 and all(isinstance(p, Cut) for p in of.of)):
         return Cut(of, 0, start, stop)
     found, first = list[Recipe](), 0
@@ -174,7 +177,7 @@ def reads(recipe: Recipe) -> Iterator[Read]:
 
 
 def shape_of(recipe: Recipe, sources: Sources) -> tuple[int, ...]:
-    """The shape of what the recipe makes."""
+    """The shape of the tensor that the recipe makes."""
     if isinstance(recipe, Read):
         return sources[recipe.source][recipe.tensor].shape
     if isinstance(recipe, Fill):
@@ -192,7 +195,7 @@ def shape_of(recipe: Recipe, sources: Sources) -> tuple[int, ...]:
 
 
 def computes(recipe: Recipe) -> bool:
-    """Whether the recipe is arithmetic, for which torch is needed."""
+    """Whether the recipe computes values, which needs torch."""
     if isinstance(recipe, Cut):
         return recipe.axis != 0 or recipe.order is not None or computes(recipe.of)
     if isinstance(recipe, Join):
@@ -201,7 +204,7 @@ def computes(recipe: Recipe) -> bool:
 
 
 def locate(recipe: Recipe, sources: Sources) -> Location | None:
-    """Where the recipe's values stand in one piece, if they are a source's own."""
+    """Where the recipe's values lie in one piece in a source; None if they do not."""
     if isinstance(recipe, Read):
         return sources[recipe.source][recipe.tensor]
     if not isinstance(recipe, Cut) or computes(recipe):
@@ -214,7 +217,7 @@ def locate(recipe: Recipe, sources: Sources) -> Location | None:
 
 
 def copies(recipe: Recipe, dtype: str, sources: Sources) -> list[Location]:
-    """The stretches of sources that the recipe's bytes in `dtype` are; none if they are not."""
+    """The byte ranges of sources that the recipe copies; empty if it is no byte copy."""
     if isinstance(recipe, Join) and recipe.axis == 0:
         parts = [copies(part, dtype, sources) for part in recipe.of]
         return [at for part in parts for at in part] if all(parts) else []
@@ -223,14 +226,15 @@ def copies(recipe: Recipe, dtype: str, sources: Sources) -> list[Location]:
 
 
 def is_copy(recipe: Recipe, dtype: str, sources: Sources) -> bool:
-    """Whether the recipe's bytes in `dtype` are sources' bytes."""
+    """Whether the recipe's bytes in `dtype` are copies of sources' bytes."""
     return bool(copies(recipe, dtype, sources))
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data: `{"read": {...}}` and so on.
 
-    What is False is left out: plans that were written before a flag came have the same digest.
+    A field that is False is left out, so that a plan written before the field existed keeps its
+    digest.
     """
     kind = next(kind for kind, made in _KINDS.items() if isinstance(recipe, made))
     fields = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
@@ -244,10 +248,10 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any]) -> Recipe:
-    """The recipe that `to_json` wrote.
+    """Read a recipe from the data that `to_json` gives.
 
     Raises:
-        ValueError, KeyError, TypeError: the data is not one.
+        ValueError, KeyError, TypeError: the data is not a recipe's.
     """
     ((kind, fields),) = data.items()
 

@@ -1,4 +1,4 @@
-"""Tensors shared out over shards, and the index that tells where each is."""
+"""Shards: tensors cut into files of bounded size, and the index that says which file holds each."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def make_shards(
     sources: Iterable[Source],
     gate_inputs: str,
 ) -> tuple[Shard, ...]:
-    """Cut the tensors into shards named as transformers names them; the first is the routers.
+    """Cut the tensors into shards, with transformers' file names; the first holds the routers.
 
-    A shard's digest is made of its tensors' recipes and its sources' fingerprints; the routers'
-    also of `gate_inputs`.
+    A shard's digest covers its tensors' recipes and its sources' fingerprints; the digest of the
+    routers' shard also covers `gate_inputs`.
     """
     return shards_of([tuple(routers), *cut(others, max_shard_bytes)], sources, gate_inputs)
 
@@ -28,7 +28,7 @@ def make_shards(
 def shards_of(
     groups: Sequence[tuple[PlannedTensor, ...]], sources: Iterable[Source], gate_inputs: str
 ) -> tuple[Shard, ...]:
-    """A shard for each group of tensors; see `make_shards`."""
+    """Make one shard of each group of tensors; see `make_shards`."""
     fingerprints = {source.reference: source.fingerprint for source in sources}
     shards = []
     for number, group in enumerate(groups, start=1):
@@ -45,7 +45,7 @@ def cut(
 ) -> Iterator[tuple[PlannedTensor, ...]]:
     """Yield groups in order, each as full as it can be without splitting a tensor.
 
-    A tensor larger than `max_shard_bytes` gets a group of its own, as in transformers.
+    A tensor larger than `max_shard_bytes` gets its own group, as in transformers.
     """
     group: list[PlannedTensor] = []
     size = 0
@@ -60,7 +60,7 @@ def cut(
 
 
 def weight_index(plan: Plan) -> dict[str, Any]:
-    """The index that tells readers which shard holds which tensor."""
+    """The content of the index file: which shard holds which tensor, and the total bytes."""
     return {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in plan.tensors)},
         "weight_map": {t.name: shard.file for shard in plan.shards for t in shard.tensors},
