@@ -75,7 +75,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """A model or adapter that tensors are read from: a `directory`, or the Hub's `repo` at `commit`.
+    """A source of tensors, a model or adapter: a `directory`, or the Hub's `repo` at `commit`.
 
     `fingerprint` is the commit, or a digest of headers, config and some bytes of every tensor.
     `modified` is the time in ns when a file of the directory last changed. `tokens` is a digest of
