@@ -6,20 +6,42 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in each child: threads wait where cores are shared
 
 import pytest
-import torch
 from babies import make_model
 
-torch.set_num_threads(1)  # on shared cores, two threads wait for each other
+from moemerge.report import heat_map
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "scripts"))
+
+draw = heat_map.save
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sketched() -> Iterator[None]:
+    """Cards show a sketch: to draw the picture takes longer than the rest of a baby's merge."""
+
+    def sketch(report: dict[str, Any], path: Path) -> None:
+        path.write_bytes(b"\x89PNG" + repr(report).encode())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heat_map, "save", sketch)
+        yield
+
+
+@pytest.fixture
+def drawn(sketched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cards show the picture."""
+    monkeypatch.setattr(heat_map, "save", draw)
 
 
 @pytest.fixture(scope="session")

@@ -311,6 +311,7 @@ def test_a_card_that_is_none_is_refused(
 
 
 @DRAWS
+@pytest.mark.usefixtures("drawn")
 def test_the_picture_is_a_file_of_the_output(tmp_path: Path, babies: dict[str, Path]) -> None:
     base, first, second = babies.values()
     out, text = tmp_path / "out", simple_config(base, [first, second])

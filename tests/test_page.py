@@ -424,6 +424,7 @@ def pixels(file: Path) -> np.ndarray[Any, Any]:
     return np.asarray(imread(file))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_heat_map_is_a_picture_of_the_report(tmp_path: Path) -> None:
     report = make_report()
     report["experts"][0] = "$x^2 \\frac{ \n 日本"  # neither mathematics nor more than a line
@@ -439,6 +440,7 @@ def test_the_heat_map_is_a_picture_of_the_report(tmp_path: Path) -> None:
     assert size(changed) == (width, height) and 0.001 < differ.mean() < 0.25  # one panel of five
 
 
+@pytest.mark.usefixtures("drawn")
 def test_many_experts_and_one_text_fit(tmp_path: Path) -> None:
     report = make_report(experts=12, layers=80)
     report["texts"] = report["texts"][:1]
@@ -447,6 +449,7 @@ def test_many_experts_and_one_text_fit(tmp_path: Path) -> None:
     assert 600 < width < 2400 and 300 < height < 2400
 
 
+@pytest.mark.usefixtures("drawn")
 def test_without_matplotlib_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -538,6 +538,7 @@ def test_a_mixture_of_no_numbers_ends_in_one_line(
         report(out, texts)
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("flag", ["--html", "--png"])
 def test_a_file_that_cannot_be_written_is_told(built: Path, tmp_path: Path, flag: str) -> None:
     ran = CliRunner().invoke(app, ["routing", str(built), flag, str(tmp_path)])
