@@ -618,6 +618,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     hub: FakeHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body would wait 40 ms for the head's acknowledgement
 
     def handle(self) -> None:
         with suppress(ConnectionError):
