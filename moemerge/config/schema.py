@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from moemerge.config.settings import held
-from moemerge.config.yaml_nodes import Choices, FileOrTexts, Reader, SourceText, compose, spoken
+from moemerge.config.values import Choices, FileOrTexts, SourceText, Values
+from moemerge.config.yaml_nodes import Reader, compose, spoken
 from moemerge.errors import Findings, InputError
 
 DEFAULT_GATE_MODE = "ridge"
@@ -136,13 +136,13 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 def _hold_types(record: Expert | MergeConfig) -> None:
     """Hold a record made in Python to its fields' types; lists become tuples, paths text."""
-    findings = Findings()
+    values = Values(Findings())
     hints = typing.get_type_hints(type(record), include_extras=True)
     for f in spoken(record):
         at = f"{type(record).__name__}.{f.name}"
-        value = held(getattr(record, f.name), hints[f.name], at, findings)
+        value = values.value(getattr(record, f.name), hints[f.name], at)
         object.__setattr__(record, f.name, value)
-    findings.refuse()
+    values.findings.refuse()
 
 
 def _changed(record: Expert | MergeConfig) -> dict[str, Any]:
@@ -191,15 +191,14 @@ def parse_config(text: str, file: str = "config") -> MergeConfig:
     """
     findings = Findings()
     reader = Reader(file, findings)
-    root = compose(text, file, findings)
-    findings.refuse()
+    root = compose(text, file)
     _refuse_dense_merges(root, file, findings)
-    config: MergeConfig = reader.mapping(root, MergeConfig, "")
+    config: MergeConfig = reader.record(root, MergeConfig, "")
     findings.refuse()
     return replace(config, text=text, file=file, lines=reader.lines)
 
 
-def _refuse_dense_merges(root: yaml.Node | None, file: str, findings: Findings) -> None:
+def _refuse_dense_merges(root: yaml.Node, file: str, findings: Findings) -> None:
     """Say once of a config of mergekit-yaml that it is one, and nothing of its keys."""
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     for key, _ in pairs:

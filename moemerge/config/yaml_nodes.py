@@ -6,47 +6,41 @@ import math
 import typing
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
-from typing import Annotated, Any, TypeAlias
+from typing import Any
 
 import yaml
 
-from moemerge.errors import Findings, nearest
-
-SourceText: TypeAlias = Annotated[str, "source"]
-"""A source as the config names it: `path`, `user/name@revision`, `model+adapter`."""
-
-FileOrTexts: TypeAlias = Annotated[str | tuple[str, ...], "file or texts"]
-"""A file's name, or a list of texts."""
-
-Choices: TypeAlias = Annotated[dict[str, Any], "choices"]
-"""A mapping of plain values whose keys somebody else declares and checks."""
+from moemerge.config.values import NUMBERS, Values
+from moemerge.errors import Findings, InputError, Problem, nearest
 
 
-def compose(text: str, file: str, findings: Findings) -> yaml.Node | None:
-    """The YAML's root node; None, with a problem recorded, where there is none."""
+def compose(text: str, file: str) -> yaml.Node:
+    """The YAML's root node.
+
+    Raises:
+        InputError: the text is no YAML, or is empty.
+    """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        findings.problem(
-            f"{file}:{line}", f"is not YAML ({error.problem})", "check indentation and quotes"
-        )
-        return None
+        where, what = f"{file}:{line}", f"is not YAML ({error.problem})"
+        raise InputError([Problem(where, what, "check indentation and quotes")]) from error
     except (yaml.YAMLError, RecursionError) as error:
         deep = isinstance(error, RecursionError)
         why = "it is nested too deeply" if deep else str(error).splitlines()[0]
-        findings.problem(file, f"is not YAML ({why})", "write plain text")
-        return None
+        raise InputError([Problem(file, f"is not YAML ({why})", "write plain text")]) from error
     if root is None:
-        findings.problem(file, "is empty", "give it at least base_model and experts")
+        raise InputError([Problem(file, "is empty", "give it at least base_model and experts")])
     return root
 
 
-class Reader:
-    """Nodes to values, driven by the dataclasses' own fields."""
+class Reader(Values):
+    """Reads YAML nodes by type hints: the hints of the dataclass that they become."""
 
     def __init__(self, file: str, findings: Findings):
-        self.file, self.findings = file, findings
+        super().__init__(findings)
+        self.file = file
         self.lines: dict[str, int] = {}
 
     def problem(self, node: yaml.Node, key: str, what: str, fix: str) -> None:
@@ -54,10 +48,9 @@ class Reader:
         where = f"{self.file}:{node.start_mark.line + 1}"
         self.findings.problem(f"{where}: {key}" if key else where, what, fix)
 
-    def mapping(self, node: yaml.Node | None, into: type[Any], at: str) -> Any:
+    def record(self, node: yaml.Node, into: type[Any], at: str) -> Any:
         """Build dataclass `into`; None after any problem."""
         if not isinstance(node, yaml.MappingNode):
-            assert node is not None
             self.problem(node, at, f"is {_kind(node)}", f"write {into.__name__} as `key: value`")
             return None
         hints = typing.get_type_hints(into, include_extras=True)
@@ -99,24 +92,6 @@ class Reader:
         scalars = [pair for pair in node.value if isinstance(pair[0], yaml.ScalarNode)]
         return [(str(key.value), child) for key, child in scalars]
 
-    def value(self, node: yaml.Node, hint: Any, at: str) -> Any:
-        """One value of type `hint`."""
-        hint, _ = without_none(hint)
-        if typing.get_origin(hint) is tuple:
-            return self.sequence(node, typing.get_args(hint)[0], at)
-        if hint == SourceText:
-            return self.source(node, at)
-        if hint == FileOrTexts:
-            listed = isinstance(node, yaml.SequenceNode)
-            return self.sequence(node, str, at) if listed else self.text(node, at)
-        if hint == Choices:
-            return self.choices(node, at)
-        if hint in (int, float):
-            return self.number(node, hint, at)
-        if hint is str:
-            return self.text(node, at)
-        return self.mapping(node, hint, at)
-
     def sequence(self, node: yaml.Node, hint: Any, at: str) -> tuple[Any, ...]:
         """A list of values of type `hint`."""
         if not isinstance(node, yaml.SequenceNode):
@@ -131,7 +106,6 @@ class Reader:
 
     def number(self, node: yaml.Node, hint: type[int] | type[float], at: str) -> Any:
         """An int or a finite float; YAML reads `1e-3` as text, which is a number all the same."""
-        word = {int: "a whole number", float: "a number"}[hint]
         tags = ("int",) if hint is int else ("int", "float", "str")
         if isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] in tags:
             try:
@@ -140,7 +114,7 @@ class Reader:
                     return value
             except ValueError:
                 pass
-        self.problem(node, at, f"is {_kind(node)}", f"write {word}")
+        self.problem(node, at, f"is {_kind(node)}", f"write {NUMBERS[hint]}")
         return None
 
     def text(self, node: yaml.Node, at: str) -> str:
@@ -151,6 +125,11 @@ class Reader:
         if any("\ud800" <= character <= "\udfff" for character in node.value):
             self.problem(node, at, "holds half a character (a surrogate)", "write it whole")
         return str(node.value)
+
+    def file_or_texts(self, node: yaml.Node, at: str) -> Any:
+        """A file's name, or a list of texts."""
+        listed = isinstance(node, yaml.SequenceNode)
+        return self.sequence(node, str, at) if listed else self.text(node, at)
 
     def choices(self, node: yaml.Node, at: str) -> dict[str, Any]:
         """A mapping of scalars as YAML reads them, but for numbers as `1e-3`, which it takes for
@@ -212,14 +191,6 @@ def _kind(node: yaml.Node) -> str:
 
 def _is_null(node: yaml.Node) -> bool:
     return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
-
-
-def without_none(hint: Any) -> tuple[Any, bool]:
-    """A type without its `| None`, and whether it had one."""
-    arguments = typing.get_args(hint)
-    if type(None) in arguments:
-        return next(argument for argument in arguments if argument is not type(None)), True
-    return hint, False
 
 
 def spoken(record: Any) -> list[Field[Any]]:
