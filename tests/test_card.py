@@ -29,7 +29,7 @@ from moemerge import (
     verify_checkpoint,
 )
 from moemerge.card import card
-from moemerge.card.text import Told
+from moemerge.card.text import CardOptions
 from moemerge.cli import app
 from moemerge.output.manifest import read_manifest
 from moemerge.prepare.source_cards import Claims, claims_of
@@ -40,7 +40,7 @@ DRAWS = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="n
 
 
 def rendered(config: str) -> str:
-    return card.render(make_plan(parse_config(config)), {}, Told())
+    return card.render(make_plan(parse_config(config)), {}, CardOptions())
 
 
 def metadata(text: str) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def test_names_prompts_and_text_are_no_markup(babies: dict[str, Path]) -> None:
     )
     expert = replace(config.experts[0], name="a|b<script>\nc", positive_prompts=prompts)
     ready = make_plan(replace(config, experts=(expert, config.experts[1])))
-    text = card.render(ready, {}, Told())
+    text = card.render(ready, {}, CardOptions())
     assert "28.96K, of which 28.96K work on any one token" in text
     row = next(line for line in text.splitlines() if line.startswith("| 0 |"))
     assert row == (
@@ -259,15 +259,15 @@ def test_without_config_no_prompt_is_told(tmp_path: Path, babies: dict[str, Path
         "blind_layers": [],
         "collisions": [{"experts": [0, 1], "share": 0.5, "texts": ["code python"]}],
     }  # fmt: skip
-    assert card.render(ready, routing, Told()).count("code python") == 3
-    text = card.render(ready, routing, Told(config=False))
+    assert card.render(ready, routing, CardOptions()).count("code python") == 3
+    text = card.render(ready, routing, CardOptions(config=False))
     assert "base and first collide" in text and "50%" in text
     for word in ("code python", "dragon", "castle", "positive_prompts", "yaml"):
         assert word not in text
     (tmp_path / "d.txt").write_text("chat hello")
     config = simple_config(base, [base, first], per_expert=f"calibration: {tmp_path}/d.txt")
     routing["collisions"][0]["texts"] = ["chat hello"]
-    assert "chat hello" not in card.render(make_plan(parse_config(config)), routing, Told())
+    assert "chat hello" not in card.render(make_plan(parse_config(config)), routing, CardOptions())
 
 
 # a card of one's own

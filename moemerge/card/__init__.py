@@ -4,10 +4,10 @@ from moemerge.card import card, files
 from moemerge.card.evaluation import cells, metric_of, without_evaluation
 from moemerge.card.files import tell_evaluation
 from moemerge.card.sharing import shareable
-from moemerge.card.text import Told
+from moemerge.card.text import CardOptions
 
 __all__ = [
-    "Told",
+    "CardOptions",
     "card",
     "cells",
     "files",

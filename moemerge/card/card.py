@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from moemerge.card.slots import without_slots
-from moemerge.card.text import Told, sections
+from moemerge.card.text import CardOptions, sections
 from moemerge.prepare import Claims, Prepared, claims_of, split_own
 from moemerge.report import RoutingPicture, RoutingSummary
 
@@ -18,7 +18,7 @@ _HEAD = re.compile(r"\A---\n.*?^---$", re.DOTALL | re.MULTILINE)
 _SEAL = re.compile(r"(.*)<!-- moemerge:card ([0-9a-f]{16}) -->\n?", re.DOTALL)
 
 
-def render(ready: Prepared, routing: RoutingSummary, told: Told, picture: str = "") -> str:
+def render(ready: Prepared, routing: RoutingSummary, told: CardOptions, picture: str = "") -> str:
     """The card's text, sealed with its digest.
 
     `routing` is how the routers do (see `RoutingSummary`), `picture` the file that shows it.

@@ -10,7 +10,7 @@ from typing import Any
 from moemerge.card import card
 from moemerge.card.evaluation import with_evaluation, without_evaluation
 from moemerge.card.slots import NoSlot
-from moemerge.card.text import Told
+from moemerge.card.text import CardOptions
 from moemerge.card.training import with_training
 from moemerge.files import read_json
 from moemerge.output import (
@@ -32,7 +32,7 @@ def write(
     change: Change,
     ready: Prepared,
     routing: RoutingSummary,
-    told: Told,
+    told: CardOptions,
     reporter: Reporter,
     ours: bool = True,
 ) -> dict[str, FileEntry]:

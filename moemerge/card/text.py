@@ -57,7 +57,7 @@ vllm serve .
 
 
 @dataclass(frozen=True)
-class Told:
+class CardOptions:
     """What a person wants of the card: `own` is a card of theirs that comes first; without `config`
     it shows neither the config nor any prompt.
     """
@@ -67,7 +67,11 @@ class Told:
 
 
 def sections(
-    ready: Prepared, claims: dict[str, Claims], routing: RoutingSummary, told: Told, picture: str
+    ready: Prepared,
+    claims: dict[str, Claims],
+    routing: RoutingSummary,
+    told: CardOptions,
+    picture: str,
 ) -> Iterator[str]:
     """The card's paragraphs, headings and tables, in markdown and in order; see `card.render`."""
     yield from _what(ready)
@@ -141,7 +145,7 @@ def _gate(ready: Prepared) -> str:
     return words + f" ({shown(', '.join(chosen), 300)})" * bool(chosen)
 
 
-def _experts(ready: Prepared, told: Told) -> Iterator[str]:
+def _experts(ready: Prepared, told: CardOptions) -> Iterator[str]:
     """A table of who they are; columns in which nothing stands are left out."""
     columns: dict[str, list[str]] = {"#": [], "expert": [], "made of": []}
     prompts = {"for text like": "positive_prompts", "not for text like": "negative_prompts"}
@@ -192,7 +196,9 @@ def _running(ready: Prepared) -> Iterator[str]:
     yield _OTHERS
 
 
-def _routing(ready: Prepared, routing: RoutingSummary, told: Told, picture: str) -> Iterator[str]:
+def _routing(
+    ready: Prepared, routing: RoutingSummary, told: CardOptions, picture: str
+) -> Iterator[str]:
     """The routers' summary as a section; nothing where it is not known."""
     confusion = routing.get("confusion")
     if not confusion:

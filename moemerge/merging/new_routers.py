@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from moemerge import output
-from moemerge.card import Told
+from moemerge.card import CardOptions
 from moemerge.card import files as card_files
 from moemerge.checkpoint import read_header
 from moemerge.config import MergeConfig, as_config
@@ -121,12 +121,12 @@ def _replace(
     return report
 
 
-def _told(ready: Prepared, options: PublishOptions, manifest: Manifest) -> Told:
+def _told(ready: Prepared, options: PublishOptions, manifest: Manifest) -> CardOptions:
     """What is wanted of the card: what the options say, else what they said before."""
     before, shown = manifest.card, options.card_config
     own = ready.own_card if options.card else str(before.get("own", ""))
     shown = bool(before.get("config", True)) if shown is None else shown
-    return Told(own, shown)
+    return CardOptions(own, shown)
 
 
 def _check_same_weights(new: Plan, old: Plan, out: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moemerge import output, publish
-from moemerge.card import Told
+from moemerge.card import CardOptions
 from moemerge.card import files as card_files
 from moemerge.checkpoint import read_header
 from moemerge.config import MergeConfig, as_config
@@ -294,7 +294,7 @@ class _Merge:
             change.write(name, content)
             files[name] = change.entry(name)
         report = report_of(self.state.routers)
-        told = Told(ready.own_card, self.options.card_config is not False)
+        told = CardOptions(ready.own_card, self.options.card_config is not False)
         picture = card_files.write(change, ready, report, told, self.reporter)
         if self.options.verify and not self.shipment:
             verify_shards(plan, out, sources)
