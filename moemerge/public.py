@@ -10,10 +10,10 @@ from moemerge.errors import (
     VerifyError,
     WriteError,
 )
-from moemerge.evaluation import Wanted, evaluate
+from moemerge.evaluation import EvalSpec, evaluate
 from moemerge.evaluation import report as routing_report
-from moemerge.merging import Merged, merge, regate
-from moemerge.mixture import Built, add, drop, extract, repair, top_k
+from moemerge.merging import MergeResult, merge, regate
+from moemerge.mixture import EditResult, add, drop, extract, repair, top_k
 from moemerge.options import Options
 from moemerge.output import Verified, verify_checkpoint
 from moemerge.plan import Plan, PlannedTensor, Shard, Source
@@ -25,14 +25,26 @@ from moemerge.training import Adapted, Lora, Trained, Tuned, Tuning, finetune, m
 from moemerge.training import undo as undo_tune
 from moemerge.version import __version__
 
+Built = EditResult
+"""The name that `EditResult` had once."""
+
+Merged = MergeResult
+"""The name that `MergeResult` had once."""
+
+Wanted = EvalSpec
+"""The name that `EvalSpec` had once."""
+
 __all__ = [
     "Adapted",
     "Built",
     "Console",
+    "EditResult",
+    "EvalSpec",
     "Expert",
     "InputError",
     "Lora",
     "MergeConfig",
+    "MergeResult",
     "Merged",
     "MoemergeError",
     "Options",

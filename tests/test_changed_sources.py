@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from test_engine import Stop, stop_after
 
 from moemerge import (
+    EvalSpec,
     InputError,
     Options,
     VerifyError,
-    Wanted,
     add,
     drop,
     evaluate,
@@ -249,7 +249,7 @@ def test_no_command_goes_on_with_what_is_another_source_by_now(root: Path, comma
 def test_a_mixture_is_not_judged_beside_what_it_was_not_made_of(root: Path) -> None:
     CHANGES["trained"](root / "altered")
     heard = Heard()
-    found = evaluate(root / "out", Wanted({"t": root / "t.txt"}), reporter=heard)
+    found = evaluate(root / "out", EvalSpec({"t": root / "t.txt"}), reporter=heard)
     assert found["columns"] == ["mixture"]
     assert any(f"{root / 'altered'}: it changed since" in line for line in heard.lines)
 

@@ -25,7 +25,7 @@ from moemerge.card.card import is_untouched, seal
 from moemerge.card.files import tell_evaluation
 from moemerge.cli import app
 from moemerge.evaluation.loss import mean_losses, passages_of
-from moemerge.evaluation.run import Wanted, evaluate
+from moemerge.evaluation.run import EvalSpec, evaluate
 from moemerge.mixture.loading import load_mixture
 from moemerge.reporting import Silent
 from moemerge.text.encoder import Encoder
@@ -88,7 +88,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(built: Path, texts: dict[str, Path], tasks: Path) -> dict[str, Any]:
-    return evaluate(built, Wanted(texts, (str(tasks),), batch_size=4))
+    return evaluate(built, EvalSpec(texts, (str(tasks),), batch_size=4))
 
 
 def values(found: dict[str, Any], name: str, metric: str) -> dict[str, float]:
@@ -137,7 +137,7 @@ def test_what_memory_cannot_hold_is_streamed_to_the_same_numbers(
 ) -> None:  # fmt: skip
     for room in ("mixture.loading", "evaluation.sources"):
         monkeypatch.setattr(f"moemerge.{room}.available_memory", lambda: 1000)
-    streamed = evaluate(built, Wanted(texts, (str(tasks),), batch_size=4))
+    streamed = evaluate(built, EvalSpec(texts, (str(tasks),), batch_size=4))
     for ours, theirs in zip(streamed["rows"], found["rows"], strict=True):
         assert ours["values"] == pytest.approx(theirs["values"], rel=1e-5)
 
@@ -180,7 +180,7 @@ def test_on_a_real_model_too(tmp_path: Path, smollm2: Path) -> None:
     text = simple_config(smollm2, [smollm2, smollm2], "gate_mode: random")
     merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out", Options(untrained_ok=True))
     folder = ROOT / "examples/tasks"
-    found = evaluate(tmp_path / "out", Wanted({}, (str(folder / "demo_domains.yaml"),)))
+    found = evaluate(tmp_path / "out", EvalSpec({}, (str(folder / "demo_domains.yaml"),)))
     compare(found, "base", lm_eval(smollm2, "demo_domains", folder, tmp_path / "theirs", 1))
 
 
@@ -349,7 +349,7 @@ def test_equal_experts_are_read_once(tmp_path: Path, texts: dict[str, Path]) -> 
             said.append(what)
             return super().progress(what, total, unit)
 
-    found = evaluate(out, Wanted(texts), reporter=Listening())
+    found = evaluate(out, EvalSpec(texts), reporter=Listening())
     assert len(found["columns"]) == 5
     assert len([what for what in said if what.startswith("loading m1")]) == 1
 
@@ -407,7 +407,7 @@ def test_without_lm_eval_it_says_how_to_get_it(
     with pytest.raises(
         InputError, match=r"lm-eval is not installed; pip install 'moemerge\[eval\]'"
     ):
-        evaluate(built, Wanted(tasks=("arc_easy",)))
+        evaluate(built, EvalSpec(tasks=("arc_easy",)))
 
 
 def test_the_demo_task_is_what_the_script_makes() -> None:

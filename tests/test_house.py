@@ -175,8 +175,9 @@ def test_the_docs_are_what_the_code_says() -> None:
 
 def test_the_public_names() -> None:
     assert set(moemerge.__all__) == {
-        "Adapted", "Built", "Console", "Expert", "InputError", "Lora", "MergeConfig", "Merged",
-        "MoemergeError", "Options", "Plan", "PlannedTensor", "Prepared", "Problem", "ReadError",
+        "Adapted", "Built", "Console", "EditResult", "EvalSpec", "Expert", "InputError", "Lora",
+        "MergeConfig", "MergeResult", "Merged", "MoemergeError", "Options", "Plan",
+        "PlannedTensor", "Prepared", "Problem", "ReadError",
         "Reporter", "RunError", "Shard", "Silent", "Source", "Trained", "Transfer", "Tuned",
         "Tuning", "Verified", "VerifyError", "Wanted", "WriteError", "__version__", "add",
         "drop", "evaluate", "extract", "finetune",
@@ -184,6 +185,9 @@ def test_the_public_names() -> None:
         "repair", "routing_page", "routing_report", "top_k", "tune", "undo_tune",
         "verify_checkpoint",
     }  # fmt: skip
+    old = {"Built": "EditResult", "Merged": "MergeResult", "Wanted": "EvalSpec"}
+    for name, now in old.items():
+        assert getattr(moemerge, name) is getattr(moemerge, now)
     assert all(hasattr(moemerge, name) for name in moemerge.__all__)
 
 

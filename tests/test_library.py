@@ -20,6 +20,7 @@ from typer.main import get_command
 
 import moemerge
 from moemerge import (
+    EvalSpec,
     InputError,
     Lora,
     MoemergeError,
@@ -27,7 +28,6 @@ from moemerge import (
     ReadError,
     Silent,
     Tuning,
-    Wanted,
     make_plan,
     merge,
     parse_config,
@@ -92,7 +92,7 @@ def test_what_functions_give_is_exported_to_the_last_field() -> None:
 
 
 def test_a_path_may_be_a_str_or_a_path_wherever_one_is_taken() -> None:
-    taken = {**FUNCTIONS, "Options": Options, "Tuning": Tuning, "Wanted": Wanted, "Lora": Lora}
+    taken = {**FUNCTIONS, "Options": Options, "Tuning": Tuning, "EvalSpec": EvalSpec, "Lora": Lora}
     found = 0
     for name, function in taken.items():
         for what, hint in typing.get_type_hints(function).items():
@@ -150,7 +150,7 @@ WRONG: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "data": (lambda c, o: Tuning(()), "data: names no text"),
     "rank": (lambda c, o: moemerge.finetune(c, o, Tuning(("a",)), Lora(rank=0)), "rank: is 0"),
     "there": (lambda c, o: merge(c, merge(c, o).out), "pass overwrite=True to replace it"),
-    "texts": (lambda c, o: moemerge.evaluate(merge(c, o).out, Wanted()),
+    "texts": (lambda c, o: moemerge.evaluate(merge(c, o).out, EvalSpec()),
               "name texts (texts={NAME: FILE}) or tasks (tasks NAME)"),
     "expert": (lambda c, o: moemerge.drop(merge(c, o).out, 7, f"{o}2"), "expert: '7' is none of"),
     "source": (lambda c, o: moemerge.add(merge(c, o).out, c.parent / "none", f"{o}2"), "source: "),
@@ -177,7 +177,7 @@ def test_errors_speak_of_arguments_and_on_the_command_line_of_flags(
 def test_every_flag_in_a_message_is_an_argument() -> None:
     """Of every text in the package, and every flag of every command."""
     known = {name for f in FUNCTIONS.values() for name in inspect.signature(f).parameters}
-    for kind in (Options, Tuning, Lora, Wanted):
+    for kind in (Options, Tuning, Lora, EvalSpec):
         known |= {one.name for one in dataclasses.fields(kind)}
     assert known >= set(ARGUMENTS.values()) | SWITCHES
     alone = {"version", "quiet", "verbose", "json", "html", "cuda", "only", "lora", "undo", "help"}

@@ -73,7 +73,7 @@ class Turn:
         return self.out
 
 
-def regated(turn: Turn) -> moemerge.Merged:
+def regated(turn: Turn) -> moemerge.MergeResult:
     moemerge.merge(turn.config(), turn.out, turn.options)
     return moemerge.regate(turn.out, turn.config("gate_mode: cheap_embed"), turn.options)
 
@@ -101,7 +101,7 @@ CALLS: dict[str, Callable[[Turn], object]] = {
     "add": lambda t: moemerge.add(t.mixture, f"lab/{t.other}", t.out, "more", t.options),
     "drop": lambda t: moemerge.drop(t.larger, "1", t.out, t.options),
     "evaluate": lambda t: moemerge.evaluate(
-        t.copied(), moemerge.Wanted(texts={"own": t.text}), t.options
+        t.copied(), moemerge.EvalSpec(texts={"own": t.text}), t.options
     ),
     "extract": lambda t: moemerge.extract(t.mixture, "1", t.out, t.options),
     "finetune": lambda t: moemerge.finetune(t.mixture, t.out, t.tuning, None, t.options),

@@ -212,7 +212,7 @@ def test_every_long_loop_tells_how_far_it_is(
     text.write_text("hello code story chat " * 60)
     config.write_text(config.read_text() + "gate_mode: hidden\n")
     tuning = moemerge.Tuning((text,), steps=2, batch=2, length=16)
-    wanted = moemerge.Wanted({"a": text})
+    wanted = moemerge.EvalSpec({"a": text})
     calls: dict[str, Callable[[Console], Any]] = {
         "merge": lambda hears: moemerge.merge(config, out, reporter=hears),
         "verify": lambda hears: verify_checkpoint(out, hears),

@@ -1,10 +1,10 @@
 """How good a mixture is and how it routes, beside its sources."""
 
 from moemerge.evaluation.routing import report
-from moemerge.evaluation.run import Wanted, evaluate
+from moemerge.evaluation.run import EvalSpec, evaluate
 
 __all__ = [
-    "Wanted",
+    "EvalSpec",
     "evaluate",
     "report",
 ]

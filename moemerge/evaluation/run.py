@@ -25,7 +25,7 @@ ALL_TOKENS = 1 << 62
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvalSpec:
     """What a mixture is to be judged by: text files by their names, and lm-eval's tasks.
 
     A text is read in pieces of at most `length` tokens; the rest is as in `harness.Tasks`.
@@ -41,7 +41,7 @@ class Wanted:
 
 def evaluate(
     out: str | Path,
-    wanted: Wanted,
+    wanted: EvalSpec,
     options: Options | None = None,
     reporter: Reporter | None = None,
     progress: bool = False,
@@ -68,7 +68,7 @@ def evaluate(
         wanted = replace(wanted, length=context)
     texts, tasks = _checked(out, config, wanted, options, reporter)
     sources = sources_of(manifest, options, reporter, out)
-    taken = _Taken(out, texts, tasks, options, reporter)
+    taken = EvaluationRun(out, texts, tasks, options, reporter)
     measured = [taken.through("mixture", load_mixture(out, options, reporter), out)]
     known: dict[tuple[object, ...], _Measured] = {}
     for source in sources:
@@ -88,7 +88,7 @@ def evaluate(
 
 
 def _checked(
-    out: Path, config: dict[str, Any], wanted: Wanted, options: RunOptions, reporter: Reporter
+    out: Path, config: dict[str, Any], wanted: EvalSpec, options: RunOptions, reporter: Reporter
 ) -> tuple[Passages, Tasks | None]:
     """The texts as passages, and the tasks; all problems are found before a model is read."""
     findings = Findings()
@@ -119,7 +119,7 @@ class _Measured:
 
 
 @dataclass(frozen=True)
-class _Taken:
+class EvaluationRun:
     """Texts and tasks that one model after another is taken through."""
 
     out: Path

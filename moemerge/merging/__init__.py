@@ -1,11 +1,11 @@
 """The merge from beginning to end, and new routers for a merge that is done."""
 
 from moemerge.merging.new_routers import regate
-from moemerge.merging.pipeline import Merged, merge
+from moemerge.merging.pipeline import MergeResult, merge
 from moemerge.merging.routers import run_gate, save
 
 __all__ = [
-    "Merged",
+    "MergeResult",
     "merge",
     "regate",
     "run_gate",

@@ -12,7 +12,7 @@ from moemerge.card import files as card_files
 from moemerge.checkpoint import read_header
 from moemerge.config import MergeConfig, as_config
 from moemerge.errors import InputError, Problem
-from moemerge.merging.pipeline import Merged
+from moemerge.merging.pipeline import MergeResult
 from moemerge.merging.routers import make_routers, report_of
 from moemerge.options import Options, PublishOptions
 from moemerge.output import (
@@ -38,7 +38,7 @@ def regate(
     options: Options | None = None,
     reporter: Reporter | None = None,
     progress: bool = False,
-) -> Merged:
+) -> MergeResult:
     """Give the mixture in `out` the routers that `config` asks for.
 
     The config may differ from the one that `out` was made from in gate mode, prompts, calibration
@@ -65,7 +65,7 @@ def regate(
         routing = _replace(change, options, reporter, ready, manifest)
     plan, seconds = ready.plan, time.monotonic() - begun
     written, hub = plan.shards[0].nbytes, transfer(ready, options)
-    return Merged(plan, out, ready.notes, seconds, written, 0, routing, hub)
+    return MergeResult(plan, out, ready.notes, seconds, written, 0, routing, hub)
 
 
 def _prepared(

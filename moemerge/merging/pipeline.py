@@ -39,7 +39,7 @@ from moemerge.reporting import Reporter, listener, size
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeResult:
     """What a run did: its plan, the notes a person should read, and what it took.
 
     `written` is what this run itself wrote, in bytes. Where several runs share the work, `missing`
@@ -65,7 +65,7 @@ def merge(
     options: Options | None = None,
     reporter: Reporter | None = None,
     progress: bool = False,
-) -> Merged:
+) -> MergeResult:
     """Merge the models of a config into the directory `out`, going on where a run was cut off.
 
     Args:
@@ -97,14 +97,14 @@ class _Merge:
         self.shipment = _shipment(out, options, self.state, self.stopped)
         self.address = ""
 
-    def run(self) -> Merged:
+    def run(self) -> MergeResult:
         try:
             return self._run()
         except BaseException:
             self.stopped.set()
             raise
 
-    def _run(self) -> Merged:
+    def _run(self) -> MergeResult:
         begun, options = time.monotonic(), self.options
         for note in self.ready.notes:
             self.reporter.say(note)
@@ -129,7 +129,7 @@ class _Merge:
         hub, notes = transfer(self.ready, self.options), self.ready.notes
         if options.push and not self.shipment:
             self._push()
-        return Merged(
+        return MergeResult(
             self.plan, self.out, notes, seconds, written, missing, routing, hub, self.address
         )
 

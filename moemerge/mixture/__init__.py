@@ -6,7 +6,7 @@ from moemerge.mixture.extraction import extract
 from moemerge.mixture.linear_experts import experts_of
 from moemerge.mixture.loading import PER_TOKEN, config_of, encoder_of, load_mixture
 from moemerge.mixture.open import Moe, open_moe, portions
-from moemerge.mixture.rebuild import Built, build
+from moemerge.mixture.rebuild import EditResult, build
 from moemerge.mixture.repairing import repair
 from moemerge.mixture.unfused import (
     check_memory,
@@ -19,8 +19,8 @@ from moemerge.mixture.unfused import (
 
 __all__ = [
     "PER_TOKEN",
-    "Built",
     "Edit",
+    "EditResult",
     "Moe",
     "add",
     "build",

@@ -13,7 +13,7 @@ from moemerge.errors import Findings, InputError, Line, flag, no_effect
 from moemerge.mixture.edited_plan import Edit
 from moemerge.mixture.open import Moe, open_moe
 from moemerge.mixture.parts import Part
-from moemerge.mixture.rebuild import Built, build, build_in_place
+from moemerge.mixture.rebuild import EditResult, build, build_in_place
 from moemerge.mixture.runnable import (
     check_groups,
     check_whole,
@@ -36,7 +36,7 @@ def top_k(
     options: Options | None = None,
     reporter: Reporter | None = None,
     progress: bool = False,
-) -> Built:
+) -> EditResult:
     """Let each token choose `per_token` experts; without `out`, `old` itself changes.
 
     In place, only config.json and the manifest change. A split multiplies the sum of the chosen
@@ -96,7 +96,7 @@ def drop(
     options: Options | None = None,
     reporter: Reporter | None = None,
     progress: bool = False,
-) -> Built:
+) -> EditResult:
     """The mixture without one expert, named by its number or name, and without its router rows.
 
     Raises:
@@ -151,7 +151,7 @@ def add(
     options: Options | None = None,
     reporter: Reporter | None = None,
     progress: bool = False,
-) -> Built:
+) -> EditResult:
     """The mixture with the MLPs of one more dense model, `model` or `model+adapter`, as its last
     expert.
 

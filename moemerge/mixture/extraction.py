@@ -12,7 +12,7 @@ from moemerge.families import PARTIAL, RECORDS
 from moemerge.mixture.edit import is_made_of, opened_mixture
 from moemerge.mixture.edited_plan import Edit
 from moemerge.mixture.open import Moe
-from moemerge.mixture.rebuild import Built, build
+from moemerge.mixture.rebuild import EditResult, build
 from moemerge.mixture.runnable import check_whole, long_name
 from moemerge.options import Options
 from moemerge.reporting import Reporter, listener
@@ -28,7 +28,7 @@ def extract(
     options: Options | None = None,
     reporter: Reporter | None = None,
     progress: bool = False,
-) -> Built:
+) -> EditResult:
     """Write one expert, named by its number or name, as a dense model in the mixture's body.
 
     Raises:

@@ -46,7 +46,7 @@ from moemerge.text import Vocabulary
 
 
 @dataclass(frozen=True)
-class Built:
+class EditResult:
     """The new model in `out`: `copied` bytes in whole files, `written` bytes in other files."""
 
     out: Path
@@ -55,7 +55,9 @@ class Built:
     written: int
 
 
-def build(edit: Edit, out: Path, options: Options, reporter: Reporter, findings: Findings) -> Built:
+def build(
+    edit: Edit, out: Path, options: Options, reporter: Reporter, findings: Findings
+) -> EditResult:
     """Write the edited mixture; a run that was cut off goes on."""
     moe = edit.moe
     plan, shards = plan_of(edit, options)
@@ -82,7 +84,7 @@ def build(edit: Edit, out: Path, options: Options, reporter: Reporter, findings:
         change.write(output.CARD_FILE, _card(edit, reporter))
         files |= {name: {} for name in output.OWN_FILES}
         change.finish(_manifest(edit, plan, files))
-    return Built(out, plan, copied, plan.nbytes - copied)
+    return EditResult(out, plan, copied, plan.nbytes - copied)
 
 
 def _manifest(edit: Edit, plan: Plan, files: dict[str, FileEntry]) -> Manifest:
@@ -182,7 +184,7 @@ def _card(edit: Edit, reporter: Reporter) -> bytes:
     return f"---\nlibrary_name: transformers\ntags:\n{head}---\n\n{edit.story}\n".encode()
 
 
-def build_in_place(edit: Edit, change: Change, reporter: Reporter) -> Built:
+def build_in_place(edit: Edit, change: Change, reporter: Reporter) -> EditResult:
     """Replace config.json, the manifest (if there is one) and the card together."""
     moe, before = edit.moe, edit.moe.manifest
     if before:
@@ -195,4 +197,4 @@ def build_in_place(edit: Edit, change: Change, reporter: Reporter) -> Built:
     change.write_json(CONFIG_FILE, edit.config)
     card_files.drop_evaluation(change, reporter)
     change.commit()
-    return Built(change.out, plan, 0, 0)
+    return EditResult(change.out, plan, 0, 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 from moemerge.errors import Findings
 from moemerge.mixture.edit import opened_mixture, retold
 from moemerge.mixture.edited_plan import Edit
-from moemerge.mixture.rebuild import Built, build
+from moemerge.mixture.rebuild import EditResult, build
 from moemerge.mixture.runnable import check_groups, config_of, is_wrong
 from moemerge.options import Options
 from moemerge.reporting import Reporter, listener
@@ -19,7 +19,7 @@ def repair(
     options: Options | None = None,
     reporter: Reporter | None = None,
     progress: bool = False,
-) -> Built | None:
+) -> EditResult | None:
     """Write `old` to `out` with the tensor names and the config.json that every reader knows.
 
     Returns None and writes nothing if `old` has them already.

@@ -16,7 +16,7 @@ from moemerge.checkpoint import (
 )
 from moemerge.errors import Findings
 from moemerge.families import EMBEDDING, HEAD
-from moemerge.mixture import Built, Edit, build, open_moe
+from moemerge.mixture import Edit, EditResult, build, open_moe
 from moemerge.options import Options
 from moemerge.plan import adapted
 from moemerge.reporting import Reporter, listener
@@ -29,7 +29,7 @@ def merge_adapter(
     options: Options | None = None,
     reporter: Reporter | None = None,
     progress: bool = False,
-) -> Built:
+) -> EditResult:
     """Write the mixture `old` with a LoRA adapter's deltas into `out`.
 
     The adapter has the names of the mixture's files, as `moemerge tune lora` writes it, or it was

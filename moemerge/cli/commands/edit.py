@@ -15,7 +15,7 @@ from moemerge.options import Options
 from moemerge.reporting import size
 
 if TYPE_CHECKING:
-    from moemerge.mixture import Built
+    from moemerge.mixture import EditResult
 
 
 Moe = Annotated[str, typer.Argument(metavar="MOE", help="A mixture: a directory or user/name.")]
@@ -92,7 +92,7 @@ def top_k(
     tell_of(top_k(moe, k, out, options, terminal), terminal)
 
 
-def tell_of(built: Built, terminal: Terminal) -> None:
+def tell_of(built: EditResult, terminal: Terminal) -> None:
     """Print what an edit wrote."""
     plan = built.plan
     experts = f"{experts_line(plan)}; "

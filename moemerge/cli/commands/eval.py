@@ -66,7 +66,7 @@ def evaluate(
 ) -> None:
     """Judge the mixture in OUT beside what it was made of: perplexity of texts, lm-eval's tasks."""
     from moemerge.card import tell_evaluation
-    from moemerge.evaluation import Wanted, evaluate
+    from moemerge.evaluation import EvalSpec, evaluate
     from moemerge.output import writing
 
     of = {"limit": "--tasks", "num_fewshot": "--tasks", "batch_size": "--tasks", "length": "--text"}
@@ -80,7 +80,7 @@ def evaluate(
         check_file_to_write(file)
     if terminal.quiet or not sys.stderr.isatty():  # before anything imports tqdm
         os.environ["TQDM_DISABLE"] = "1"
-    wanted = Wanted(
+    wanted = EvalSpec(
         texts_by_name(text or ()), tuple(tasks or ()), length, limit, num_fewshot, batch_size
     )
     found = evaluate(out, wanted, options, terminal)
