@@ -94,7 +94,7 @@ def _what(ready: Prepared) -> Iterator[str]:
         body = "the average of the experts'"
         body += f" (weights {', '.join(f'{w:g}' for w in weights)})" * (len(set(weights)) > 1)
     each = "is" if number == 1 else "are"
-    pieces, always = config.segments, ready.host.mixture.shared
+    pieces, always = config.segments, ready.target.mixture.shared
     cut = f", each cut into {pieces} segments" if pieces > 1 else ""
     beside = f" beside {always} always on" * bool(always)
     merged = (
@@ -240,8 +240,8 @@ def _limits(ready: Prepared, routing: RoutingSummary) -> Iterator[str]:
         and not ready.config.draws
     ):
         lines.append("All its experts are the same model: without training it gains nothing.")
-    host = ready.host
-    caveats = host.architecture.caveats(ready.base.model.config, host.mixture)
+    target = ready.target
+    caveats = target.architecture.caveats(ready.base.model.config, target.mixture)
     lines += [shown(line, 300) for _, line in caveats]
     yield "## Limits"
     yield "\n".join(f"- {line}" for line in lines)

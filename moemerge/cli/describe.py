@@ -83,7 +83,7 @@ def experts_line(made: Any, ready: Any = None) -> str:
         return line
     if (segments := ready.config.segments) > 1:
         line += f" ({segments} segments of each of {len(made.experts)})"
-    if shared := ready.host.mixture.shared:
+    if shared := ready.target.mixture.shared:
         line += f", {shared} shared expert{'s' * (shared > 1)} always on"
     return line
 

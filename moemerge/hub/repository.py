@@ -25,7 +25,7 @@ SHARD = re.compile(rf"model-\d{{5}}-of-\d{{5}}{re.escape(WEIGHTS_SUFFIX)}")
 
 
 @dataclass(frozen=True)
-class Held:
+class RemoteFile:
     """A file on the Hub: its size in bytes, and its sha256 (`lfs`) or Git's id."""
 
     nbytes: int
@@ -60,11 +60,11 @@ class Repository:
             missing=(401, 404),
         )
 
-    def files(self) -> dict[str, Held]:
+    def files(self) -> dict[str, RemoteFile]:
         """What the repository holds; nothing if it does not exist."""
         info = self.info()
         return {
-            one.rfilename: Held(
+            one.rfilename: RemoteFile(
                 one.size or 0, (one.lfs.sha256 if one.lfs else one.blob_id) or "", bool(one.lfs)
             )
             for one in (info.siblings if info else None) or ()
@@ -186,7 +186,7 @@ class Repository:
                     ) from error
 
 
-def holds(content: Content, there: Held | None) -> bool:
+def holds(content: Content, there: RemoteFile | None) -> bool:
     """Whether a file on the Hub holds this content."""
     if there is None or there.nbytes != size_of(content):
         return False

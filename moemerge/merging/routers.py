@@ -37,7 +37,7 @@ def task_of(ready: Prepared, sources: Tensors, options: RunOptions, reporter: Re
     return Task(
         names=[t.name for t in ready.plan.shards[0].tensors if t.made == "router"],
         body=ready.body,
-        donors=(*ready.donors, *ready.shared[: ready.host.mixture.gated]),
+        donors=(*ready.donors, *ready.shared[: ready.target.mixture.gated]),
         sources=sources,
         experts=ready.prompts,
         encoder=ready.encoder,
@@ -82,7 +82,7 @@ def make_routers(
     kinds = {
         "router": made.matrices,
         "shared gate": gates,
-        "bias": selection.biases(made, ready.host.mixture),
+        "bias": selection.biases(made, ready.target.mixture),
     }
     shard = ready.plan.shards[0]
     content = {
@@ -114,7 +114,7 @@ def _apart(ready: Prepared, made: Routers) -> tuple[Routers, list[Matrix]]:
     """The routed experts' routers, and the shared experts' gates, (1, D) a layer, if prompts made
     them: they were the last of the experts."""
     count = len(ready.donors)
-    if not ready.host.mixture.gated:
+    if not ready.target.mixture.gated:
         return made, []
     kept = [at for at, text in enumerate(made.texts) if text.expert < count]
     held_out = tuple([layer[at][:, :count] for at in kept] for layer in made.held_out)

@@ -50,7 +50,7 @@ _COUNTS = (*COUNTS, "moe_num_experts")
 
 
 @dataclass(frozen=True)
-class Host:
+class Target:
     """An output architecture that was chosen, with its options."""
 
     name: str
@@ -58,21 +58,21 @@ class Host:
     mixture: Mixture
 
 
-def find_host(
+def find_target(
     config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings
-) -> Host | None:
+) -> Target | None:
     """The architecture that the config names, or the exact one that most programs read.
 
     A problem is recorded where there is none; what readers drop is noted, and so is the choice.
     """
     if config.architecture:
-        host = _named(config, base, mixture, findings)
+        target = _named(config, base, mixture, findings)
     else:
-        host = _best(config, base, mixture, findings)
-    if host:
-        for _, line in host.architecture.caveats(base.model.config, host.mixture):
+        target = _best(config, base, mixture, findings)
+    if target:
+        for _, line in target.architecture.caveats(base.model.config, target.mixture):
             findings.note(line)
-    return host
+    return target
 
 
 def no_host(config: dict[str, Any], known_alone: bool = False) -> tuple[str, str]:
@@ -166,7 +166,7 @@ def readers(host: Architecture, config: dict[str, Any], mixture: Mixture) -> tup
     return tuple(reader for reader in host.READERS if reader not in others)
 
 
-def _named(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings) -> Host | None:
+def _named(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings) -> Target | None:
     name = find_name(str(config.architecture))
     if name is None:
         findings.problem(
@@ -185,7 +185,7 @@ def _named(config: MergeConfig, base: Donor, mixture: Mixture, findings: Finding
         if model.get("model_type") not in host.HOLDS.families:
             where, fix = config.where("architecture"), _others(model, mixture)
         findings.problem(where, what, fix)
-    return None if found else Host(name, host, _with_options(config, name, mixture, findings))
+    return None if found else Target(name, host, _with_options(config, name, mixture, findings))
 
 
 def _others(model: dict[str, Any], mixture: Mixture) -> str:
@@ -205,7 +205,7 @@ def _rank(
     return odd, -len(readers(host, model, mixture)), spare, Holds() != host.HOLDS, name
 
 
-def _best(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings) -> Host | None:
+def _best(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings) -> Target | None:
     model = base.model.config
     family = str(model.get("model_type"))
     fitting: list[tuple[bool, int, bool, bool, str]] = []
@@ -229,7 +229,7 @@ def _best(config: MergeConfig, base: Donor, mixture: Mixture, findings: Findings
         shared = " with shared experts" if mixture.shared else ""
         said = ", ".join(readers(host, model, mixture))
         findings.note(f"architecture: {name}, exact for a {model_type}{shared}; {said} read it")
-    return Host(name, host, _with_options(config, name, mixture, findings))
+    return Target(name, host, _with_options(config, name, mixture, findings))
 
 
 def _refuse(

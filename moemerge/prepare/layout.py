@@ -15,8 +15,8 @@ from moemerge.families import HEAD
 from moemerge.gates import Needs
 from moemerge.options import Options, ShardSize
 from moemerge.plan import ROUTERS, Plan, PlannedTensor, Recipe, Source, make_shards, recipe
-from moemerge.prepare.choose import Host
-from moemerge.prepare.members import Parts
+from moemerge.prepare.choose import Target
+from moemerge.prepare.members import MixtureParts
 from moemerge.text import BASE
 
 _DTYPES = {**FLOATS, "bf16": "BF16", "fp16": "F16", "fp32": "F32", "half": "F16", "float": "F32"}
@@ -35,8 +35,8 @@ class Layout:
 
     config: MergeConfig
     options: Options
-    host: Host
-    parts: Parts
+    target: Target
+    parts: MixtureParts
     donors: tuple[Donor, ...]
     shared: tuple[Donor, ...]
     needs: Needs
@@ -49,9 +49,9 @@ def lay_out(made: Layout, opened: Iterable[Checkpoint], findings: Findings) -> P
     Tensors that are missing, of another shape, quantised or left over are recorded; a plan with
     recorded problems must not be run.
     """
-    config, options, host, body = made.config, made.options, made.host, made.parts.body
+    config, options, target, body = made.config, made.options, made.target, made.parts.body
     model = body.config
-    slots = list(host.architecture.slots(model, host.mixture))
+    slots = list(target.architecture.slots(model, target.mixture))
     dtype = _dtype(config, body.base, slots)
     tensors = [
         PlannedTensor(
@@ -76,14 +76,14 @@ def lay_out(made: Layout, opened: Iterable[Checkpoint], findings: Findings) -> P
     routers = [tensor for tensor in tensors if tensor.made]
     others = [tensor for tensor in tensors if not tensor.made]
     return Plan(
-        architecture=host.name,
+        architecture=target.name,
         gate_mode=config.mode,
         gate_inputs=made.gate_inputs,
         seed=options.seed,
         dtype=dtype,
         experts=tuple(donor.name for donor in made.donors),
-        experts_per_token=host.mixture.per_token * len(made.donors) // host.mixture.experts,
-        config=host.architecture.output_config(model, host.mixture, _LONG_NAMES[dtype]),
+        experts_per_token=target.mixture.per_token * len(made.donors) // target.mixture.experts,
+        config=target.architecture.output_config(model, target.mixture, _LONG_NAMES[dtype]),
         sources=sources,
         shards=make_shards(routers, others, limit, sources, made.gate_inputs),
     )
@@ -127,7 +127,7 @@ def _recipe(slot: Slot, made: Layout, dtype: str) -> Recipe:
     if isinstance(of, Joined):
         return recipe.Join(tuple(_recipe(part, made, dtype) for part in of.parts), of.axis)
     whole = recipe.Read(ROUTERS, slot.name)
-    times = made.host.mixture.experts // len(made.donors)
+    times = made.target.mixture.experts // len(made.donors)
     if of.kind == "shared gate" or times == 1:
         return whole
     rows = (recipe.Cut(whole, 0, at, at + 1) for at in range(len(made.donors)))

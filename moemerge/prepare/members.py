@@ -1,4 +1,4 @@
-"""Whose neurons each expert is: the shape of a mixture, the host that holds it, and its members."""
+"""Whose neurons each expert is: a mixture's shape, the class that holds it, and its experts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moemerge.dense import Body
 from moemerge.errors import Findings
 from moemerge.families import DOWN
 from moemerge.plan import ROUTERS, Recipe, recipe
-from moemerge.prepare.choose import Host, find_host
+from moemerge.prepare.choose import Target, find_target
 from moemerge.split import Split
 
 
 @dataclass(frozen=True)
-class Member:
+class ExpertSource:
     """Whose MLPs an expert has, and what the config says of it.
 
     Its neurons are those from `start` to `stop`, if `stop` is given, in the layer's `order` if that
@@ -49,71 +49,71 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Parts:
+class MixtureParts:
     """What fills an architecture's slots: the body, the routed experts and the shared ones."""
 
     body: Body
-    routed: tuple[Member, ...]
-    shared: tuple[Member, ...] = ()
+    routed: tuple[ExpertSource, ...]
+    shared: tuple[ExpertSource, ...] = ()
 
 
-def host_of(
+def target_of(
     config: MergeConfig, split: Split | None, base: Donor, findings: Findings
-) -> Host | None:
+) -> Target | None:
     """The architecture for these models and this mixture; None, with a problem, if none fits.
 
     Where it multiplies what is chosen by a factor itself, that does what `factor_of` else does.
     """
     mixture = _mixture(config, split, base.model.config.get("intermediate_size"), findings)
-    host = find_host(config, base, mixture, findings) if mixture else None
-    if host is None or not _factor(host) or host.mixture.settings is None:
-        return host
-    own, key = host.mixture.settings, _factor(host)
+    target = find_target(config, base, mixture, findings) if mixture else None
+    if target is None or not _factor(target) or target.mixture.settings is None:
+        return target
+    own, key = target.mixture.settings, _factor(target)
     own = replace(own, **{key: getattr(own, key) * _sharing(config, split)})
-    return replace(host, mixture=replace(host.mixture, settings=own))
+    return replace(target, mixture=replace(target.mixture, settings=own))
 
 
-def factor_of(config: MergeConfig, split: Split | None, host: Host) -> int:
+def factor_of(config: MergeConfig, split: Split | None, target: Target) -> int:
     """What the routed experts' down projections are multiplied by."""
-    return 1 if _factor(host) else _sharing(config, split)
+    return 1 if _factor(target) else _sharing(config, split)
 
 
 def parts_of(
     config: MergeConfig,
     split: Split | None,
-    host: Host,
+    target: Target,
     body: Body,
     donors: Sequence[Donor],
     shared: Sequence[Donor],
-) -> Parts:
+) -> MixtureParts:
     """Each expert, or each of its segments, or of the base model's slices, in turn.
 
     Shared experts are doubled where a gate that nothing decides halves them.
     """
-    inner, factor = host.mixture.inner, factor_of(config, split, host)
-    halved = host.architecture.SHARED == "gated" and not host.mixture.gated
+    inner, factor = target.mixture.inner, factor_of(config, split, target)
+    halved = target.architecture.SHARED == "gated" and not target.mixture.gated
     always = 2.0 if halved else 1.0
     if split:
         slices = [
-            Member(body.base, None, at * inner, (at + 1) * inner, order=split.order)
+            ExpertSource(body.base, None, at * inner, (at + 1) * inner, order=split.order)
             for at in range(split.slices)
         ]
         routed = tuple(replace(one, factor=factor) for one in slices[split.shared :])
-        return Parts(
+        return MixtureParts(
             body, routed, tuple(replace(one, factor=always) for one in slices[: split.shared])
         )
 
     def segments(
         of: Sequence[Donor], experts: Sequence[Expert], times: float
-    ) -> tuple[Member, ...]:
+    ) -> tuple[ExpertSource, ...]:
         pieces = config.segments
         return tuple(
-            Member(donor, said, at * inner, (at + 1) * inner if pieces > 1 else 0, times)
+            ExpertSource(donor, said, at * inner, (at + 1) * inner if pieces > 1 else 0, times)
             for donor, said in zip(of, experts, strict=True)
             for at in range(pieces)
         )
 
-    return Parts(
+    return MixtureParts(
         body,
         segments(donors, config.experts, factor),
         segments(shared, config.shared_experts, always),
@@ -153,6 +153,6 @@ def _sharing(config: MergeConfig, split: Split | None) -> int:
     return split.per_token(config) if split else config.segments
 
 
-def _factor(host: Host) -> str:
+def _factor(target: Target) -> str:
     """The architecture's own factor for what is chosen, if it has one."""
-    return host.architecture.READING.factor
+    return target.architecture.READING.factor

@@ -11,7 +11,7 @@ from moemerge.dense import Body
 from moemerge.errors import Line
 from moemerge.gates import ExpertPrompts, Gate
 from moemerge.plan import Plan
-from moemerge.prepare.choose import Host
+from moemerge.prepare.choose import Target
 from moemerge.split import Cutting, Split
 from moemerge.text import Encoder, Vocabulary
 
@@ -31,7 +31,7 @@ class Chosen:
     base: Donor
     donors: tuple[Donor, ...]
     shared: tuple[Donor, ...]
-    host: Host
+    target: Target
     vocabulary: Vocabulary
     encoder: Encoder | None
     prompts: tuple[ExpertPrompts, ...]

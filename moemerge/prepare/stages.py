@@ -18,7 +18,7 @@ from moemerge.plan import Plan
 from moemerge.prepare.choose import no_host
 from moemerge.prepare.compatibility import compare
 from moemerge.prepare.layout import Layout, check_dtype, lay_out
-from moemerge.prepare.members import factor_of, host_of, parts_of
+from moemerge.prepare.members import factor_of, parts_of, target_of
 from moemerge.prepare.records import Chosen, Prepared
 from moemerge.prepare.source_cards import read_own
 from moemerge.reporting import Reporter, listener
@@ -116,7 +116,7 @@ class _Preparation:
         config, gate, split, base = opened.config, opened.gate, opened.split, opened.base
         options, findings = self.options, self.findings
         every = [*opened.donors, *opened.shared]
-        host = host_of(config, split, base, findings) if base else None
+        target = target_of(config, split, base, findings) if base else None
         check_dtype(config, findings)
         own_card = read_own(options.card, findings) if options.card else ""
         self._check_ray()
@@ -126,7 +126,7 @@ class _Preparation:
         encoder: Encoder | None = None
         prompts: tuple[ExpertPrompts, ...] = ()
         if gate:
-            gated = host is not None and host.mixture.gated
+            gated = target is not None and target.mixture.gated
             asked = [*opened.donors, *opened.shared[:gated]]
             encoder, prompts = gate_setup.read_prompts(config, gate, vocabulary, asked, findings)
         cutting = self._cutting(config, split, gate, vocabulary)
@@ -142,7 +142,7 @@ class _Preparation:
                     runs=gate is not None and gate.needs.expert_models,
                     vocabulary=vocabulary,
                 )
-        if base is None or vocabulary is None or host is None or gate is None:
+        if base is None or vocabulary is None or target is None or gate is None:
             return None
         donors = tuple(donor for donor in opened.donors if donor)
         shared = tuple(donor for donor in opened.shared if donor)
@@ -151,22 +151,22 @@ class _Preparation:
         if findings.problems:  # tensors are named from a config that is not trusted yet
             return None
         return Chosen(
-            config, gate, split, base, donors, shared, host, vocabulary, encoder, prompts, cutting,
-            own_card,
+            config, gate, split, base, donors, shared, target, vocabulary, encoder, prompts,
+            cutting, own_card,
         )  # fmt: skip
 
     def _plan(self, chosen: Chosen, out: Path | None) -> Prepared:
         """Every tensor laid out, and the output directory checked for what will be written."""
         config, options, findings = chosen.config, self.options, self.findings
-        gate, split, host, base = chosen.gate, chosen.split, chosen.host, chosen.base
+        gate, split, target, base = chosen.gate, chosen.split, chosen.target, chosen.base
         donors, shared, vocabulary = chosen.donors, chosen.shared, chosen.vocabulary
         self._note_what_has_no_effect(chosen)
         body = replace(self._body(config, base, donors), vocabulary=vocabulary)
         made_of = gate_setup.digest_of_inputs(config, options, gate, chosen.prompts, chosen.cutting)
-        parts = parts_of(config, split, host, body, donors, shared)
-        layout = Layout(config, options, host, parts, donors, shared, gate.needs, made_of)
+        parts = parts_of(config, split, target, body, donors, shared)
+        layout = Layout(config, options, target, parts, donors, shared, gate.needs, made_of)
         plan = lay_out(layout, self.opener.opened.values(), findings)
-        factor = factor_of(config, split, host)
+        factor = factor_of(config, split, target)
         if plan.dtype != "F32" and factor & (factor - 1):
             findings.note(
                 f"down projections are multiplied by {factor}, which rounds them in "

@@ -48,7 +48,7 @@ def plan(
             "active_parameters": made.active_parameters,
             "routed_experts": made.routed,
             "routed_experts_per_token": made.routed_per_token,
-            "shared_experts": ready.host.mixture.shared,
+            "shared_experts": ready.target.mixture.shared,
             "bytes": made.nbytes,
             "expected_peak_bytes": expected_peak(ready, options),
             "transfer": dataclasses.asdict(transfer(ready, options)),
