@@ -19,6 +19,15 @@ from moemerge.output import Verified, verify_checkpoint
 from moemerge.plan import Plan, PlannedTensor, Shard, Source
 from moemerge.prepare import Prepared, Transfer, make_plan
 from moemerge.publish import push
+from moemerge.report import (
+    Collision,
+    Evaluation,
+    EvaluationRow,
+    PassageRouting,
+    RoutingReport,
+    RoutingSummary,
+    TextRouting,
+)
 from moemerge.report import render as routing_page
 from moemerge.reporting import Console, Reporter, Silent
 from moemerge.training import Adapted, Lora, Trained, Tuned, Tuning, finetune, merge_adapter, tune
@@ -37,9 +46,12 @@ Wanted = EvalSpec
 __all__ = [
     "Adapted",
     "Built",
+    "Collision",
     "Console",
     "EditResult",
     "EvalSpec",
+    "Evaluation",
+    "EvaluationRow",
     "Expert",
     "InputError",
     "Lora",
@@ -48,16 +60,20 @@ __all__ = [
     "Merged",
     "MoemergeError",
     "Options",
+    "PassageRouting",
     "Plan",
     "PlannedTensor",
     "Prepared",
     "Problem",
     "ReadError",
     "Reporter",
+    "RoutingReport",
+    "RoutingSummary",
     "RunError",
     "Shard",
     "Silent",
     "Source",
+    "TextRouting",
     "Trained",
     "Transfer",
     "Tuned",

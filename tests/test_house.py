@@ -178,6 +178,8 @@ def test_the_public_names() -> None:
         "Adapted", "Built", "Console", "EditResult", "EvalSpec", "Expert", "InputError", "Lora",
         "MergeConfig", "MergeResult", "Merged", "MoemergeError", "Options", "Plan",
         "PlannedTensor", "Prepared", "Problem", "ReadError",
+        "Collision", "Evaluation", "EvaluationRow", "PassageRouting", "RoutingReport",
+        "RoutingSummary", "TextRouting",
         "Reporter", "RunError", "Shard", "Silent", "Source", "Trained", "Transfer", "Tuned",
         "Tuning", "Verified", "VerifyError", "Wanted", "WriteError", "__version__", "add",
         "drop", "evaluate", "extract", "finetune",

@@ -9,6 +9,7 @@ from moemerge.options import Options
 from moemerge.reporting import count, size
 
 if TYPE_CHECKING:
+    from moemerge.mixture import EditResult
     from moemerge.report import RoutingReport
 
 
@@ -74,6 +75,16 @@ def plan_lines(ready: Any, options: Options) -> Iterator[str]:
     for source in made.sources:
         where = source.directory or f"{source.repo} at {str(source.commit)[:12]}"
         yield f"source    {source.reference}: {where}"
+
+
+def edit_line(built: EditResult) -> str:
+    """What an edit of a mixture wrote."""
+    plan = built.plan
+    experts = f"{experts_line(plan)}; " if len(plan.experts) > 1 else ""
+    return (
+        f"{built.out}: {plan.architecture}, {experts}wrote {size(built.written)}, "
+        f"copied {size(built.copied)} of {size(plan.nbytes)}"
+    )
 
 
 def experts_line(made: Any, ready: Any = None) -> str:

@@ -82,6 +82,12 @@ app = typer.Typer(
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The output directory.")]
 
+Moe = Annotated[str, typer.Argument(metavar="MOE", help="A mixture: a directory or user/name.")]
+One = Annotated[
+    str,
+    typer.Option("--expert", metavar="N|NAME", show_default=False, help="Number, from 0, or name."),
+]
+
 Texts = Annotated[
     list[str] | None,
     typer.Option(

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from moemerge.cli.describe import router_lines
 from moemerge.cli.options import GATING, with_options
 from moemerge.cli.program import Config, Out, app, check_config_path
 from moemerge.cli.terminal import Terminal
 from moemerge.options import Options
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()
