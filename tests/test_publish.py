@@ -308,11 +308,15 @@ def test_what_does_not_verify_is_not_pushed(hub: WatchedHub, out: Path, tmp_path
 
 REFUSALS = {
     "malformed name": (SECRET, "user/mix/one", "is not the name of a model repository"),
-    "no owner": (SECRET, "mix", "does not say whose repository it is"),
+    "no owner": (SECRET, "mix", "lacks the user or organization"),
     "not logged in": ("", REPO, "you are not logged in to the Hub; run `hf auth login`"),
     "unknown token": ("hf_unknown", REPO, "the Hub does not know your token"),
     "read-only": ("hf_read", REPO, "your token may only read"),
-    "other namespace": (SECRET, "other/mix", "you are user, and no member of other; name user/mix"),
+    "other namespace": (
+        SECRET,
+        "other/mix",
+        "you are user, and not a member of other; name user/mix",
+    ),
     "fine-grained": ("hf_fine", REPO, "fine-grained token may not write to user's repositories"),
     "fine-grained, new": ("hf_one", "user/one", "does not exist, and your fine-grained token"),
     "another's": (SECRET, "other/theirs", "exists, and your token may not write there"),

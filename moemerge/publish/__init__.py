@@ -1,4 +1,4 @@
-"""A finished output, or each shard as it is written, to the Hub."""
+"""Upload to the Hub: a finished output, or each shard as soon as it is written."""
 
 from moemerge.publish.permission import refusals
 from moemerge.publish.shipment import Shipment

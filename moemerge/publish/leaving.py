@@ -1,4 +1,4 @@
-"""What of a finished directory may leave this machine: files by a list, none with a path of it."""
+"""The files of a finished directory that are pushed, without any path of this machine in them."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from moemerge.tokenizer import GENERATION_FILE
 _LISTED = {*OWN_FILES, PICTURE_FILE, GENERATION_FILE, *TOKENIZER_FILES}
 _TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _NO_TEXT = {PICTURE_FILE, "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}
-"""Tokens are no words of a person's, and nothing may be changed among them."""
+"""Files without text of a person. They stay as they are: a token may look like a path."""
 
 _NAMES_A_PLACE = re.compile(r".*(?:path|file|dir|directory)")
 
 
 def leaving(manifest: Manifest, place: Callable[[str], Path]) -> dict[str, Content]:
-    """Each file that is pushed, by its name; `place` says where a file lies.
+    """Return each file that is pushed, by its name: a path, or changed content as bytes.
 
-    Where a text tells a path of this machine, what is pushed has `./name` instead, and its manifest
-    has the checksum of that.
+    `place` gives the path of a file. In pushed texts, `./name` replaces each path of this machine;
+    the pushed manifest has the checksums of the changed texts.
 
     Raises:
-        InputError: a text tells a path that cannot be taken out of it.
+        InputError: a text names a path of this machine that cannot be replaced.
     """
     shards = {shard.file for shard in manifest.plan.shards}
     said = dict.fromkeys([*manifest.files, *OWN_FILES])
@@ -76,14 +76,14 @@ def leaving(manifest: Manifest, place: Callable[[str], Path]) -> dict[str, Conte
 
 
 def stays(out: Path, content: dict[str, Content]) -> list[str]:
-    """What lies beside the files that are pushed, hidden files apart."""
+    """Names in `out` that are not pushed, sorted; hidden files do not count."""
     folders = {name.partition("/")[0] for name in content}
     return sorted(p.name for p in out.iterdir() if p.name not in folders and p.name[0] != ".")
 
 
 def _roots(manifest: Manifest, out: Path) -> dict[str, str]:
-    """Directories of this machine that something may tell of, the longest first, and what is said
-    instead: a source keeps its name."""
+    """Directories of this machine that a text may name, the longest first, each with the text that
+    replaces it: `./name` for a source, `.` for any other."""
     from huggingface_hub import constants
 
     known = [Path.home(), Path.cwd(), Path(tempfile.gettempdir()), out]
@@ -97,12 +97,12 @@ def _roots(manifest: Manifest, out: Path) -> dict[str, str]:
 
 
 def _spelt(path: Path) -> set[str]:
-    """A path made absolute, with its links and without."""
+    """The absolute path, once with symbolic links and once with them resolved."""
     return {os.path.abspath(path), os.path.realpath(path)}  # noqa: PTH100
 
 
 def _without(name: str, content: bytes, roots: dict[str, str]) -> bytes:
-    """A text file's content without paths of this machine."""
+    """A text file's content with paths of this machine replaced."""
     text = content.decode("utf-8", errors="surrogateescape")
     if name == CARD_FILE:
         changed = _replaced(text, roots)
@@ -121,7 +121,7 @@ def _without(name: str, content: bytes, roots: dict[str, str]) -> bytes:
 
 
 def _json_without(data: Any, roots: dict[str, str]) -> Any:
-    """JSON without the keys that name a place on this machine, and without its paths in texts."""
+    """JSON data without keys that hold a path, and with paths of this machine in texts replaced."""
     if isinstance(data, list):
         return [_json_without(one, roots) for one in data]
     if isinstance(data, dict):
@@ -134,7 +134,7 @@ def _json_without(data: Any, roots: dict[str, str]) -> Any:
 
 
 def _is_a_place(value: Any) -> bool:
-    """Whether it is a path, and neither a Hub id nor a file's bare name."""
+    """Whether the value is a path, and not a Hub id or a file name alone."""
     if not isinstance(value, str) or not re.search(r"[/\\]", value):
         return False
     return not is_hub_id(value) or Path(value).exists()
@@ -149,7 +149,7 @@ def _mapped(data: Any, change: Callable[[str], str]) -> Any:
 
 
 def _replaced(text: str, roots: dict[str, str]) -> str:
-    """A text with `./name` for each path below one of the directories."""
+    """The text with `./name` in place of each path below one of the directories."""
     for root, instead in roots.items():
         if root in text:
             path = rf"(?<![\w.:/~-]){re.escape(root)}((?:/[\w.+@=~-]*)*)(?![\w-])"
@@ -163,7 +163,10 @@ def _replaced(text: str, roots: dict[str, str]) -> str:
 
 
 def _check(content: dict[str, Content], shards: set[str], roots: dict[str, str]) -> None:
-    """Refuse what still tells of a directory of more than one part: one part is also a word."""
+    """Refuse a text that still names a directory of this machine.
+
+    Directories of one part, such as `/data`, are not looked for: they may be ordinary words.
+    """
     deep = [root for root in roots if len(Path(root).parts) > 2]
     problems = []
     for name in content.keys() - shards - _NO_TEXT:
@@ -171,7 +174,7 @@ def _check(content: dict[str, Content], shards: set[str], roots: dict[str, str])
         data = what if isinstance(what, bytes) else what.read_bytes()
         found = next((root for root in deep if root.encode() in data), None)
         if found:
-            told = f"tells a path of this machine ({found})"
-            problems.append(Problem(name, told, "take it out, then push again"))
+            told = f"names a path of this machine ({found})"
+            problems.append(Problem(name, told, "remove the path, then push again"))
     if problems:
         raise InputError(sorted(problems, key=lambda one: one.where))

@@ -1,4 +1,4 @@
-"""Whether the Hub will take a push, asked before anything is merged."""
+"""Whether the Hub would accept a push, checked before anything is merged."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moemerge.output import MANIFEST_FILE
 
 
 def refusals(repo: str, private: bool, fresh: bool = False) -> Iterator[Problem]:
-    """Each reason why whoever is logged in cannot push to `repo`; the Hub is asked, not changed.
+    """Yield each reason why the logged-in account cannot push to `repo`; nothing is changed there.
 
-    With `fresh`, a repository that holds a finished model is one.
+    With `fresh`, a repository that already holds a finished model is refused too.
     """
     try:
         yield from _refusals(repo, private, fresh)
@@ -39,7 +39,7 @@ def _refusals(repo: str, private: bool, fresh: bool) -> Iterator[Problem]:
         yield Problem(repo, "is not the name of a model repository", form)
         return
     if repo.count("/") != 1:
-        yield Problem(repo, "does not say whose repository it is", form)
+        yield Problem(repo, "lacks the user or organization", form)
         return
     if constants.HF_HUB_OFFLINE:
         yield Problem(repo, "HF_HUB_OFFLINE is set, so nothing can be pushed", "unset it")
@@ -56,7 +56,9 @@ def _refusals(repo: str, private: bool, fresh: bool) -> Iterator[Problem]:
         return
     role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
-        fix = "make one that may write at https://huggingface.co/settings/tokens and log in with it"
+        fix = (
+            "log in with a token that may write; make it at https://huggingface.co/settings/tokens"
+        )
         yield Problem(repo, "your token may only read", fix)
         return
     info = target.info()
@@ -69,7 +71,7 @@ def _refusals(repo: str, private: bool, fresh: bool) -> Iterator[Problem]:
         yield Problem(repo, "exists, and your token may not write there", fix)
         return
     if private and not info.private:
-        fix = "make it private on the Hub, or name a new one"
+        fix = "make it private on the Hub, or name a new repository"
         yield Problem(repo, "exists and is public", fix)
     there = target.files()
     strangers = [n for n in there if n.endswith(weight_suffixes()) and not SHARD.fullmatch(n)]
@@ -83,15 +85,15 @@ def _refusals(repo: str, private: bool, fresh: bool) -> Iterator[Problem]:
 
 
 def _cannot_create(repo: str, account: dict[str, Any]) -> Iterator[Problem]:
-    """Why an account's token may not make or write to a repository, as far as it tells."""
+    """Why an account's token cannot create or write a repository, as far as the account says."""
     space, me = repo.partition("/")[0], str(account.get("name"))
     orgs = {str(org.get("name")).lower(): org for org in account.get("orgs") or ()}
     token = (account.get("auth") or {}).get("accessToken") or {}
     if space.lower() != me.lower() and space.lower() not in orgs:
-        what = f"you are {me}, and no member of {space}"
-        yield Problem(repo, what, f"name {me}/{repo.partition('/')[2]}, or log in as who may")
+        what = f"you are {me}, and not a member of {space}"
+        yield Problem(repo, what, f"name {me}/{repo.partition('/')[2]}, or log in as a member")
     elif space.lower() in orgs and orgs[space.lower()].get("roleInOrg") == "read":
-        what = f"you ({me}) may only read what is {space}'s"
+        what = f"you ({me}) may only read {space}'s repositories"
         yield Problem(repo, what, f"name {me}/{repo.partition('/')[2]}, or ask {space}'s admins")
     elif token.get("role") == "fineGrained":
         scopes = (token.get("fineGrained") or {}).get("scoped") or ()
@@ -102,7 +104,7 @@ def _cannot_create(repo: str, account: dict[str, Any]) -> Iterator[Problem]:
         }
         if space.lower() not in granted:
             what = f"your fine-grained token may not write to {space}'s repositories"
-            fix = "let it at https://huggingface.co/settings/tokens, or log in with another"
+            fix = "allow it at https://huggingface.co/settings/tokens, or log in with another token"
             if repo.lower() in granted:
                 what = "does not exist, and your fine-grained token may not make it"
                 fix = "make it on the Hub first, or log in with another token"

@@ -1,4 +1,4 @@
-"""A push while it is being merged: each shard leaves as soon as it is written."""
+"""A push during the merge: each shard is uploaded as soon as it is written, then deleted here."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _STARTED = "push.json"
 
 @dataclass
 class Shipment:
-    """Shards that go to the Hub one by one, as they are finished, and are then deleted here.
+    """Uploads finished shards one by one, and deletes each one here when the Hub has it.
 
-    `stopped` ends it from another thread. `State.pushed` is what the Hub holds.
+    Another thread ends the upload by setting `stopped`. `state.pushed` lists the Hub's shards.
     """
 
     out: Path
@@ -34,12 +34,19 @@ class Shipment:
     _failure: list[BaseException] = field(default_factory=list)
 
     def goes_on(self, run: str) -> bool:
-        """Whether the run of this digest has begun to push to this repository."""
+        """Whether a run with the digest `run` has already begun to push to this repository."""
         found = read_json(self.state.directory / _STARTED)
         return found == {"repo": self.repo, "run": run}
 
     def begin(self, plan: Plan) -> None:
-        """Make the repository no model and learn which shards it has."""
+        """Create the repository, and read which shards it already has.
+
+        If another run wrote there, config.json and the index are removed: the repository then is
+        no model until `finish`.
+
+        Raises:
+            RunError: the Hub or the network failed.
+        """
         self.target = Repository(self.repo)
         self.target.create(self.private)
         there = self.target.files()
@@ -53,10 +60,12 @@ class Shipment:
         self.state.pushed.update({name: (one.nbytes, one.digest) for name, one in lfs.items()})
 
     def send(self, shard: Shard, advance: Callable[[int], object]) -> None:
-        """Let a finished shard leave once the one before it has; wait for that, not for this.
+        """Wait for the upload before this one, then start to upload `shard` and return.
+
+        `advance` is called with the shard's bytes when the upload is done.
 
         Raises:
-            RunError, VerifyError: the one before it did not arrive.
+            RunError, VerifyError: the upload before this one failed.
         """
         self.wait()
 
@@ -72,10 +81,10 @@ class Shipment:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the shard on its way has arrived.
+        """Wait until the upload under way is done.
 
         Raises:
-            RunError, VerifyError: it did not.
+            RunError, VerifyError: the upload failed.
         """
         while self._thread and self._thread.is_alive():
             self._thread.join(0.2)
@@ -85,7 +94,14 @@ class Shipment:
             raise self._failure.pop()
 
     def finish(self, manifest: Manifest, change: Change) -> str:
-        """Everything but shards, in the commit that makes the repository a model; its address."""
+        """Upload everything but shards in one commit, which makes the repository a model.
+
+        Returns the repository's address.
+
+        Raises:
+            InputError: a text names a path of this machine.
+            RunError, VerifyError: the Hub or the network failed, or a file there is not as sent.
+        """
         shards = {shard.file: shard.nbytes for shard in manifest.plan.shards}
         content = {
             name: what
@@ -104,7 +120,7 @@ class Shipment:
         path, entry = self.out / shard.file, self.state.entry(shard)
         if not is_whole(shard, self.out, entry):
             self.state.forget(shard)
-            raise VerifyError(f"{path}: is not what was written; run the same command again")
+            raise VerifyError(f"{path}: changed after it was written; run the same command again")
         title = f"{shard.file}, of a mixture that is not whole yet"
         sha256 = self.target.commit({shard.file: path}, (), title, stopped=self.stopped.is_set)
         if not self.stopped.is_set():
@@ -114,7 +130,10 @@ class Shipment:
 
 
 def stale(there: Collection[str], plan: Plan) -> list[str]:
-    """Shards of an earlier mixture, which some programs would read, and what never should leave."""
+    """Names in the repository to delete: an earlier mixture's shards, and files never pushed.
+
+    Some programs would read the old shards.
+    """
     ours = {shard.file for shard in plan.shards}
     kept = f"{BEFORE_TUNING}/"
     return [n for n in there if (SHARD.fullmatch(n) and n not in ours) or n.startswith(kept)]

@@ -1,4 +1,4 @@
-"""To the Hub: who may write there, only what is new, shards that leave while others are made."""
+"""A finished directory pushed to the Hub: only new files, in one commit."""
 
 from __future__ import annotations
 
@@ -35,19 +35,20 @@ def push(
 ) -> str:
     """Upload a finished directory to the model repository `repo` on the Hub; return its address.
 
-    Of its manifest's files those go up that are a model's (see `leaving`), in one commit, and only
-    what is new. Nothing that is pushed tells a path of this machine. Cut off, the same call again
-    sends the rest.
+    The model's files (see `leaving`) go up in one commit, without those that the Hub already has.
+    Pushed files name no path of this machine. After an interrupted push, the same call sends the
+    rest.
 
     Args:
-        out: what a merge finished.
-        repo: `user/name`; made if it does not exist.
-        private: whether it is made private.
-        reporter: who hears notes and progress; nobody by default.
+        out: the finished output directory of a merge.
+        repo: `user/name`; created if it does not exist.
+        private: whether a new repository is private.
+        reporter: receives notes and progress; by default they are dropped.
+        progress: print notes and progress instead, as `Console` does.
 
     Raises:
-        InputError: whoever is logged in may not write there, or `out` is not finished.
-        VerifyError: `out` is not what its manifest says.
+        InputError: the logged-in account may not write there, or `out` is not finished.
+        VerifyError: a file in `out` is not what the manifest says.
         RunError: the Hub or the network failed.
     """
     out, reporter = Path(out), listener(reporter, progress)
@@ -69,7 +70,7 @@ def _push(out: Path, repo: str, private: bool, reporter: Reporter) -> str:
     for name in [n for n, what in content.items() if isinstance(what, bytes) and n not in written]:
         reporter.say(f"{out / name}: is pushed without the paths of this machine in it")
     if others := stays(out, content):
-        reporter.say(f"{out}: {', '.join(others)} stays here, for it is no part of the model")
+        reporter.say(f"{out}: {', '.join(others)} not pushed, because no part of the model")
     target = Repository(repo, bars=True)
     target.create(private)
     there = target.files()

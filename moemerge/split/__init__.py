@@ -1,4 +1,4 @@
-"""One model's MLPs cut into slices."""
+"""One dense model's MLPs cut into slices, which become the experts."""
 
 from typing import TYPE_CHECKING
 

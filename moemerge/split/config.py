@@ -1,4 +1,4 @@
-"""A config's `split:`, checked against the model that it cuts."""
+"""The `split:` part of a config, checked against the model that it cuts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from moemerge.families import LAYER
 from moemerge.split import neurons
 
 ORDER = LAYER + "mlp.order"
-"""The name of a layer's order of neurons, among what is made of the sources."""
+"""The name under which a layer's order of neurons is saved with the routers."""
 
 MOST_SLICES = 4096
 
 
 @dataclass(frozen=True)
 class Split:
-    """A config's `split:`. Of `slices` equal ones, the first `shared` are always on.
+    """A config's `split:`. Each MLP is cut into `slices` of equal size; the first `shared` of them
+    are always on.
 
-    `assign` says which neurons make up a slice, one of `neurons.ASSIGNMENTS`; None is coactivation
-    where there is a `text` (a file, a directory or a dataset), else kmeans.
+    `assign` is how neurons are grouped into slices, one of `neurons.ASSIGNMENTS`. None means
+    coactivation where there is a `text` (a file, a directory or a dataset), otherwise kmeans.
     """
 
     slices: int = 8
@@ -32,35 +33,36 @@ class Split:
 
     @property
     def routed(self) -> int:
-        """The slices that a router chooses from."""
+        """How many slices a router chooses from."""
         return self.slices - self.shared
 
     @property
     def assignment(self) -> str:
-        """Which neurons make up a slice, wherever it is said."""
+        """The assignment in use: `assign`, or the default where it is None."""
         return self.assign or ("coactivation" if self.text else "kmeans")
 
     @property
     def order(self) -> str:
-        """The name of a layer's order of neurons; empty where they stand as they were."""
+        """The name of a layer's order of neurons; empty where neurons keep their order."""
         return "" if self.assignment == "order" else ORDER
 
     @property
     def reads_text(self) -> bool:
-        """Whether the orders of neurons depend on the text, which the base model reads."""
+        """Whether the orders of neurons depend on the text; the base model then reads it."""
         return self.assignment == "coactivation"
 
     @property
     def draws(self) -> bool:
-        """Whether the orders of neurons are drawn at random in part."""
+        """Whether the orders of neurons depend on random draws."""
         return self.assignment != "order"
 
     def per_token(self, config: MergeConfig) -> int:
-        """The routed slices that a token passes: if nothing is said, half of all are on."""
+        """The routed slices chosen for each token; by default half of all slices are on, the
+        shared ones included."""
         return config.experts_per_token or max(1, self.slices // 2 - self.shared)
 
     def problems(self, inner: Any) -> Iterator[tuple[str, str, str]]:
-        """What cannot be where MLPs have `inner` neurons: key, what, fix."""
+        """Each problem of the settings for MLPs of `inner` neurons: key, what, fix."""
         if not 2 <= self.slices <= MOST_SLICES:
             yield "slices", f"is {self.slices}", f"write a number from 2 to {MOST_SLICES}"
         elif isinstance(inner, int) and inner % self.slices:
@@ -72,14 +74,17 @@ class Split:
             yield "shared", what, "leave at least one for the router to choose"
         if self.assignment not in neurons.ASSIGNMENTS:
             fix = nearest(self.assignment, neurons.ASSIGNMENTS)
-            yield "assign", f"{self.assign!r} is no assignment", fix
+            yield "assign", f"{self.assign!r} is not an assignment", fix
         if self.assignment == "coactivation" and not self.text:
-            what = "is missing: co-activation is that of neurons on a text"
+            what = "is missing: assign: coactivation needs a text for the model to read"
             yield "text", what, "name a text or jsonl file, or use assign: kmeans"
 
 
 def split_of(config: MergeConfig, findings: Findings) -> Split | None:
-    """A config's split, None where it has none; what is wrong with it alone is recorded."""
+    """The config's split, checked without the model; problems are recorded.
+
+    Returns None where the config has no split, or where the split has problems.
+    """
     if not config.split:
         return None
     before = len(findings.problems)
@@ -87,21 +92,21 @@ def split_of(config: MergeConfig, findings: Findings) -> Split | None:
         Split,
         config.split,
         lambda key: config.where(f"split.{key}"),
-        "is nothing that a split has",
+        "is not a setting of split",
         findings,
     )
     for key, why in _at_odds(config):
-        findings.problem(config.where(key), f"has no place beside split: {why}", "remove one")
+        findings.problem(config.where(key), f"cannot be used with split: {why}", "remove one")
     return split if len(findings.problems) == before else None
 
 
 def _at_odds(config: MergeConfig) -> Iterator[tuple[str, str]]:
-    """What else a config says that a split leaves no room for: key, why."""
-    one = "the slices of the base model are all the experts"
+    """Each key of the config that a split does not allow: key, why."""
+    one = "the experts are the slices of the base model, and no others"
     if config.experts:
         yield "experts", one
     if config.shared_experts:
-        yield "shared_experts", "its own slices are, with `shared:`"
+        yield "shared_experts", "set split.shared, the number of slices that are always on"
     if config.segments != 1:
         yield "segments", "write more slices"
     if config.body != "base":
@@ -109,7 +114,7 @@ def _at_odds(config: MergeConfig) -> Iterator[tuple[str, str]]:
 
 
 def with_slices(config: MergeConfig, split: Split) -> MergeConfig:
-    """The config with an expert for each routed slice, all of the base model."""
+    """The config with one expert for each routed slice; all come from the base model."""
     count = max(1, min(split.routed, MOST_SLICES))
     names = [f"slice-{number}" for number in range(split.shared, split.shared + count)]
     experts = tuple(Expert(config.base_model, name=name) for name in names)
@@ -117,11 +122,11 @@ def with_slices(config: MergeConfig, split: Split) -> MergeConfig:
 
 
 def check_split(config: MergeConfig, split: Split, inner: Any, findings: Findings) -> None:
-    """Record what cannot be of a split of MLPs of `inner` neurons."""
+    """Record each problem of a split for MLPs of `inner` neurons."""
     for key, what, fix in split.problems(inner):
         findings.problem(config.where(f"split.{key}"), what, fix)
     per_token = config.experts_per_token
     if per_token is not None and split.routed > 0 and not 1 <= per_token <= split.routed:
-        what = f"is {per_token}, and routers choose from {split.routed} slices"
+        what = f"is {per_token}, but routers choose from {split.routed} slices"
         fix = f"write a number from 1 to {split.routed}"
         findings.problem(config.where("experts_per_token"), what, fix)

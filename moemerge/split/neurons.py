@@ -1,7 +1,8 @@
-"""Which neurons of a dense MLP make up which slice of it: an order of them, cut into equal parts.
+"""Neurons of a dense MLP assigned to slices: an order of the neurons, cut into equal parts.
 
-Legend: F intermediate neurons, D hidden size, N slices, T tokens. An order is (F): slice i holds
-the neurons that its i-th stretch of F/N names. The first slices are those that are always on.
+Legend: F intermediate neurons, D hidden size, N slices, T tokens. An order is a vector of F neuron
+numbers: the first F/N of them are slice 0, the next F/N are slice 1, and so on. The first slices
+are the shared ones, which are always on.
 """
 
 from __future__ import annotations
@@ -18,27 +19,31 @@ if TYPE_CHECKING:
 ASSIGNMENTS = ("coactivation", "kmeans", "order", "random")
 
 _ROUNDS = 30
-"""Of a clustering, which mostly comes to rest in fewer."""
+"""The most rounds of a clustering; most clusterings stop changing earlier."""
 
 
 def in_order(neurons: int) -> Order:
-    """As they stand."""
+    """The neurons in the order that they have in the model: (F)."""
     import numpy as np
 
     return np.arange(neurons)
 
 
 def at_random(neurons: int, random: Random) -> Order:
-    """Shuffled, which LLaMA-MoE found best to go on training from (Zhu et al. 2024,
-    https://arxiv.org/abs/2406.16554)."""
+    """The neurons shuffled: (F).
+
+    LLaMA-MoE found this best where training follows (Zhu et al. 2024,
+    https://arxiv.org/abs/2406.16554).
+    """
     return random.permutation(neurons)
 
 
 def by_weights(gate: Matrix, sizes: Matrix, slices: int, shared: int, random: Random) -> Order:
-    """Neurons whose rows of gate_proj, `gate` (F, D), point the same way: balanced k-means.
+    """Group neurons by balanced k-means of their rows of gate_proj, `gate` (F, D): an order (F).
 
-    What opens one opens the others (MoEfication's parameter clustering: Zhang et al. 2022,
-    https://arxiv.org/abs/2110.01786). The shared slices are the neurons of the largest `sizes` (F).
+    Neurons of like direction are active on the same tokens (MoEfication's parameter clustering:
+    Zhang et al. 2022, https://arxiv.org/abs/2110.01786). The shared slices hold the neurons of the
+    largest `sizes` (F).
     """
     import numpy as np
 
@@ -51,14 +56,17 @@ def by_weights(gate: Matrix, sizes: Matrix, slices: int, shared: int, random: Ra
 def by_activation(
     strengths: Matrix, slices: int, shared: int, active: int, random: Random
 ) -> Order:
-    """Neurons that are strong on the same tokens; `strengths` (T, F) is what each adds, >= 0.
+    """Group neurons that are strong on the same tokens: an order (F).
 
-    The shared slices are the neurons of the most energy, their strengths' squares, a token's 1 in
-    all. For the others, first balanced k-means of their patterns over the tokens, a partition of
-    the graph of co-activations (MoEfication: Zhang et al. 2022, https://arxiv.org/abs/2110.01786).
-    Then, by turns, each token chooses its `active` strongest routed slices, and each neuron goes
-    where most of its energy is chosen: what the chosen slices hold of the whole grows with every
-    turn, and so does what half of the slices are worth (`scripts/bench_split.py`).
+    `strengths` (T, F), >= 0, is the size of each neuron's contribution to the MLP's output. A
+    neuron's energy on a token is its strength squared; the energies of a token are scaled to sum to
+    1. The shared slices hold the neurons of the highest mean energy. The other neurons are first
+    grouped by balanced k-means of their strengths over the tokens, which partitions the graph of
+    co-activations (MoEfication: Zhang et al. 2022, https://arxiv.org/abs/2110.01786). Then two
+    steps alternate: each token chooses its `active` routed slices of most energy, and each neuron
+    moves to the slice with which most of its energy is chosen. So the chosen slices hold more and
+    more of the energy, and the model with half of its slices on gets better
+    (`scripts/bench_split.py`).
     """
     import numpy as np
 
@@ -79,7 +87,7 @@ def by_activation(
 
 
 def chosen_slices(scores: Matrix, active: int) -> Matrix:
-    """1 at each token's `active` highest of its scores (T, N), 0 elsewhere."""
+    """A matrix (T, N): 1 at each token's `active` highest scores, 0 elsewhere."""
     import numpy as np
 
     highest = np.argsort(-scores, axis=1, kind="stable")[:, :active]
@@ -89,7 +97,7 @@ def chosen_slices(scores: Matrix, active: int) -> Matrix:
 
 
 def _by_size(sizes: Matrix, slices: int) -> Order:
-    """Each neuron's slice, were the largest to come first."""
+    """Each neuron's slice (F), where neurons are assigned in order of size, the largest first."""
     import numpy as np
 
     slice_of = np.empty(len(sizes), np.int64)
@@ -98,7 +106,7 @@ def _by_size(sizes: Matrix, slices: int) -> Order:
 
 
 def _unit(rows: Matrix) -> Matrix:
-    """The rows at length 1; those of zeros stay."""
+    """The rows scaled to length 1; rows of zeros stay zeros."""
     import numpy as np
 
     lengths: Matrix = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -107,8 +115,9 @@ def _unit(rows: Matrix) -> Matrix:
 
 
 def _k_means(unit: Matrix, clusters: int, random: Random) -> Order:
-    """Each unit row's cluster, all clusters of one size; centres by k-means++, then by turns.
+    """Each unit row's cluster; all clusters have the same size.
 
+    The first centres come from k-means++; then assignments and centres are renewed in turn.
     Balanced k-means: Malinen and Fränti 2014, https://doi.org/10.1007/978-3-662-44415-3_4;
     k-means++: Arthur and Vassilvitskii 2007.
     """
@@ -131,16 +140,17 @@ def _k_means(unit: Matrix, clusters: int, random: Random) -> Order:
 
 
 def _membership(slice_of: Order, slices: int) -> Matrix:
-    """(F, N): 1 where the neuron is of the slice."""
+    """A matrix (F, N): 1 where the neuron is in the slice, 0 elsewhere."""
     import numpy as np
 
     return np.eye(slices, dtype=np.float32)[slice_of]
 
 
 def _balanced(worth: Matrix) -> Order:
-    """A column for each row of `worth` (F, N), F/N rows a column, of high worth in all.
+    """Assign each row of `worth` (F, N) to a column, F/N rows to each, with high worth in total.
 
-    Rows bid for their best column; those that would lose least by their next best give way.
+    Each row asks for its best free column. Where too many rows ask for one column, it takes the
+    rows that would lose most with their second best; the other rows ask again.
     """
     import numpy as np
 

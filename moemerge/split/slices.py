@@ -1,6 +1,6 @@
-"""One dense model's MLPs cut into slices: what a config says of it, and the neurons of each slice.
+"""The neurons of each slice, layer by layer, while the dense model reads the text.
 
-Legend: F intermediate neurons, D hidden size, N slices, T tokens of the given text.
+Legend: F intermediate neurons, D hidden size, N slices, T tokens of the text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 from moemerge.split.config import ORDER, Split
 
 TEXT_TOKENS = 1 << 13
-"""What is read of the text: a layer's activations on it are in memory at once."""
+"""The most tokens of the text that are read: all activations of a layer are in memory at once."""
 
 _SEES, _ACTIVATES = "mlp", "mlp.down_proj"
 
@@ -32,7 +32,7 @@ _SEES, _ACTIVATES = "mlp", "mlp.down_proj"
 def read_text(
     config: MergeConfig, split: Split, vocabulary: Vocabulary, findings: Findings
 ) -> tuple[Prompt, ...]:
-    """The text in pieces, as the base model reads it; record one that it cannot read."""
+    """The text of `split.text` in pieces of tokens; a text that cannot be read is recorded."""
     where = config.where("split.text")
     try:
         documents = documents_of(str(split.text), config.folder)
@@ -52,13 +52,14 @@ def read_text(
     elif highest >= model["vocab_size"]:
         what = f"has token {highest}, the base model embeds {model['vocab_size']}"
         findings.problem(where, what, "use the tokenizer that the model came with")
-    return tuple(Prompt(piece.ids, 0) for piece in pieces)  # what stands first is active too
+    # A BOS token counts as well, because the MLP runs on it.
+    return tuple(Prompt(piece.ids, 0) for piece in pieces)
 
 
 @dataclass(frozen=True)
 class SlicedLayer:
-    """A layer on the text: its router's `inputs` (T, D), and the `energies` (T, N - shared) of its
-    routed slices, each its neurons' squared contributions."""
+    """One layer on the text: its router's `inputs` (T, D) and the `energies` (T, N - shared) of its
+    routed slices. A slice's energy is the sum of its neurons' strengths squared."""
 
     inputs: Matrix
     energies: Matrix
@@ -66,7 +67,7 @@ class SlicedLayer:
 
 @dataclass(frozen=True)
 class Cutting:
-    """What a split is made from, once it is checked; `text` is empty where nothing reads one."""
+    """A checked split: `text` is empty where the assignment does not depend on a text."""
 
     split: Split
     per_token: int
@@ -74,19 +75,20 @@ class Cutting:
 
     @property
     def active(self) -> int:
-        """How many routed slices a token is to find; half where it passes them all anyway."""
+        """How many routed slices a token chooses while neurons are grouped; half of them where
+        the model chooses all."""
         routed = self.split.routed
         return self.per_token if self.per_token < routed else max(1, routed // 2)
 
     def digest(self) -> dict[str, Any]:
-        """What decides the orders of neurons, besides the sources and the seed."""
+        """Everything that decides the orders of neurons besides the sources and the seed."""
         text = [piece.ids for piece in self.text]
         return {**asdict(self.split), "text": text, "per_token": self.per_token}
 
 
 @dataclass
 class Cutter:
-    """The orders of neurons, made layer by layer while the body reads the text, if it must."""
+    """Makes the orders of neurons, layer by layer; the body reads the text if they depend on it."""
 
     cutting: Cutting
     body: Body
@@ -96,7 +98,10 @@ class Cutter:
     orders: dict[str, Order] = field(default_factory=dict)
 
     def layers(self) -> Iterator[SlicedLayer]:
-        """What a router is fitted to, layer by layer; each layer's order is made with it."""
+        """Run the body on the text; yield the data that each layer's router is fitted to.
+
+        Each layer's order of neurons is made on the way.
+        """
         import numpy as np
 
         split = self.cutting.split
@@ -111,7 +116,7 @@ class Cutter:
             yield SlicedLayer(inputs, np.stack(energies, axis=1))
 
     def finish(self) -> dict[str, Order]:
-        """Every layer's order by its name; those that no router asked for are made now."""
+        """Return every layer's order (F) by its name; missing orders are made now."""
         count = self.body.base.model.config["num_hidden_layers"]
         if len(self.orders) < count and self.cutting.split.reads_text:
             for _ in self.layers():
@@ -149,7 +154,7 @@ class Cutter:
 
 
 def _joined(passages: list[Matrix]) -> Matrix:
-    """(T, ...) of all passages; the list is emptied, so that both are not in memory for long."""
+    """All passages concatenated, (T, ...); the list is emptied to free its memory."""
     import numpy as np
 
     whole = np.concatenate(passages)
@@ -158,7 +163,7 @@ def _joined(passages: list[Matrix]) -> Matrix:
 
 
 def _lengths(weights: Matrix, axis: int) -> Matrix:
-    """The norms along an axis."""
+    """The Euclidean norms along an axis."""
     import numpy as np
 
     lengths: Matrix = np.linalg.norm(weights, axis=axis)
