@@ -1,14 +1,15 @@
 """The write side: shards, the manifest, and an output directory that is whole or resumable."""
 
-from moemerge.output import directory
-from moemerge.output.change import Change, held, settle
-from moemerge.output.directory import (
+from moemerge.output.carried import (
     TOKENIZER_FILES,
-    begin,
     carried_content,
     carried_files,
-    check,
     check_carried,
+)
+from moemerge.output.change import Change, held, settle
+from moemerge.output.directory import (
+    begin,
+    check,
     file_names,
     is_finished,
     writing,
@@ -63,7 +64,6 @@ __all__ = [
     "check_sources",
     "checksum",
     "chunk_digest",
-    "directory",
     "file_checksum",
     "file_names",
     "held",

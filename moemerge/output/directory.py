@@ -1,7 +1,7 @@
-"""The output directory: what may be there, what is carried over, and what makes it a model.
+"""The output directory: which files may be in it before a merge, and how it is made ready.
 
-What is unfinished stands in `.moemerge/` (see `state.py`). The index and `config.json`, without
-which no program takes the directory for a model, come last, each by an atomic rename.
+Unfinished files stand in `.moemerge/` (see `state.py`). The index and `config.json` come last,
+each by an atomic rename: without them no program takes the directory for a model.
 """
 
 from __future__ import annotations
@@ -9,67 +9,25 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from moemerge.checkpoint import weight_suffixes
-from moemerge.errors import DiskFull, Findings, ReadError, WriteError
+from moemerge.errors import DiskFull, Findings, WriteError
 from moemerge.files import CONFIG_FILE, WEIGHTS_SUFFIX, is_inside, read_json
 from moemerge.options import Options, PublishOptions, WriteOptions
 from moemerge.output.manifest import MANIFEST_FILE, OWN_FILES, PICTURE_FILE, read_manifest
 from moemerge.output.state import STATE_DIRECTORY, State
 from moemerge.plan import INDEX_FILE, Plan
 from moemerge.reporting import size
-from moemerge.text import Vocabulary
-from moemerge.tokenizer import GENERATION_FILE, TOKENIZER_FILE, portable
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 MODEL_SUFFIXES = (*weight_suffixes(), ".gguf", ".index.json")
 
 
-def carried_files(vocabulary: Vocabulary, copy_tokenizer: bool) -> tuple[Path, ...]:
-    """The files that go along, relative to their model: generation config and tokenizer."""
-    directory, names = vocabulary.directory, [Path(GENERATION_FILE)]
-    if copy_tokenizer:
-        names += map(Path, TOKENIZER_FILES)
-        extra = directory / "additional_chat_templates"
-        names += sorted(path.relative_to(directory) for path in extra.glob("*.jinja"))
-    written = vocabulary.written
-    return tuple(n for n in names if n.as_posix() in written or (directory / n).is_file())
-
-
-def check_carried(
-    vocabulary: Vocabulary, carried: Sequence[Path], where: str, findings: Findings
-) -> None:
-    """Record the files to carry along that cannot be read; say what of them is changed."""
-    for name in carried:
-        try:
-            _, notes = _content(vocabulary, name, carried)
-        except OSError:
-            path = vocabulary.directory / name
-            findings.problem(where, f"{path} cannot be read", "check its permissions")
-            continue
-        for note in notes:
-            findings.note(note)
-
-
-def _content(
-    vocabulary: Vocabulary, name: Path, carried: Sequence[Path]
-) -> tuple[bytes, list[str]]:
-    """What a carried file holds in the output, and what is to be said of it."""
-    own = vocabulary.written.get(name.as_posix())
-    content = (vocabulary.directory / name).read_bytes() if own is None else own
-    rows = int(vocabulary.speaker.model.config["vocab_size"])
-    return portable(name.as_posix(), content, Path(TOKENIZER_FILE) in carried, rows)
-
-
 def file_names(plan: Plan, carried: Iterable[Path]) -> tuple[str, ...]:
-    """Every file that a merge by this plan may write; the picture, if routing comes to be known."""
+    """Every file that a merge by this plan may write; the picture too, if routing is known."""
     shards = (shard.file for shard in plan.shards)
     return (*shards, *(name.as_posix() for name in carried), PICTURE_FILE, *OWN_FILES)
 
@@ -82,87 +40,119 @@ def check(
     options: Options,
     findings: Findings,
 ) -> None:
-    """Record what forbids writing the plan's files, and `carried`, to `out`."""
+    """Record every reason not to write the plan's files and the `carried` files to `out`."""
+    refusal = _unusable(out, sources) or _in_use(out, bool(options.shards))
+    if refusal:
+        findings.problem(str(out), *refusal)
+        return
+    parent = _existing(out)
     files = file_names(plan, carried) if plan else ()
-    where = str(out)
+    occupied = _foreign(out, files, options.overwrite) or _earlier(out, plan, options)
+    writable = os.access(parent, os.W_OK)
+    refusals = (
+        occupied,
+        None if writable else (f"{parent} cannot be written", "name a directory of your own"),
+        _too_large(out, nbytes_at_once(plan, options)),
+    )
+    for refusal in filter(None, refusals):
+        findings.problem(str(out), *refusal)
+
+
+_Refusal: TypeAlias = tuple[str, str] | None
+"""Why an output directory cannot be written, and the fix; None if it can."""
+
+
+def _existing(out: Path) -> Path:
+    """The directory itself, or its nearest parent that exists."""
+    resolved = out.resolve()
+    return next(path for path in (resolved, *resolved.parents) if path.exists())
+
+
+def _unusable(out: Path, sources: Iterable[Path]) -> _Refusal:
+    """Whether the path cannot be an output directory, whatever stands in it."""
     try:
         if out.is_symlink() and not out.exists():
-            findings.problem(where, "is a link that leads nowhere", "name a directory")
-            return
-        resolved = out.resolve()
-        parent = next(path for path in (resolved, *resolved.parents) if path.exists())
+            return "is a link that leads nowhere", "name a directory"
+        resolved, parent = out.resolve(), _existing(out)
     except OSError as error:
-        findings.problem(where, f"cannot be a directory ({error.strerror})", "name another")
-        return
+        return f"cannot be a directory ({error.strerror})", "name another"
     if not parent.is_dir():
         file = "is a file" if parent == resolved else f"{parent} is a file"
-        findings.problem(where, file, "name a directory")
-        return
+        return file, "name a directory"
     if any(source.resolve() == resolved for source in sources):
-        findings.problem(where, "is one of the sources", "name another directory")
-        return
-    state, ours, overwrite = State(out), set(_listed(out)), options.overwrite
+        return "is one of the sources", "name another directory"
+    return None
+
+
+def _in_use(out: Path, shared: bool) -> _Refusal:
+    """Whether another program's state, or another moemerge at work, stands in the directory.
+
+    `shared` is for one of several merges that each write some of the shards.
+    """
+    state = State(out)
     if state.directory.is_symlink() or not state.is_ours():
         what = f"holds a {STATE_DIRECTORY} that is not moemerge's"
-        findings.problem(where, what, "move it away, or name another directory")
-        return
-    if not state.is_free(shared=bool(options.shards)):
-        what = "another moemerge is writing there"
-        findings.problem(where, what, "wait until it ends, or name another directory")
-        return
+        return what, "move it away, or name another directory"
+    if not state.is_free(shared=shared):
+        fix = "wait until it ends, or name another directory"
+        return "another moemerge is writing there", fix
+    return None
+
+
+def _foreign(out: Path, files: Iterable[str], overwrite: bool) -> _Refusal:
+    """Whether files that moemerge did not write stand in the way of the `files` to write."""
     there = [p for p in (out.iterdir() if out.is_dir() else ()) if p.name != STATE_DIRECTORY]
     strangers = sorted(path.name for path in there if not any(
         name == path.name or name.startswith(f"{path.name}/") for name in _told(out)
     ))  # fmt: skip
     clash = [n for n in strangers if n in set(files) or n.endswith(MODEL_SUFFIXES)]
-    started = state.started()
+    ours = _listed(out)
     if there and not ours and not overwrite:
-        findings.problem(where, f"is not empty ({strangers[0]})", "name a new directory")
-    elif clash:
-        findings.problem(
-            where,
-            f"holds {clash[0]}, which moemerge did not write",
-            "name a new directory, or move that file away",
-        )
-    elif strangers and not ours:
-        findings.problem(
-            where,
-            f"holds {strangers[0]} and no {MANIFEST_FILE}, so nothing there is moemerge's",
-            "name a new directory: --overwrite removes only what moemerge wrote",
-        )
-    elif (out / CONFIG_FILE).exists():
+        return f"is not empty ({strangers[0]})", "name a new directory"
+    if clash:
+        what = f"holds {clash[0]}, which moemerge did not write"
+        return what, "name a new directory, or move that file away"
+    if strangers and not ours:
+        what = f"holds {strangers[0]} and no {MANIFEST_FILE}, so nothing there is moemerge's"
+        return what, "name a new directory: --overwrite removes only what moemerge wrote"
+    return None
+
+
+def _earlier(out: Path, plan: Plan | None, options: Options) -> _Refusal:
+    """Whether an earlier merge left a model, or a part of one, that must not be replaced."""
+    if options.overwrite:
+        return None
+    ours, started = _listed(out), State(out).started()
+    if (out / CONFIG_FILE).exists():
         goes_on = bool(options.shards or options.push) and not options.push_as_you_go
-        if not overwrite and not (goes_on and plan and is_finished(out, plan)):
-            findings.problem(where, "holds a finished model", "pass --overwrite to replace it")
-    elif started and plan and started.get("run") != plan.run_digest and not overwrite:
+        if goes_on and plan and is_finished(out, plan):
+            return None
+        return "holds a finished model", "pass --overwrite to replace it"
+    if started and plan and started.get("run") != plan.run_digest:
         what, fix = "of another config", "go on with that config, "
         if changed := _changed(started, plan):
             what, fix = f"that began before {' and '.join(changed)} changed", ""
-        findings.problem(
-            where,
-            f"holds an unfinished merge {what}",
-            f"{fix}pass --overwrite to start over, or name another directory",
-        )
-    elif (
-        MANIFEST_FILE in ours
-        and not any(n.endswith(WEIGHTS_SUFFIX) for n in ours)
-        and not (started or overwrite)
-    ):
+        fix += "pass --overwrite to start over, or name another directory"
+        return f"holds an unfinished merge {what}", fix
+    if started:
+        return None
+    if MANIFEST_FILE in ours and not any(n.endswith(WEIGHTS_SUFFIX) for n in ours):
         what = "holds what is left of a mixture whose shards were pushed as it went"
-        findings.problem(where, what, "name another directory, or --overwrite to make it anew")
-    elif ours and not started and not overwrite:
+        return what, "name another directory, or --overwrite to make it anew"
+    if ours:
         what = f"holds {min(ours)} of a merge that is no longer whole"
-        findings.problem(where, what, "pass --overwrite to start over")
-    if not os.access(parent, os.W_OK):
-        findings.problem(where, f"{parent} cannot be written", "name a directory of your own")
-    freed = sum((out / name).stat().st_size for name in ours if (out / name).is_file())
-    free, needed = shutil.disk_usage(parent).free + freed, nbytes_at_once(plan, options)
-    if needed > free:
-        findings.problem(
-            where,
-            f"needs {size(needed)}, its disk has {size(free)} free",
-            f"free {size(needed - free)} or name a directory on another disk",
-        )
+        return what, "pass --overwrite to start over"
+    return None
+
+
+def _too_large(out: Path, needed: int) -> _Refusal:
+    """Whether `needed` bytes do not fit on the disk; files that a merge replaces count as free."""
+    ours = (out / name for name in _listed(out))
+    free = shutil.disk_usage(_existing(out)).free + sum(path.stat().st_size for path in ours)
+    if needed <= free:
+        return None
+    what = f"needs {size(needed)}, its disk has {size(free)} free"
+    return what, f"free {size(needed - free)} or name a directory on another disk"
 
 
 def _changed(started: dict[str, Any], plan: Plan) -> list[str]:
@@ -173,7 +163,7 @@ def _changed(started: dict[str, Any], plan: Plan) -> list[str]:
 
 
 def nbytes_at_once(plan: Plan | None, options: PublishOptions) -> int:
-    """The most bytes of shards that stand in the output together."""
+    """The most bytes of shards that are in the output at one time."""
     sizes = sorted(shard.nbytes for shard in plan.shards) if plan else []
     return sum(sizes[-2:] if options.push_as_you_go else sizes)
 
@@ -203,32 +193,16 @@ def begin(out: Path, plan: Plan, files: Iterable[str], options: WriteOptions) ->
 
 
 def is_finished(out: Path, plan: Plan) -> bool:
-    """Whether `out` is the finished output of this very plan."""
+    """Whether `out` is the finished output of this plan."""
     try:
         return (out / CONFIG_FILE).exists() and read_manifest(out).plan.digest == plan.digest
     except (OSError, ValueError):
         return False
 
 
-def carried_content(vocabulary: Vocabulary, carried: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
-    """A model's small files by name, byte for byte but for what is added to its tokenizer and what
-    a reader would trip over.
-
-    Raises:
-        ReadError: one cannot be read any more.
-    """
-    for name in carried:
-        path = vocabulary.directory / name
-        try:
-            content, _ = _content(vocabulary, name, carried)
-        except OSError as error:
-            raise ReadError(f"{path}: cannot be read ({error.strerror})") from error
-        yield name.as_posix(), content
-
-
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Turn what a file system says into a `WriteError` that says what to do."""
+    """Raise a `WriteError` that says what to do, in place of an `OSError`."""
     try:
         yield
     except OSError as error:
@@ -241,12 +215,12 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def _told(out: Path) -> Iterator[str]:
-    """The files that moemerge wrote or may have, by the started merge's list and the manifest."""
+    """The files that moemerge wrote or may have written: the started merge's and the manifest's."""
     for data in (State(out).started(), read_json(out / MANIFEST_FILE)):
         files = data.get("files")
         yield from filter(is_inside, files if isinstance(files, list | dict) else ())
 
 
 def _listed(out: Path) -> list[str]:
-    """Those of them that are there."""
+    """The files of `_told` that exist."""
     return [name for name in dict.fromkeys(_told(out)) if (out / name).is_file()]

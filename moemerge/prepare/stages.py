@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from moemerge import output
 from moemerge.checkpoint import Donor, Opener
 from moemerge.config import Expert, MergeConfig, as_config, check_values
 from moemerge.dense import Body
@@ -13,7 +14,6 @@ from moemerge.errors import Findings, InputError, flag
 from moemerge.gates import ExpertPrompts, Gate, check_device_is_here
 from moemerge.gates import setup as gate_setup
 from moemerge.options import Options
-from moemerge.output import directory as output
 from moemerge.plan import Plan
 from moemerge.prepare.choose import no_host
 from moemerge.prepare.compatibility import compare
