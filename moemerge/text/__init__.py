@@ -1,8 +1,8 @@
 """Text as tokens: the mixture's vocabulary, prompts and documents encoded with it."""
 
 from moemerge.text import batching, build_vocabulary
-from moemerge.text.build_vocabulary import BASE
 from moemerge.text.documents import documents_of, find, rows_of, texts_of
+from moemerge.text.donor_tokens import BASE
 from moemerge.text.encoder import PIECE_TOKENS, Encoder, Prompt, open_encoder
 from moemerge.text.same_tokens import other_ids, shared_rows
 from moemerge.text.vocabulary import Vocabulary
