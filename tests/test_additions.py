@@ -108,7 +108,7 @@ def test_a_gate_mode_is_one_file(tmp_path: Path, babies: dict[str, Path]) -> Non
     assert typo == (2, typo[1]) and "wrong.yaml:4: gate.kapa" in typo[1]
     assert "did you mean 'kappa'?" in typo[1]
     assert zero[0] == 2 and "bad.yaml:4: gate.kappa: is 0" in zero[1]
-    assert unprompted[0] == 2 and "which gate_mode: mine needs" in unprompted[1]
+    assert unprompted[0] == 2 and "gate_mode: mine needs them" in unprompted[1]
     assert [code for code, _ in built] == [0] * len(built), built
     assert "of the prompts' tokens find their expert first" in built[0][1]
     assert "first expert" in built[2][1] and page.is_file()

@@ -415,7 +415,7 @@ def test_an_expert_writes_no_token_that_is_another_in_the_mixture(
     for one in made_by(text).texts:
         seen[one.expert] |= {*one.prompt.ids}
     assert seen[0] >= {*range(4, 12)} and not seen[1] & {*range(4, 12)}
-    with pytest.raises(InputError, match=r"tokens that are others in its .*'code'") as no:
+    with pytest.raises(InputError, match=r"tokens that are different in its .*'code'") as no:
         make_plan(parse_config(with_gate(base, [other, first], gate)))
     assert ["experts[0].source_model" in problem.where for problem in no.value.problems] == [True]
 
@@ -427,7 +427,7 @@ def test_tokens_that_cannot_be_compared_are_taken_for_the_mixtures_and_said(
     other = shutil.copytree(first, tmp_path / "other")
     (other / "tokenizer.json").unlink()
     ready = make_plan(parse_config(with_gate(base, [first, other], "mode: self")))
-    line = "other: its tokens are taken for the mixture's: there is no tokenizer.json"
+    line = "other: its token ids are taken to be the mixture's: there is no tokenizer.json"
     assert line in ready.notes
 
 

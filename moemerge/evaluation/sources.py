@@ -93,7 +93,7 @@ def sources_of(
         try:
             others = other_ids(vocabulary, donor)
         except ValueError as error:
-            reporter.say(f"{donor.name}: its tokens are taken for the mixture's: {error}")
+            reporter.say(f"{donor.name}: its token ids are taken to be the mixture's: {error}")
         found.append(
             Source(
                 "expert", donor.name, of.config, made, tensors, of.directory, others,

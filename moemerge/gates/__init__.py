@@ -1,4 +1,4 @@
-"""Router initialisation: what a gate mode is given, fits, and is judged by."""
+"""Router initialisation: the gate modes, their inputs, and measures of how well routers route."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Router inputs to routers: averages, ridge regression, their scale, and how they do held out."""
+"""Routers fitted to router inputs: averages, ridge regression, scale, and held-out logits."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from moemerge.gates.task import Matrix, Vector
 
 KAPPA = 5.0
-"""The spread of a router's logits over the experts; the measured loss is flat from 5 to 20."""
+"""The spread of a router's logits over the experts. The loss hardly changes from 5 to 20."""
 
 _ALIKE = 1e-6
-"""Unit rows, or the two sides of a contrast, that differ by less differ by rounding alone."""
+"""A smaller difference of unit rows, or of the two sides of a contrast, is only rounding."""
 
 
 def examples_of(experts: Sequence[ExpertPrompts]) -> list[Example]:
-    """Every prompt and document, the positive ones first."""
+    """Every prompt and calibration text; the negative prompts come last."""
     found = [Example(prompt, e) for e, expert in enumerate(experts) for prompt in expert.own]
     return found + [
         Example(prompt, e, False) for e, expert in enumerate(experts) for prompt in expert.negative
@@ -32,10 +32,11 @@ def examples_of(experts: Sequence[ExpertPrompts]) -> list[Example]:
 def inputs_of(
     task: Task, examples: Sequence[Example], on_policy: bool = False
 ) -> Iterator[list[Matrix]]:
-    """What each layer's router sees of each example: (T, D), layer by layer.
+    """The router inputs (T, D) of each example, layer by layer.
 
-    With `on_policy` a positive one passes its own expert's MLPs, as it will once routers work; so
-    the layers above see what they will see (Ross et al. 2011, https://arxiv.org/abs/1011.0686).
+    With `on_policy`, a positive example passes its own expert's MLPs, because a router that works
+    sends it there. So the next layers see the inputs that they will see in the mixture (Ross et al.
+    2011, https://arxiv.org/abs/1011.0686).
     """
     passages = [
         Passage(x.prompt, task.donors[x.expert] if on_policy and x.positive else None)
@@ -51,10 +52,14 @@ def inputs_of(
 
 
 def averaged(task: Task, reduce: Callable[[Matrix], Vector], kappa: float | None = None) -> Routers:
-    """Routers whose rows are the mean of `reduce`'s vector (D) of each of an expert's texts.
+    """Routers (E, D): an expert's row is the mean of its texts' vectors.
 
-    With `kappa`, the rows are centred over the experts and their logits get that spread. Held out,
-    a text is left out of its expert's mean.
+    `reduce` makes a text's vector (D,) from its router inputs (T, D). With `kappa`, the rows are
+    centred over the experts, and scaled so that the logits have this spread. For the held-out
+    logits of a text, the text is left out of its expert's mean.
+
+    Raises:
+        RunError: an expert's row is zero, or two experts' rows are equal.
     """
     examples = examples_of(task.experts)
     left = [n for n, example in enumerate(examples) if _may_leave(example, examples)]
@@ -78,19 +83,20 @@ def _but(number: int, items: Sequence[Any]) -> list[Any]:
 
 
 def _centred(rows: Matrix) -> Matrix:
-    """The rows less their mean, which tells no expert from another; a single one stays."""
+    """The rows minus their mean, which is the same for all experts; a single row is unchanged."""
     centred: Matrix = rows if len(rows) == 1 else rows - rows.mean(axis=0)
     return centred
 
 
 def contrast(examples: Sequence[Example], vectors: Sequence[Vector], where: str) -> Matrix:
-    """(E, D): the mean of each expert's positive examples' vectors minus that of its negative ones.
+    """(E, D): the mean vector of each expert's positive examples minus that of its negative ones.
 
-    Every text counts the same, however long; rows are scaled to unit length, as mergekit does.
+    Every text has the same weight, whatever its length. Rows have unit length, as in mergekit.
+    `where` names the layer in errors.
 
     Raises:
-        RunError: an expert's row is zero, or two are equal: a router that cannot choose. `where`
-            is the layer, in words.
+        RunError: an expert's row is zero, or two experts' rows are equal, so that the router
+            cannot choose.
     """
     import numpy as np
 
@@ -123,18 +129,20 @@ def contrast(examples: Sequence[Example], vectors: Sequence[Vector], where: str)
 def ridge(
     task: Task, examples: Sequence[Example], lambda_: float | None, kappa: float, on_policy: bool
 ) -> Routers:
-    """Routers by ridge regression of the expert on each token's router input, without intercept.
+    """Routers (E, D) by ridge regression of the expert on each token's router input.
 
-    A least-squares classifier of hidden states (Hoerl and Kennard 1970, "Ridge regression"; as a
-    classifier, Hastie et al., "The Elements of Statistical Learning", 4.2), for a router is linear
-    and has no intercept. A token's target is 1 for its expert and 0 for the others, of a negative
-    text 0 for that expert and 1/(E-1) for the others, less 1/E; each expert's positive tokens weigh
-    1 in all, and so do its negative ones. `lambda_` is relative to the mean of the Gram matrix's
-    diagonal; its default is `default_lambda`. That it beats averages, and by how much, is measured
-    by `scripts/bench_routing.py`. Held out, a text is left out of the fit, in closed form.
+    A router is linear and has no intercept, and so is this least-squares classifier (Hoerl and
+    Kennard 1970, "Ridge regression"; as a classifier, Hastie et al., "The Elements of Statistical
+    Learning", 4.2). A token's target is 1 for its expert and 0 for the others. In a negative text
+    the target is 0 for the expert and 1/(E-1) for the others. 1/E is subtracted from every target.
+    Each expert's positive tokens have weight 1 in total, and so have its negative tokens.
+
+    `lambda_` is relative to the mean of the Gram matrix's diagonal; None is `default_lambda`. The
+    held-out logits of a text come from a fit without this text, in closed form.
+    `scripts/bench_routing.py` compares ridge regression with averages.
 
     Raises:
-        RunError: `lambda_` is so small that the numbers do not suffice.
+        RunError: `lambda_` is too small to solve the equations in float64.
     """
     import numpy as np
 
@@ -146,8 +154,8 @@ def ridge(
             rows, without = _ridge(layer, examples, task.shape[0], lambda_, left)
         except np.linalg.LinAlgError as error:
             raise RunError(
-                f"gate.lambda: no router comes of it in layer {len(matrices)} ({error}); write a "
-                "larger number"
+                f"gate.lambda: is too small in layer {len(matrices)} ({error}); write a larger "
+                "number"
             ) from error
         scale = sharpness(rows, examples, layer, kappa)
         matrices.append((scale * rows).astype("float32"))
@@ -156,11 +164,11 @@ def ridge(
 
 
 def default_lambda(tokens: float) -> float:
-    """Ridge's lambda for `tokens` an expert: 1 for a handful of keywords, down to .1 for much text.
+    """The default lambda for `tokens` tokens per expert: 1 for a few keywords, 0.1 for much text.
 
-    On held-out text the right expert came first most often with 1 for 30 tokens, with .3 to 1 for
-    100; for 1000 of the experts' own, the loss was lower with .1 to .2 than with .3
-    (`scripts/bench_routing.py --modes self self:lambda=.3`).
+    On held-out text the right expert came first most often with lambda 1 for 30 tokens, and with
+    0.3 to 1 for 100 tokens. With 1000 tokens of the experts' own text, the loss was lower with 0.1
+    to 0.2 than with 0.3 (`scripts/bench_routing.py --modes self self:lambda=.3`).
     """
     return min(1.0, max(0.1, math.sqrt(30 / max(tokens, 1))))
 
@@ -172,11 +180,12 @@ def _ridge(
     lambda_: float | None,
     left: Sequence[int],
 ) -> tuple[Any, list[Any]]:
-    """The rows (E, D), and for each example in `left` its logits (T, E) by rows without it.
+    """The rows (E, D), and the logits (T, E) of each example in `left` by rows fitted without it.
 
-    The smaller of the two forms is solved: of tokens by tokens or of features by features. With H
-    the matrix that turns targets into fitted values, leaving out rows p changes their residual r to
-    (1 - H_pp)^-1 r (the block form of PRESS: Allen 1974, https://doi.org/10.2307/1267500).
+    Of the two forms, the one with the smaller matrix is solved: tokens by tokens, or features by
+    features. H is the matrix that turns targets into fitted values. If the tokens p are left out,
+    their residual r becomes (1 - H_pp)^-1 r (the block form of PRESS: Allen 1974,
+    https://doi.org/10.2307/1267500).
     """
     import numpy as np
 
@@ -226,10 +235,11 @@ def _ridge(
 def sharpness(
     rows: Any, examples: Sequence[Example], layer: Sequence[Matrix], kappa: float
 ) -> float:
-    """The factor that gives the rows' logits on the positive texts a spread of `kappa`.
+    """The factor for the rows (E, D) with which the positive texts' logits have spread `kappa`.
 
-    The spread is the root of their variance over the experts, averaged over tokens, where every
-    expert's tokens weigh the same. Without it, the scale of a router follows its layer's norm.
+    The spread is the square root of the logits' variance over the experts, averaged over tokens;
+    each expert's tokens have the same weight in total. Without this factor, the scale of a router
+    depends on the scale of its layer's norm.
     """
     import numpy as np
 
@@ -242,7 +252,7 @@ def sharpness(
 
 
 def not_positive(**values: float | None) -> Iterator[tuple[str, str, str]]:
-    """What of a gate mode's settings is there and not above 0: key, what, fix."""
+    """Problems of options that are given and not above 0: key, what is wrong, fix."""
     for key, value in values.items():
         if value is not None and not 0 < value < 1e30:
             shown = f"{value:g}" if isinstance(value, float) else str(value)
@@ -251,7 +261,7 @@ def not_positive(**values: float | None) -> Iterator[tuple[str, str, str]]:
 
 
 def _may_leave(example: Example, examples: Sequence[Example]) -> bool:
-    """Whether it is positive, and its expert has another positive text."""
+    """Whether the example is positive, and its expert has another positive text."""
     return (
         example.positive
         and sum(other.positive and other.expert == example.expert for other in examples) > 1

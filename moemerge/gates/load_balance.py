@@ -1,4 +1,4 @@
-"""The bias of DeepSeek-V3's routing: it counts for the choice of experts, and spreads load."""
+"""The bias of DeepSeek-V3's routing: added to the scores that choose experts, it spreads load."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ if TYPE_CHECKING:
     Vector = np.ndarray[Any, np.dtype[np.float32]]
 
 ROUNDS, STEP, SHRINK = 400, 0.05, 0.99
-"""Updates of the bias: how many, how large at first, and each to the one before."""
+"""Updates of the bias: their number, the first step, and the factor from each step to the next."""
 
 
 def biases(made: Routers, mixture: Mixture) -> list[Vector]:
-    """A layer's bias (E), with which each expert serves as many of the prompts' tokens.
+    """Each layer's bias (E,), float32, with which every expert serves equally many prompt tokens.
 
-    Zeros where a gate mode reads no texts. It is found as it is trained (Wang et al. 2024,
-    "Auxiliary-loss-free load balancing", https://arxiv.org/abs/2408.15664): up for an expert below
-    its share, down for one above. The texts of each expert count the same together.
+    The bias is zero if the gate mode reads no texts. It is found by the updates of training (Wang
+    et al. 2024, "Auxiliary-loss-free load balancing", https://arxiv.org/abs/2408.15664): it goes
+    up for an expert with less than its share, and down for one with more. The texts of each expert
+    have the same weight in total.
     """
     import numpy as np
 
@@ -41,7 +42,7 @@ def biases(made: Routers, mixture: Mixture) -> list[Vector]:
 
 
 def _balanced(scores: Any, weight: Any, per_token: int) -> Any:
-    """The bias that gives each expert an equal share of the places, as near as steps come."""
+    """The bias (E,) of the step whose loads were nearest to equal. `scores` is (T, E)."""
     import numpy as np
 
     count = scores.shape[1]

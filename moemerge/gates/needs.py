@@ -1,4 +1,4 @@
-"""What a gate mode says of itself: its inputs, its options, and the passes that it runs."""
+"""What a gate mode declares: its inputs, its options, and the models that it runs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Prompts(Enum):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a gate mode's routers depend on.
+    """What a gate mode's routers are made from.
 
     `prompts`: the experts' prompts. `body_pass`: the mixture's body runs, so torch, a device and
     all of the base model's tensors are needed. `expert_models`: every expert's own dense model
-    runs. `text`: the text that a split names. `seed`: random draws.
+    runs. `text`: the text that a split names. `seed`: random numbers.
     """
 
     prompts: Prompts = Prompts.NONE
@@ -32,10 +32,10 @@ class Needs:
 
     @property
     def untaught(self) -> str:
-        """What routers are that come neither from models nor from text; empty if they do.
+        """What to call routers that are made from no model and no text; empty for other routers.
 
-        Such routers choose nothing before they are trained; those that are the same for every
-        expert do no harm where a token passes all experts.
+        Such routers choose nothing useful before they are trained. Routers that are the same for
+        every expert do no harm if each token passes all experts.
         """
         reads = self.prompts is not Prompts.NONE or self.text
         if reads or self.body_pass or self.expert_models:
@@ -45,9 +45,9 @@ class Needs:
 
 @dataclass(frozen=True)
 class Passes:
-    """How the models that a gate mode runs are used; the plan's costs come from it.
+    """How a gate mode runs its models; the plan's costs are computed from this.
 
-    With `own_mlps` every text passes the MLPs of its own expert, not those of the base model.
+    With `own_mlps`, every text passes the MLPs of its own expert in place of the base model's.
     Each expert's own model writes `texts` texts of `tokens` new tokens.
     """
 
@@ -64,9 +64,9 @@ class GateSettings:
     """
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
-        """What is wrong with values of the right type: key, what, fix."""
+        """Problems with values that have the right type: key, what is wrong, fix."""
         yield from ()
 
     def passes(self) -> Passes:
-        """What the mode runs with these options."""
+        """How the mode runs its models with these options."""
         return Passes()

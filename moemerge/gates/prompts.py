@@ -1,22 +1,19 @@
-"""Prompts as the base model reads them: token ids, and which of them are the prompt's own."""
+"""Each expert's prompts and calibration texts: read, checked, and encoded to token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moemerge.checkpoint import Donor
 from moemerge.config import MergeConfig
 from moemerge.errors import Findings
-
-if TYPE_CHECKING:
-    pass
 from moemerge.text import PIECE_TOKENS, Encoder, Prompt, documents_of
 
 
 def read_documents(config: MergeConfig, findings: Findings) -> list[list[str]]:
-    """Each expert's calibration documents; record those that cannot be read."""
+    """The calibration documents of each expert; record a problem for each that cannot be read."""
     found: list[list[str]] = []
     for index, expert in enumerate(config.experts):
         found.append([])
@@ -36,7 +33,7 @@ def read_documents(config: MergeConfig, findings: Findings) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class ExpertPrompts:
-    """One expert's prompts, encoded; `calibration` are pieces of its documents."""
+    """The encoded prompts of one expert; `calibration` are pieces of its documents."""
 
     positive: tuple[Prompt, ...] = ()
     negative: tuple[Prompt, ...] = ()
@@ -44,17 +41,17 @@ class ExpertPrompts:
 
     @property
     def own(self) -> tuple[Prompt, ...]:
-        """All that should find the expert."""
+        """All texts whose tokens should go to the expert."""
         return self.positive + self.calibration
 
 
 def check_prompts(config: MergeConfig, findings: Findings) -> None:
-    """Record experts without prompts, and experts that no prompt tells apart."""
+    """Record experts without prompts, and experts with the same prompts."""
     for index, expert in enumerate(config.experts):
         if not expert.positive_prompts and not expert.calibration:
             findings.problem(
                 config.where(f"experts[{index}]"),
-                f"has no positive_prompts, which gate_mode: {config.mode} needs",
+                f"has no positive_prompts; gate_mode: {config.mode} needs them",
                 "add some, or a calibration text; gate_mode: self needs none, and gate_mode: "
                 "random leaves the routers to training",
             )
@@ -72,16 +69,17 @@ def _check_apart(
     findings: Findings,
     apart: bool = True,
 ) -> None:
-    """Record experts whose positive and negative prompts, in any order, are another's or equal.
+    """Record experts with the same prompts as another expert, or as their own negative prompts.
 
-    It runs over the texts, for a base model without a tokenizer, and over their tokens.
+    The order of prompts does not matter. This is called with texts, because a base model may have
+    no tokenizer, and again with token ids.
     """
     seen: dict[tuple[tuple[Any, ...], tuple[Any, ...]], int] = {}
     for index, (positive, negative) in enumerate(experts):
         where = config.where(f"experts[{index}]")
         both = tuple(sorted(positive)), tuple(sorted(negative))
         if not both[0]:
-            continue  # said already
+            continue  # this problem is recorded already
         if both[0] == both[1]:
             what = "its positive and negative prompts are the same, token for token"
             findings.problem(where, what, "change one of them")
@@ -103,10 +101,10 @@ def encode_prompts(
     findings: Findings,
     apart: bool = True,
 ) -> tuple[ExpertPrompts, ...]:
-    """Every expert's prompts as the base model reads them; record those that it cannot.
+    """The encoded prompts of each expert; record prompts that the base model cannot read.
 
-    `documents` are each expert's calibration texts; of these, the first `CALIBRATION_TOKENS` count.
-    With `apart`, no two experts may have the same prompts.
+    `documents` are each expert's calibration texts. With `apart`, no two experts may have the same
+    prompts.
     """
     limits = base.model.config.get("max_position_embeddings"), base.model.config.get("vocab_size")
 
@@ -134,7 +132,7 @@ def encode_prompts(
         )
         for index, expert in enumerate(config.experts)
     )
-    if len(findings.problems) == refused:  # else some are left out here
+    if len(findings.problems) == refused:  # otherwise prompts with problems are left out here
         ids = (([p.ids for p in e.own], [p.ids for p in e.negative]) for e in encoded)
         _check_apart(config, ids, findings, apart)
     return encoded

@@ -1,4 +1,4 @@
-"""A config's gate mode made ready: its options checked, its prompts read, its costs said."""
+"""A config's gate mode made ready: options checked, prompts read, costs noted."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from moemerge.tokenizer import shown
 
 @dataclass(frozen=True)
 class Gate:
-    """A config's gate mode with its options; `needs` are the mode's, and its split's."""
+    """A config's gate mode with its options. `needs` joins what the mode and the split need."""
 
     mode: GateMode
     settings: GateSettings
     needs: Needs
 
     def routers(self, task: Task) -> Routers:
-        """One float32 (E, D) matrix per layer."""
+        """The routers: one float32 (E, D) matrix for each layer."""
         return self.mode.routers(task)
 
 
 def gate_of(config: MergeConfig, findings: Findings) -> Gate | None:
-    """The config's gate mode; None, with a problem recorded, where it is none.
+    """The config's gate mode; None, with a problem recorded, if no mode has that name.
 
-    What is wrong with its options is recorded too; it has none then.
+    Problems with its options are recorded too; the gate then has no options.
     """
     name = config.mode
     if name not in modes.names():
@@ -61,18 +61,18 @@ def gate_of(config: MergeConfig, findings: Findings) -> Gate | None:
 
 
 def with_split(config: MergeConfig, gate: Gate, split: Split | None, findings: Findings) -> Gate:
-    """The gate with what the split needs besides; record what does not fit together."""
+    """The gate with the split's needs added; record a problem if the two do not fit together."""
     needs = gate.needs
     if split is None:
         if needs.text and not config.split:
-            what, fix = "is for a split's slices", "add a split, or use gate_mode: ridge"
+            what, fix = "is for the slices of a split", "add a split, or use gate_mode: ridge"
             findings.problem(config.where("gate_mode"), what, fix)
         return gate
     if needs.prompts is not Prompts.NONE:
         what = f"{config.mode} routes by experts' prompts, and slices have none"
         findings.problem(config.where("gate_mode"), what, f"use {_without_prompts()}")
     if needs.text and not split.reads_text and not split.text:
-        what = f"is missing, on which gate_mode: {config.mode} sees what slices are active"
+        what = f"is missing; gate_mode: {config.mode} reads it to see which slices are active"
         fix = "name a text or jsonl file, or use gate_mode: random or zeros"
         findings.problem(config.where("split.text"), what, fix)
     if split.text and not needs.text and not split.reads_text:
@@ -87,7 +87,7 @@ def with_split(config: MergeConfig, gate: Gate, split: Split | None, findings: F
 
 
 def _without_prompts() -> str:
-    """The gate modes that slices can have, in words."""
+    """The gate modes that a split can use, in words."""
     needs = {name: modes.find(name).NEEDS for name in modes.names()}
     *names, last = (
         name + " (with a split.text)" * of_one.text
@@ -98,7 +98,7 @@ def _without_prompts() -> str:
 
 
 def check_device_is_here(options: RunOptions, findings: Findings) -> None:
-    """Record a device that is not here."""
+    """Record a problem if this machine does not have the device that the options name."""
     name = options.device
     if name in ("auto", "cpu"):
         return
@@ -115,7 +115,7 @@ def check_device_is_here(options: RunOptions, findings: Findings) -> None:
 
 
 def with_shared(config: MergeConfig) -> MergeConfig:
-    """The config with all shared experts as one more expert, if prompts are to gate them."""
+    """The config with all shared experts joined to one more expert, if these have prompts."""
     prompts = tuple(p for one in config.shared_experts for p in one.positive_prompts)
     against = tuple(p for one in config.shared_experts for p in one.negative_prompts)
     if not prompts:
@@ -131,9 +131,9 @@ def read_prompts(
     donors: list[Donor | None],
     findings: Findings,
 ) -> tuple[Encoder | None, tuple[ExpertPrompts, ...]]:
-    """The tokenizer and each expert's prompts, as far as the gate mode uses them.
+    """The tokenizer and each expert's prompts; None and empty prompts if the mode uses none.
 
-    Those of shared experts come last, as one expert's, where they have some.
+    The prompts of all shared experts, if there are any, come last, as those of one expert.
     """
     config = with_shared(config)
     none = tuple(ExpertPrompts() for _ in config.experts)
@@ -155,10 +155,10 @@ def read_prompts(
             if not expert.positive_prompts:
                 findings.problem(
                     config.where(f"experts[{index}]"),
-                    "has no positive_prompts, and the tokenizer no token that texts begin with",
+                    "has no positive_prompts, and the tokenizer has no token that texts begin with",
                     "add some prompts",
                 )
-    apart = not gate.needs.expert_models  # which go on from the same prompts in their own ways
+    apart = not gate.needs.expert_models  # two models continue the same prompt differently
     prompts = encode_prompts(config, encoder, base, documents, findings, apart)
     if gate.needs.expert_models:
         _check_own_text(config, encoder, prompts, [base, *donors], gate.settings.passes(), findings)
@@ -174,7 +174,7 @@ def _check_own_text(
     passes: Passes,
     findings: Findings,
 ) -> None:
-    """Record what is too long to be written and read by one of the `models`."""
+    """Record a problem if a prompt with its continuation is too long for one of the `models`."""
     begun = [expert.positive or (encoder.start(),) for expert in prompts]
     longest = max((len(prompt.ids) for of_one in begun for prompt in of_one), default=0)
     positions = [d.model.config.get("max_position_embeddings") for d in models if d]
@@ -192,7 +192,7 @@ def _check_beginnings(
     donors: list[Donor | None],
     findings: Findings,
 ) -> None:
-    """Record beginnings of which an expert does not know a token, or as another."""
+    """Record prompts with a token that an expert lacks, or that is another token for it."""
     fix = "use other prompts, or gate_mode: ridge"
     for expert, donor in zip(prompts, donors, strict=True):
         if donor is None:
@@ -207,11 +207,11 @@ def _check_beginnings(
         try:
             others = sorted(ids & other_ids(vocabulary, donor))
         except ValueError as error:
-            findings.note_of(donor.name, f"its tokens are taken for the mixture's: {error}")
+            findings.note_of(donor.name, f"its token ids are taken to be the mixture's: {error}")
             continue
         if others:
             names = shown(encoder.spelled(others[:4]))
-            what = f"its text would begin with tokens that are others in its tokenizer ({names})"
+            what = f"its text would begin with tokens that are different in its tokenizer ({names})"
             findings.problem(donor.where, what, fix)
 
 
@@ -222,15 +222,15 @@ def check_room(
     gate: Gate,
     findings: Findings,
 ) -> None:
-    """Say what it costs that every expert's own model runs; record one that has no room."""
+    """Note the cost of running every expert's own model; record one that memory cannot hold."""
     sizes, passes = [model_bytes(d.model.tensors.values()) for d in donors], gate.settings.passes()
     free = available_memory()
     largest, streamed = max(sizes), sum(sizes) * max(passes.tokens, 1)
     if free is not None and largest > free and not options.lazy:
         findings.problem(
             donors[sizes.index(largest)].where,
-            f"{'writes its own text' if passes.texts else 'runs as the model that it is'}, for "
-            f"which it needs {size(largest)} of memory; {size(free)} are free",
+            f"{'writes its own text' if passes.texts else 'runs as a whole model'} and "
+            f"needs {size(largest)} of memory; {size(free)} are free",
             f"pass --lazy to read it layer by layer for every token ({size(streamed)} in all), "
             f"or use gate_mode: ridge with prompts",
         )
@@ -238,8 +238,8 @@ def check_room(
         read = streamed if options.lazy else sum(sizes)
         findings.note(
             f"gate_mode: {config.mode}: each of {len(donors)} experts writes "
-            f"{passes.texts} texts of {passes.tokens} tokens, for which {size(read)} are "
-            "read" + (f" ({size(streamed)} with --lazy)" if not options.lazy else "")
+            f"{passes.texts} texts of {passes.tokens} tokens; {size(read)} are "
+            "read for this" + (f" ({size(streamed)} with --lazy)" if not options.lazy else "")
         )
 
 
@@ -250,7 +250,7 @@ def digest_of_inputs(
     prompts: tuple[ExpertPrompts, ...],
     cutting: Cutting | None = None,
 ) -> str:
-    """A digest of what routers, and a split's slices, come from besides the sources' weights."""
+    """A digest of all inputs of the routers and a split's slices, except the sources' weights."""
     bits = 4 if options.load_in_4bit else 8 if options.load_in_8bit else 16
     made_of = {
         "mode": config.mode,

@@ -1,4 +1,4 @@
-"""How texts are routed, in numbers: who comes first, loads, collisions, and what they come to."""
+"""How texts are routed, in numbers: accuracy, load, collisions, and a verdict on them."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 POOR = 0.75
-"""Below this share of tokens with the right first expert, routers are said to need help."""
+"""Routers need help if fewer than this share of the tokens have the right first expert."""
 
 COLLIDING = 0.15
-"""From this share of one expert's tokens that another gets first, the two are said to collide."""
+"""Two experts collide if one gets at least this share of the other's tokens first."""
 
 IDLE = 0.2
-"""Below this part of an even load, an expert is said to hardly fire, if it has text among what is
-read, or no expert has."""
+"""An expert with less than this part of an even load is hardly ever chosen.
+
+Only experts that own some of the texts are judged, or all experts if no text has an owner."""
 
 BLIND = 0.25
-"""Below this part of the way from chance to certainty, a layer cannot tell experts apart."""
+"""A layer cannot tell experts apart if its accuracy is below this part from chance to 1."""
 
 
 @dataclass(frozen=True)
 class Routed:
-    """One passage as every layer's router saw it.
+    """The logits of every layer's router on one passage.
 
-    `logits` is (L, T, E); `expert` is the one that the text `name` belongs to, if any; `tokens` are
-    its tokens as text.
+    `logits` is (L, T, E). `name` is the text's name, and `expert` the expert that owns the text, if
+    any. `tokens` are the passage's tokens as text.
     """
 
     name: str
@@ -46,13 +47,13 @@ class Routed:
 
     @property
     def excerpt(self) -> str:
-        """Its beginning, on one line."""
+        """The passage's first characters, at most 60, on one line."""
         text = " ".join("".join(self.tokens).split())
         return text if len(text) <= 60 else text[:57] + "..."
 
 
 def held_out(routers: Routers, encoder: Encoder | None) -> list[Routed]:
-    """Each text of a gate mode as routers made without it see it."""
+    """The logits on each text of a gate mode, by routers made without that text."""
     import numpy as np
 
     found = []
@@ -65,12 +66,13 @@ def held_out(routers: Routers, encoder: Encoder | None) -> list[Routed]:
 
 
 def summary(routed: Sequence[Routed], experts: Sequence[str], per_token: int) -> RoutingSummary:
-    """What all texts come to; empty without any.
+    """The measures of all texts together; empty if there is no text.
 
-    `t1` and `t2` are the shares of tokens whose own expert comes first, or among the first two, and
-    `layer_t1` the first by layer; `confusion[i][j]` is the share of expert i's tokens that j gets
-    first; `load` each expert's share of the places in the top `per_token`, and `entropy` its, as a
-    part of log E. Layers count the same, and so do texts of different names.
+    `t1` is the share of tokens whose own expert comes first, `t2` the share whose own expert is
+    among the first two, and `layer_t1` is `t1` of each layer. `confusion[i][j]` is the share of
+    expert i's tokens for which expert j comes first. `load` is each expert's share of the places in
+    the top `per_token`, and `entropy` is the entropy of `load`, divided by log E. All layers have
+    the same weight, and so have texts of different names.
     """
     import numpy as np
 
@@ -117,9 +119,9 @@ def summary(routed: Sequence[Routed], experts: Sequence[str], per_token: int) ->
 
 
 def verdict(found: RoutingSummary, experts: Sequence[str], mode: str) -> Iterator[str]:
-    """A summary in words: the routers' accuracy held out, and what would help where it is poor.
+    """A summary in words: the accuracy on held-out prompts, and what would help if it is poor.
 
-    `mode` is the gate mode that made them.
+    `mode` is the gate mode that made the routers.
     """
     share = found.get("t1")
     if share is None:
@@ -131,7 +133,7 @@ def verdict(found: RoutingSummary, experts: Sequence[str], mode: str) -> Iterato
     yield from troubles(found, experts)
     if share < POOR and find(mode).NEEDS.expert_models:
         yield (
-            "what would help: positive_prompts for the experts' texts to begin with, calibration "
+            "what would help: positive_prompts with which the experts' texts begin, calibration "
             "texts, more samples, or `moemerge tune routers` with text of each kind"
         )
     elif share < POOR:
@@ -142,7 +144,7 @@ def verdict(found: RoutingSummary, experts: Sequence[str], mode: str) -> Iterato
 
 
 def troubles(found: RoutingSummary, experts: Sequence[str]) -> Iterator[str]:
-    """What of a summary is not as it should be: collisions, idle experts, blind layers."""
+    """The problems of a summary in words: collisions, idle experts, blind layers."""
     for pair in found["collisions"][:3]:
         one, other = (experts[e] for e in pair["experts"])
         texts = " and ".join(f"{text!r}" for text in pair["texts"])
@@ -158,7 +160,7 @@ def troubles(found: RoutingSummary, experts: Sequence[str]) -> Iterator[str]:
 
 
 def texts_of(routed: Sequence[Routed], per_token: int) -> list[TextRouting]:
-    """For each name, the shares by layer and expert: `first`, `load` and mean `weight`, (L, E)."""
+    """The routing of each text by name: `first`, `load` and mean `weight`, each (L, E)."""
     found: list[TextRouting] = []
     for name, of_one in _groups(routed).items():
         shares, expert = _shares(of_one, per_token), of_one[0].expert
@@ -178,7 +180,10 @@ def texts_of(routed: Sequence[Routed], per_token: int) -> list[TextRouting]:
 
 
 def passage_of(routed: Routed, text: int, most_tokens: int) -> PassageRouting:
-    """A passage for the page: its tokens, and every layer's softmax over the experts in bytes."""
+    """A passage for the page: its tokens, and the softmax (L, T, E) over the experts.
+
+    The softmax is in base64: one byte for each value, 255 for 1.
+    """
     import numpy as np
 
     bytes_ = np.rint(255 * _softmax(routed.logits[:, :most_tokens])).astype(np.uint8)
@@ -194,7 +199,7 @@ def _groups(routed: Sequence[Routed]) -> dict[str, list[Routed]]:
 
 
 def _shares(routed: Sequence[Routed], per_token: int) -> dict[str, Any]:
-    """Of one text's passages: `first`, `load`, `weight`, each (L, E), and `second`, a number."""
+    """The shares of one text: `first`, `load` and `weight`, each (L, E), and `second`, a number."""
     import numpy as np
 
     logits = np.concatenate([one.logits for one in routed], axis=1)
@@ -213,7 +218,7 @@ def _shares(routed: Sequence[Routed], per_token: int) -> dict[str, Any]:
 
 
 def _collisions(routed: Sequence[Routed], confusion: Sequence[Array]) -> Iterator[Collision]:
-    """Pairs (i, j), the worst first, with the two texts of i that j takes most of."""
+    """Pairs of experts (i, j), the worst first, with two texts of i that go to j most often."""
     pairs = [
         (float(row[other]), one, other)
         for one, row in enumerate(confusion)

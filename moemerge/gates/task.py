@@ -1,4 +1,4 @@
-"""What a gate mode is given, and what it returns."""
+"""The input of a gate mode, a `Task`, and its result, `Routers`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What a gate mode works from. `names` are the routers', one a layer, in order.
+    """The input of a gate mode. `names` are the routers' tensor names, one for each layer.
 
-    `donors` are the experts, or the slices of a split, for which there is a `cutter`; `encoder` is
-    there if the mode uses prompts; `settings` is the mode's own `Settings`, None where it has none.
+    `donors` are the experts; with a split, they are its slices, and `cutter` computes them.
+    `encoder` is None if the mode uses no prompts. `settings` are the mode's options.
     """
 
     names: Sequence[str]
@@ -43,13 +43,13 @@ class Task:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """A router's: (E, D)."""
+        """The shape of a router: (E, D)."""
         return len(self.experts), int(self.body.base.model.config["hidden_size"])
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text that should find expert number `expert`, or, if not `positive`, should not."""
+    """A text whose tokens should go to expert `expert`; if not `positive`, they should not."""
 
     prompt: Prompt
     expert: int
@@ -58,10 +58,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Routers:
-    """What a gate mode made: a router (E, D) for each layer, and how such routers do held out.
+    """The routers of a gate mode: (E, D) for each layer, and their logits on held-out texts.
 
-    `held_out[layer][n]` holds the logits (T, E) that text `texts[n]` gets from a router made
-    without it; both are empty where a mode reads no text.
+    `held_out[layer][n]` are the logits (T, E) of text `texts[n]` from a router made without this
+    text. Both are empty if a mode reads no text.
     """
 
     matrices: list[Matrix]

@@ -1,4 +1,4 @@
-"""Gate modes, one file each, named as a config's `gate_mode` names it."""
+"""Gate modes: one file for each, with the name that a config's `gate_mode` gives."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ __all__ = ["GateMode", "Matrix", "Routers", "Task", "find", "names"]
 
 
 class GateMode(Protocol):
-    """What a file of this folder defines; if it has options, `Settings` too, a frozen dataclass
-    derived from `GateSettings`."""
+    """The names that each file of this folder defines.
+
+    A mode with options also defines `Settings`, a frozen dataclass derived from `GateSettings`.
+    """
 
     NEEDS: Needs
-    """What its routers depend on."""
+    """What its routers are made from."""
 
     def routers(self, task: Task) -> Routers:
-        """One float32 (E, D) matrix per layer: row e is the direction that calls expert e."""
+        """One float32 (E, D) matrix for each layer; row e gives the logit of expert e."""
 
 
 def names() -> list[str]:
-    """The gate modes there are."""
+    """The names of all gate modes."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def for_merges() -> list[str]:
-    """Those that need no split."""
+    """The names of the gate modes that need no split."""
     return [name for name in names() if not find(name).NEEDS.text]
 
 
 def find(name: str) -> GateMode:
-    """The gate mode `name`, one of `names()`."""
+    """The gate mode of that name, one of `names()`."""
     return cast(GateMode, importlib.import_module(f"{__name__}.{name}"))
 
 

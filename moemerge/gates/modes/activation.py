@@ -1,4 +1,4 @@
-"""activation: for a split; ridge regression of the slices that each token of a text activates"""
+"""activation: for a split; ridge regression of the slices that each token of a text activates."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ NEEDS = Needs(text=True, body_pass=True)
 
 @dataclass(frozen=True)
 class Settings(GateSettings):
-    """`lambda`: the penalty, relative to the mean of the Gram matrix's diagonal; `kappa`: the
-    logits' spread over the slices, small, so that the chosen ones weigh nearly the same."""
+    """`lambda`: the penalty, relative to the mean of the Gram matrix's diagonal.
+
+    `kappa`: the spread of the logits over the slices. It is small, so that all chosen slices have
+    nearly the same weight.
+    """
 
     lambda_: float = 0.1
     kappa: float = 0.03
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
-        """What cannot be."""
+        """Numbers that are not above 0."""
         yield from not_positive(**{"lambda": self.lambda_}, kappa=self.kappa)
 
 
 def routers(task: Task) -> Routers:
-    """(E, D) per layer, by ridge regression, without intercept, of the slices to be found.
+    """(E, D) for each layer, by ridge regression without intercept of the slices to choose.
 
-    A token's target is 1 for its slices of the most energy, as many as are chosen, and 0 for the
-    others, less their mean. What a layer loses is flat in lambda from .01 to .3.
+    A token's target is 1 for the slices of most energy, as many as the mixture chooses, and 0 for
+    the others, minus the mean of these. A layer's loss hardly changes with lambda from .01 to .3.
     """
     import numpy as np
 

@@ -11,9 +11,10 @@ NEEDS = Needs(prompts=Prompts.REQUIRED)
 
 
 def routers(task: Task) -> Routers:
-    """(E, D) per layer, unit rows: positive minus negative prompts' mean token embeddings.
+    """(E, D) for each layer, unit rows: positive minus negative prompts' mean token embeddings.
 
-    The idea is mergekit's `cheap_embed`; a router sees something else, but it costs nothing.
+    The idea is mergekit's `cheap_embed`. A router's real input is not an embedding, but this mode
+    needs no pass of a model.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""hidden: prompt averaging as `hidden_avg`, centred over the experts and sharpened."""
+"""hidden: averages as in `hidden_avg`, centred over the experts and scaled."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Settings(GateSettings):
     kappa: float = KAPPA
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
-        """What cannot be."""
+        """Numbers that are not above 0."""
         yield from not_positive(kappa=self.kappa)
 
 
 def routers(task: Task) -> Routers:
-    """(E, D) per layer: each expert's mean router input, less the mean over the experts.
+    """(E, D) for each layer: each expert's mean router input, minus the mean over the experts.
 
-    What all prompts share tells no expert from another; without it, and scaled so that its logits
-    differ enough to choose, the same average routes far better (`scripts/bench_routing.py`).
+    The part that all prompts share does not help to choose an expert. The average routes far better
+    without that part, and scaled so that the logits differ enough (`scripts/bench_routing.py`).
     """
     return averaged(task, lambda inputs: inputs.mean(axis=0), task.settings.kappa)

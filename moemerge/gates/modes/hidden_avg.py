@@ -1,4 +1,4 @@
-"""hidden_avg: the mean of what each layer's router sees while the base model reads the prompts."""
+"""hidden_avg: the mean router input of each layer while the base model reads the prompts."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ NEEDS = Needs(prompts=Prompts.REQUIRED, body_pass=True)
 
 
 def routers(task: Task) -> Routers:
-    """(E, D) per layer, unit rows: positive minus negative prompts' mean router inputs."""
+    """(E, D) for each layer, unit rows: positive minus negative prompts' mean router inputs."""
     return averaged(task, lambda inputs: inputs.mean(axis=0))

@@ -1,4 +1,4 @@
-"""hidden_last: what each layer's router sees at the last token of each prompt."""
+"""hidden_last: the router input of each layer at the last token of each prompt."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ NEEDS = Needs(prompts=Prompts.REQUIRED, body_pass=True)
 
 
 def routers(task: Task) -> Routers:
-    """(E, D) per layer, unit rows, from the router input of each prompt's last token."""
+    """(E, D) for each layer, unit rows, from the router input of each prompt's last token."""
     return averaged(task, lambda inputs: inputs[-1])

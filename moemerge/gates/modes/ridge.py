@@ -1,4 +1,4 @@
-"""ridge: the default; ridge regression of the expert on what each layer's router sees."""
+"""ridge: the default; ridge regression of the expert on each layer's router inputs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ NEEDS = Needs(prompts=Prompts.REQUIRED, body_pass=True)
 
 @dataclass(frozen=True)
 class Settings(GateSettings):
-    """`lambda`: the penalty, by default by the number of tokens; `kappa`: the logits' spread.
+    """`lambda`: the penalty, by default from the number of tokens; `kappa`: the logits' spread.
 
-    `on_policy`: each prompt passes its own expert's MLPs, not the base model's, so that layers see
-    what they will see; it routes better, and reads the experts' MLPs twice.
+    `on_policy`: each prompt passes its own expert's MLPs in place of the base model's, as in the
+    mixture. This routes better, and reads the experts' MLPs twice.
     """
 
     lambda_: float | None = None
@@ -25,15 +25,15 @@ class Settings(GateSettings):
     on_policy: bool = True
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
-        """What cannot be."""
+        """Numbers that are not above 0."""
         yield from not_positive(**{"lambda": self.lambda_}, kappa=self.kappa)
 
     def passes(self) -> Passes:
-        """Each prompt passes its expert's MLPs with `on_policy`."""
+        """One pass; each prompt passes its own expert's MLPs with `on_policy`."""
         return Passes(own_mlps=self.on_policy)
 
 
 def routers(task: Task) -> Routers:
-    """(E, D) per layer; see `fitting.ridge`."""
+    """(E, D) for each layer; see `fitting.ridge`."""
     own = task.settings
     return ridge(task, examples_of(task.experts), own.lambda_, own.kappa, own.on_policy)

@@ -1,4 +1,4 @@
-"""self: each expert writes text of its own, begun by its prompts if it has any; ridge on that."""
+"""self: ridge regression on text that each expert writes, from its prompts if it has any."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NEEDS = Needs(prompts=Prompts.OPTIONAL, body_pass=True, expert_models=True, seed
 
 @dataclass(frozen=True)
 class Settings(GateSettings):
-    """`samples` texts of `tokens` tokens an expert, drawn with `temperature` and `top_p`.
+    """Each expert writes `samples` texts of `tokens` tokens, with `temperature` and `top_p`.
 
-    `lambda` and `kappa` as in ridge.
+    `lambda` and `kappa` are as in ridge.
     """
 
     samples: int = 20
@@ -30,34 +30,34 @@ class Settings(GateSettings):
     kappa: float = KAPPA
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
-        """What cannot be."""
+        """Numbers that are not above 0, or too large."""
         yield from not_positive(
             samples=self.samples, tokens=self.tokens, temperature=self.temperature,
             top_p=self.top_p, **{"lambda": self.lambda_}, kappa=self.kappa,
         )  # fmt: skip
         if self.samples * self.tokens > 10**7:
-            yield "samples", f"is {self.samples}", "write fewer: a thousand is much"
+            yield "samples", f"is {self.samples}", "write a smaller number: a thousand is much"
         if self.top_p > 1:
             yield "top_p", f"is {self.top_p:g}", "write a number above 0, at most 1"
 
     def passes(self) -> Passes:
-        """Every expert's model writes, and the texts pass their own expert's MLPs."""
+        """Every expert's model writes texts, and the texts pass their own expert's MLPs."""
         return Passes(own_mlps=True, texts=self.samples, tokens=self.tokens)
 
 
 def routers(task: Task) -> Routers:
-    """(E, D) per layer: ridge on the experts' own text, read through their own MLPs.
+    """(E, D) for each layer: ridge on the experts' own text, which passes their own MLPs.
 
     Text that a model writes shows what it was trained on (self-generated calibration data: Williams
     and Aletras 2024, "Self-calibration for language model quantization and pruning",
-    https://arxiv.org/abs/2410.17170). Of a text begun from nothing the first quarter does not
-    count: it has yet to come to anything (`scripts/bench_routing.py`). Negative prompts,
-    calibration texts, and prompts that no text was begun with, count as in ridge.
+    https://arxiv.org/abs/2410.17170). If a text begins without a prompt, its first quarter is not
+    used, because it has no subject yet (`scripts/bench_routing.py`). Negative prompts, calibration
+    texts, and prompts with which no text begins, are used as in ridge.
     """
     own, written, used = task.settings, [], set()
     assert task.encoder is not None
     start = task.encoder.start()
-    read = task.body.base.model.config["vocab_size"]  # the body has no row for what lies beyond
+    read = task.body.base.model.config["vocab_size"]  # the body has no row for larger ids
     for index, donor in enumerate(task.donors):
         beyond = range(read, donor.model.config["vocab_size"])
         others = _others(task, donor)
@@ -81,18 +81,18 @@ def routers(task: Task) -> Routers:
 
 
 def _others(task: Task, donor: Donor) -> frozenset[int]:
-    """What the donor may not write: the body would read another token."""
+    """The ids that the donor may not write, because they are other tokens for the body."""
     vocabulary = task.body.vocabulary
     try:
         return other_ids(vocabulary, donor) if vocabulary else frozenset()
-    except ValueError:  # which was said: they are taken for the same
+    except ValueError:  # a note says already that the ids are taken to be the same
         return frozenset()
 
 
 def beginnings(prompts: Sequence[Prompt], start: Prompt, samples: int) -> list[Prompt]:
-    """What texts begin with: each prompt in turn and, after each, nothing but `start`.
+    """The beginnings of `samples` texts: each prompt in turn and, after each, `start` alone.
 
-    What is begun by a few prompts alone is too much alike: where half is begun from nothing, the
+    Texts from only a few prompts are too similar. If half of the texts begin without a prompt, the
     loss on other text of the same kind is lower (`scripts/bench_routing.py`).
     """
     free = (start,) if start.ids or not prompts else ()

@@ -1,4 +1,4 @@
-"""zeros: every expert weighs the same, for a split with all slices on, or training afterwards"""
+"""zeros: all experts have the same weight, for a split with all slices on, or to be trained."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NEEDS = Needs()
 
 
 def routers(task: Task) -> Routers:
-    """(E, D) of zeros per layer: which experts serve a token is then the reading program's whim."""
+    """Zeros (E, D) for each layer. All logits are equal: the inference program chooses."""
     import numpy as np
 
     return Routers([np.zeros(task.shape, np.float32)] * len(task.names))
