@@ -134,7 +134,7 @@ def test_no_two_architectures_go_by_one_name() -> None:
          "did you mean 'router_aux_loss_coef'?"),
         ("training: { output_router_logits: 1 }", "training.output_router_logits", "is 1"),
         ("architecture: glm4_moe\ntraining: { router_jitter_noise: 0.1 }",
-         "training.router_jitter_noise", "is nothing that a glm4_moe's config says"),
+         "training.router_jitter_noise", "is no training key of a glm4_moe's config"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_architecture_is_refused(

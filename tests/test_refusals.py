@@ -606,7 +606,7 @@ SHAPES = {
     "hidden size": ({"hidden_size": 64}, "hidden_size is 64, the base model's is 32"),
     "MLP size": ({"intermediate_size": 40}, "intermediate_size is 40, the base model's is 48"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is gelu, the base model's is silu"),
-    "MLP biases": ({"mlp_bias": True}, "has a bias, which the output has no place for"),
+    "MLP biases": ({"mlp_bias": True}, "has a bias, and the output has no place for it"),
     "family": ({"family": "mistral", "sliding_window": None}, "model_type is 'mistral'"),
 }
 

@@ -174,7 +174,7 @@ def test_training_keys_are_kept(tmp_path: Path, babies: dict[str, Path]) -> None
     assert config["router_jitter_noise"] == 0.0
     for wrong, line in (
         ("{ router_aux_loss_coef: much }", "router_aux_loss_coef: is 'much'"),
-        ("{ learning_rate: 1 }", "learning_rate: is nothing that a mixtral's config says"),
+        ("{ learning_rate: 1 }", "learning_rate: is no training key of a mixtral's config"),
     ):
         with pytest.raises(InputError) as caught:
             make_plan(parse_config(text_of(base, [base, base], f"training: {wrong}")))

@@ -1,4 +1,4 @@
-"""From a config to a plan: sources opened, a class chosen, tensors laid out, costs told."""
+"""From a config to a plan: opens sources, chooses an architecture, lays out tensors, sums costs."""
 
 from moemerge.prepare.choose import listing, no_host
 from moemerge.prepare.compatibility import compare

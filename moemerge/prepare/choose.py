@@ -1,4 +1,4 @@
-"""Which output architecture holds these models exactly: the config's own choice, or the best."""
+"""Chooses the output architecture: the config's choice, or the best that computes the same."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NO_HOST = {
     "mamba": "it has no MLPs",
     "mamba2": "it has no MLPs",
 }
-"""Families that no mixture class reproduces, and why."""
+"""Families that no mixture architecture computes exactly, with the reason."""
 
 _COUNTS = (*COUNTS, "moe_num_experts")
 
@@ -63,7 +63,8 @@ def find_target(
 ) -> Target | None:
     """The architecture that the config names, or the exact one that most programs read.
 
-    A problem is recorded where there is none; what readers drop is noted, and so is the choice.
+    None, with a problem recorded, if there is none. The choice is noted, and so is what some
+    programs do not compute.
     """
     if config.architecture:
         target = _named(config, base, mixture, findings)
@@ -76,9 +77,9 @@ def find_target(
 
 
 def no_host(config: dict[str, Any], known_alone: bool = False) -> tuple[str, str]:
-    """What a model is of which no mixture can be made, and what to use; two empty texts if one can.
+    """Why no mixture can be made of a model, and the fix; two empty texts if one can be made.
 
-    With `known_alone` nothing is said of a family that nothing is known of.
+    With `known_alone`, an unknown family is not refused.
     """
     family = config.get("model_type")
     if family in RECORDS:
@@ -86,12 +87,12 @@ def no_host(config: dict[str, Any], known_alone: bool = False) -> tuple[str, str
     fix = f"use a model of type {', '.join(sorted(RECORDS))}"
     text = config.get("text_config")
     inner = text if isinstance(text, dict) else {}
-    ffn = config.get("ffn_config")  # where DBRX says it
+    ffn = config.get("ffn_config")  # DBRX has its keys here
     said = [config, inner, ffn if isinstance(ffn, dict) else {}]
     counts = [one[key] for one in said for key in _COUNTS if type(one.get(key)) is int]
     more = [key for key in config if re.fullmatch(r"(vision|audio|vq|image)\w*_config", key)]
     if more or text:
-        what = f"it reads more than text ({more[0]})" if more else "its text model is a part of it"
+        what = f"it reads more than text ({more[0]})" if more else "its text model is only one part"
         kind = inner.get("model_type")
         if kind in RECORDS:
             fix = f"save its text model, a {kind!r}, as a model of its own, and name that"
@@ -111,7 +112,7 @@ def no_host(config: dict[str, Any], known_alone: bool = False) -> tuple[str, str
 
 
 def listing() -> list[dict[str, str]]:
-    """Every architecture in words: what it is made of, what it routes with, who reads it."""
+    """Every architecture in words: its families, shared experts, router and reading programs."""
     shared = {"": "none", "always": "always on", "gated": "scaled by a gate"}
     rows = []
     for name in names():
@@ -131,7 +132,7 @@ def listing() -> list[dict[str, str]]:
 
 
 def find_name(said: str) -> str | None:
-    """The architecture that a config means: by its name, an alias, or mergekit's `Qwen MoE`."""
+    """The architecture's name for a name in a config, an alias, or mergekit's `Qwen MoE`."""
     name = said.strip().lower().replace(" ", "_").replace("-", "_")
     if name in names():
         return name
@@ -142,7 +143,7 @@ def find_name(said: str) -> str | None:
 def refusals(
     host: Architecture, name: str, config: dict[str, Any], mixture: Mixture
 ) -> Iterator[tuple[str, str]]:
-    """Why the architecture cannot hold this model and this mixture, and what to do."""
+    """Each reason why the architecture cannot hold this model and mixture, with a fix."""
     family = str(config.get("model_type"))
     if family not in host.HOLDS.families:
         families = " or ".join(host.HOLDS.families)
@@ -154,14 +155,14 @@ def refusals(
     if mixture.shared and not host.SHARED:
         yield f"a {name} has no shared experts", "remove them, or make them ordinary experts"
     if mixture.gated and host.SHARED == "always":
-        what = f"a {name}'s shared experts are always on, whatever their prompts"
+        what = f"a {name}'s shared experts are always on, so prompts cannot gate them"
         yield what, "remove their prompts"
     yield from host.HOLDS.refusals(config, name)
     yield from host.refusals(config, mixture)
 
 
 def readers(host: Architecture, config: dict[str, Any], mixture: Mixture) -> tuple[str, ...]:
-    """The programs that compute exactly what this model is."""
+    """The programs that compute this model exactly."""
     others = {reader for reader, _ in host.caveats(config, mixture)}
     return tuple(reader for reader in host.READERS if reader not in others)
 
@@ -189,7 +190,7 @@ def _named(config: MergeConfig, base: Donor, mixture: Mixture, findings: Finding
 
 
 def _others(model: dict[str, Any], mixture: Mixture) -> str:
-    """Which architecture a config could name for this base model."""
+    """The fix for a wrong architecture: the best one for this base model."""
     named = {name: find(name) for name in names()}
     fit = [name for name, host in named.items() if not [*refusals(host, name, model, mixture)]]
     best = min(fit, key=lambda name: _rank(name, named[name], model, mixture), default="")
@@ -199,7 +200,7 @@ def _others(model: dict[str, Any], mixture: Mixture) -> str:
 def _rank(
     name: str, host: Architecture, model: dict[str, Any], mixture: Mixture, asked: bool = False
 ) -> tuple[bool, int, bool, bool, str]:
-    """The less the better: as simple as it can be, exact in many programs."""
+    """A sort key; the smallest is best: a simple architecture, exact in many programs."""
     spare = bool(host.SHARED) and not mixture.shared
     odd = host.SCORES != "softmax" and not asked
     return odd, -len(readers(host, model, mixture)), spare, Holds() != host.HOLDS, name
@@ -250,7 +251,7 @@ def _refuse(
 
 
 def _with_options(config: MergeConfig, name: str, mixture: Mixture, findings: Findings) -> Mixture:
-    """The mixture with the architecture's own options and training keys, checked."""
+    """The mixture with the architecture's options and training keys, after checks."""
     host = find(name)
     declared = getattr(host, "Settings", None)
     settings = read_settings(
@@ -264,7 +265,7 @@ def _with_options(config: MergeConfig, name: str, mixture: Mixture, findings: Fi
         {key: type(value) for key, value in host.TRAINING.items()},
         config.training,
         lambda key: config.where(f"training.{key}"),
-        f"is nothing that a {name}'s config says of training",
+        f"is no training key of a {name}'s config",
         findings,
     )
     if settings is not None:

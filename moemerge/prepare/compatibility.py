@@ -1,4 +1,4 @@
-"""Base against expert: what makes the expert's MLPs wrong in the base's body, and what might."""
+"""Compares each expert with the base model: differences that forbid a merge, and other ones."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def compare(
 ) -> None:
     """Record every difference between the base model and one expert.
 
-    Depth, width, activation and family decide whether the expert's MLPs see in the base's body what
-    they saw in their own: a difference there is a problem. Everything else of the expert stays
-    behind, so a difference is a note; but where its `attention` is averaged with others', that must
-    agree too, and where the expert itself `runs`, its tokens must be those of the mixture's
+    A difference of depth, width, activation or family is a problem, because the expert's MLPs would
+    then not work in the base model's body. Other differences are notes, because only the MLPs are
+    used. With `attention`, the expert's attention is averaged with others', so it must agree too.
+    With `runs`, the expert's own model runs, so its token ids must be the same as in the mixture's
     `vocabulary`, by default the base model's.
     """
     ours, theirs = base.model.config, expert.model.config
@@ -47,7 +47,7 @@ def compare(
         findings.problem(
             where,
             f"model_type is {other!r}, the base model's is {family!r}",
-            "pass --allow-crimes if you know that the one is the other under another name",
+            "pass --allow-crimes if you know that both names mean the same family",
         )
     for key in _MUST_AGREE:
         if _same_value(theirs.get(key)) != _same_value(ours.get(key)):
@@ -58,7 +58,7 @@ def compare(
             )
     for key, why in _MAY_DIFFER.items():
         if theirs.get(key) == ours.get(key) or (attention and key == "vocab_size"):
-            continue  # rows that both have may be averaged: `same_tokens` tells of the others
+            continue  # shared rows can be averaged, and `same_tokens` reports the other rows
         if attention and why == _ATTENTION_STAYS:
             findings.problem(
                 where,
@@ -93,19 +93,19 @@ def _compare_vocabularies(
         stays = vocabulary.directory == ours and not vocabulary.written
         kept = "; prompts and text are the base's" if stays else ""
         if stays and found.more:
-            kept += " (tokenizer: union would have its tokens too)"
+            kept += " (tokenizer: union would add its tokens)"
         findings.note_of(expert.name, f"{found}{kept}")
     template = chat_template(theirs)
     if template and template != vocabulary.template:
-        findings.note_of(expert.name, "its chat template is another than the mixture's")
+        findings.note_of(expert.name, "its chat template differs from the mixture's")
     if moved := _moved(vocabulary, expert) if runs else ():
         what = f"{len(moved)} tokens have other ids than in the mixture ({shown(moved)})"
-        fix = "its text would be read as another: use gate_mode: ridge with prompts"
+        fix = "its text would be read wrongly: use gate_mode: ridge with prompts"
         findings.problem(where, what, fix)
 
 
 def _moved(vocabulary: Vocabulary, donor: Donor) -> tuple[str, ...]:
-    """The donor's tokens that have another id in the mixture's vocabulary."""
+    """The donor's tokens that have a different id in the mixture's vocabulary."""
     try:
         theirs = read_content(donor.model.directory)
         return compare_contents(vocabulary.tokenizer(), theirs).moved

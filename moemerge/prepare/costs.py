@@ -1,6 +1,6 @@
-"""What a merge will take, from the plan alone: memory, and bytes to be had from the Hub.
+"""The costs of a merge, computed from its plan: memory, and bytes to download from the Hub.
 
-The constants were measured (`scripts/bench_memory.py`): what Python and torch hold with no work.
+The constants were measured (`scripts/bench_memory.py`): the memory of Python and torch at rest.
 """
 
 from __future__ import annotations
@@ -24,27 +24,30 @@ from moemerge.reporting import size
 from moemerge.text import batching
 
 PLAIN = 60_000_000
-"""A process that copies bytes."""
+"""Bytes of memory of a process that copies bytes."""
 
 WITH_PROMPTS = 30_000_000
-"""The base model's tokenizer."""
+"""Bytes of memory of the base model's tokenizer."""
 
 WITH_TORCH = 310_000_000
-"""A process that computes with torch."""
+"""Bytes of memory of a process that computes with torch."""
 
 WITH_TRANSFORMERS = 440_000_000
-"""A process that runs a model."""
+"""Bytes of memory of a process that runs a model, without the model."""
 
 _SCRATCH = 8 * BLOCK_VALUES * 4
 _DELTA = 20
-"""Bytes a value of a LoRA's A, read, in float64, and on its grid."""
+"""Bytes for each value of a LoRA's matrix A: as read, in float64, and on the grid of exact sums."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What comes from the Hub, in bytes: `files` whole, into the cache, which has `cached` already;
-    or, with --stream, only the `ranges` that are needed, of sources that are `sources` in all.
-    `whole` names those that can only be had whole.
+    """The bytes that come from the Hub.
+
+    Without --stream, whole files are downloaded into the cache: `files` bytes, in addition to the
+    `cached` bytes that are there already. With --stream, only the needed `ranges` are read, from
+    files of `sources` bytes in total. `whole` names the sources that can only be read as whole
+    files.
     """
 
     files: int
@@ -55,7 +58,7 @@ class Transfer:
 
 
 def transfer(ready: Prepared, options: RunOptions) -> Transfer:
-    """What a merge of this plan reads of the models on the Hub."""
+    """The bytes that a merge of this plan reads from the models on the Hub."""
     reads = Counter(dict(_reads(ready, options)))
     files = cached = ranges = sources = 0
     whole = []
@@ -77,10 +80,10 @@ def transfer(ready: Prepared, options: RunOptions) -> Transfer:
 
 
 def check_cache_room(ready: Prepared, options: RunOptions, out: Path) -> None:
-    """Refuse to begin a download that the Hub's cache has no room for.
+    """Check that the disk of the Hub's cache has room for the downloads.
 
     Raises:
-        InputError: what is missing, and what needs less.
+        InputError: the disk has too little room.
     """
     needed = transfer(ready, options).files
     if not needed or options.stream:
@@ -103,7 +106,7 @@ def _existing(path: Path) -> Path:
 
 
 def _reads(ready: Prepared, options: RunOptions) -> Iterator[tuple[Read, int]]:
-    """Each source tensor that is read, and how many times."""
+    """Each source tensor that is read, and how often."""
     times: Counter[Read] = Counter()
     for tensor in ready.plan.tensors:
         times.update(read for read in recipe.reads(tensor.recipe) if read.source != ROUTERS)
@@ -126,10 +129,11 @@ def _reads(ready: Prepared, options: RunOptions) -> Iterator[tuple[Read, int]]:
 
 
 def expected_peak(ready: Prepared, options: Options) -> int:
-    """Bytes of resident memory that a merge of this plan is expected to reach.
+    """The expected peak of resident memory of a merge of this plan, in bytes.
 
-    Writing takes a buffer for each thread, whatever the models' size; hidden gates take one decoder
-    layer with `lazy`, two without, and the activations of the largest batch.
+    Writing takes a buffer for each thread, which does not depend on the models' size. A gate mode
+    that runs the body takes one decoder layer with `lazy`, otherwise two, and the activations of
+    the largest batch.
     """
     plan, config = ready.plan, ready.base.model.config
     sources = {text: opened.tensors for text, opened in ready.checkpoints.items()}
@@ -158,8 +162,10 @@ def expected_peak(ready: Prepared, options: Options) -> int:
 
 
 def _slicing(ready: Prepared) -> int:
-    """Bytes that finding a layer's slices takes: copies of its activations on the text, or of its
-    weights, in float32."""
+    """Bytes of memory to cut a layer's MLP into slices.
+
+    They are copies of the layer's activations on the text, or of its weights, in float32.
+    """
     if ready.cutting is None:
         return 0
     config = ready.base.model.config

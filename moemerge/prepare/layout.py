@@ -1,4 +1,4 @@
-"""An architecture's slots filled from the donors: each tensor's recipe, and what does not fit."""
+"""Lays out the plan: each tensor of the architecture, its recipe, and what its sources lack."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ from moemerge.text import BASE
 _DTYPES = {**FLOATS, "bf16": "BF16", "fp16": "F16", "fp32": "F32", "half": "F16", "float": "F32"}
 _LONG_NAMES = {short: long for long, short in FLOATS.items()}
 _MLP = ".mlp."
-_NO_HEAD = "write that if the head is the embeddings; else save the model again"
+_NO_HEAD = "write that if the head is the embeddings; otherwise save the model again"
 _LEAST_F16 = 2.0**-24
-"""The least that is above zero in float16; what a constant says is not to become zero."""
+"""The smallest float16 above zero: a constant above zero must not become zero."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything that decides a plan's tensors. `needs` are the gate mode's: a model that runs has
-    tensors that are not in the output; `gate_inputs` is the digest of what routers are made from.
+    """The inputs that decide a plan's tensors.
+
+    `needs` are the gate mode's, because a model that runs must have tensors that are not in the
+    output. `gate_inputs` is the digest of the inputs of the routers.
     """
 
     config: MergeConfig
@@ -46,8 +48,8 @@ class Layout:
 def lay_out(made: Layout, opened: Iterable[Checkpoint], findings: Findings) -> Plan:
     """The plan: every slot of the architecture with its recipe, cut into shards.
 
-    Tensors that are missing, of another shape, quantised or left over are recorded; a plan with
-    recorded problems must not be run.
+    A tensor that is missing, quantised or of a wrong shape is recorded as a problem. Tensors that
+    are not used are noted. A plan with recorded problems must not be run.
     """
     config, options, target, body = made.config, made.options, made.target, made.parts.body
     model = body.config
@@ -90,7 +92,7 @@ def lay_out(made: Layout, opened: Iterable[Checkpoint], findings: Findings) -> P
 
 
 def check_dtype(config: MergeConfig, findings: Findings) -> None:
-    """Record a dtype that a merge cannot write."""
+    """Record a problem if a merge cannot write the config's dtype."""
     if config.dtype is not None and config.dtype.removeprefix("torch.") not in _DTYPES:
         findings.problem(
             config.where("dtype"),
@@ -100,7 +102,7 @@ def check_dtype(config: MergeConfig, findings: Findings) -> None:
 
 
 def _dtype(config: MergeConfig, base: Donor, slots: list[Slot]) -> str:
-    """The config's dtype, else the one that most bytes of the base model's part are in."""
+    """The config's dtype, otherwise the dtype of most bytes that come from the base model."""
     if config.dtype:
         return _DTYPES[config.dtype.removeprefix("torch.")]
     sizes: Counter[str] = Counter()
@@ -113,7 +115,7 @@ def _dtype(config: MergeConfig, base: Donor, slots: list[Slot]) -> str:
 
 
 def _recipe(slot: Slot, made: Layout, dtype: str) -> Recipe:
-    """How what the slot holds is made of its sources."""
+    """The recipe that makes the slot's tensor from its sources."""
     parts, of = made.parts, slot.of
     if isinstance(of, FromBody):
         return parts.body.recipe(of.tensor)
@@ -144,7 +146,7 @@ def _speakers(made: Layout) -> set[Reference]:
 
 
 def source_of(checkpoint: Checkpoint, speaks: bool = False) -> Source:
-    """What a plan says of an opened model or adapter; of its tokenizer too, if it `speaks`."""
+    """The plan's entry for a model or adapter; with its tokenizer's digest if it `speaks`."""
     reference = checkpoint.reference
     return Source(
         reference=reference.text,
@@ -159,7 +161,7 @@ def source_of(checkpoint: Checkpoint, speaks: bool = False) -> Source:
 
 @dataclass(frozen=True)
 class _Need:
-    """Dense tensors of a donor, with their shapes; `written` if they come into the output."""
+    """Tensors of a donor that must exist, with their shapes; `written` if the output has them."""
 
     donor: Donor
     shapes: dict[str, tuple[int, ...]]
@@ -167,7 +169,7 @@ class _Need:
 
 
 def _needs(made: Layout, slots: Sequence[Slot]) -> list[_Need]:
-    """What is needed of each donor."""
+    """The tensors that are needed from each donor."""
     body, base = made.parts.body, made.parts.body.base
     dense = dense_shapes(base.model.config)
     mlps = {name: shape for name, shape in dense.items() if _MLP in name}
@@ -191,7 +193,7 @@ def _needs(made: Layout, slots: Sequence[Slot]) -> list[_Need]:
 def _check_sources(
     needs: list[_Need], made: Layout, sources: recipe.Sources, findings: Findings
 ) -> None:
-    """Record, once a donor and kind, the tensors that are missing or not what they should be."""
+    """Record tensors that are missing or wrong: one problem for each donor and kind."""
     wrong: dict[tuple[str, str, str], list[str]] = {}
     for need in needs:
         config = need.donor.model.config
@@ -220,7 +222,7 @@ def _check_sources(
                     "merge the original weights",
                 )
             elif bias in need.donor.model.tensors and bias not in held:
-                kind = (" has a bias, which the output has no place for", "use one without biases")
+                kind = (" has a bias, and the output has no place for it", "use one without biases")
             else:
                 continue
             names = wrong.setdefault((need.donor.where, *kind), [])
@@ -233,7 +235,7 @@ def _check_sources(
 def _note_what_is_narrowed(
     needs: list[_Need], made: Layout, sources: recipe.Sources, dtype: str, findings: Findings
 ) -> None:
-    """Say, once a donor, which of its values the dtype that nobody chose cannot hold exactly."""
+    """Note each donor with values that the plan's dtype cannot hold exactly."""
     narrowed: dict[str, set[str]] = {}
     lossy = {"F64"} if dtype == "F32" else {"F64", *_LONG_NAMES} - {dtype}
     for need in needs:
@@ -249,7 +251,7 @@ def _note_what_is_narrowed(
 
 
 def _check_left_over(tensors: list[PlannedTensor], made: Layout, findings: Findings) -> None:
-    """Say what of the adapters and of the base model's body is not used."""
+    """Note tensors of the adapters and of the base model that are not used."""
     base = made.parts.body.base
     used = {read for tensor in tensors for read in recipe.reads(tensor.recipe)}
     body_only = "(attention, norms, embeddings): those parts are the base model's"

@@ -1,4 +1,4 @@
-"""Whose neurons each expert is: a mixture's shape, the class that holds it, and its experts."""
+"""The experts of a mixture: the shape of the mixture, and the neurons that each expert gets."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from moemerge.split import Split
 
 @dataclass(frozen=True)
 class ExpertSource:
-    """Whose MLPs an expert has, and what the config says of it.
+    """The model whose MLPs an expert gets, and the config's entry for the expert.
 
-    Its neurons are those from `start` to `stop`, if `stop` is given, in the layer's `order` if that
-    is given by its name; what it adds to the residual stream is multiplied by `factor`.
+    If `stop` is not 0, the expert has only the neurons from `start` to `stop`. They are counted in
+    the layer's `order`, if its tensor name is given. The down projection is multiplied by `factor`.
     """
 
     donor: Donor | Body
@@ -32,7 +32,7 @@ class ExpertSource:
     order: str = ""
 
     def recipe(self, tensor: str, seed: int, which: str) -> Recipe:
-        """How the dense tensor of that name becomes this expert's; `which` tells it from others."""
+        """The recipe of this expert's part of a dense tensor; `which` is the expert, for seeds."""
         donor, down = self.donor, f".{DOWN}." in tensor
         made = donor.recipe(tensor) if isinstance(donor, Body) else recipe.of_donor(donor, tensor)
         if self.stop:
@@ -50,7 +50,7 @@ class ExpertSource:
 
 @dataclass(frozen=True)
 class MixtureParts:
-    """What fills an architecture's slots: the body, the routed experts and the shared ones."""
+    """The parts that fill an architecture's slots: body, routed experts and shared experts."""
 
     body: Body
     routed: tuple[ExpertSource, ...]
@@ -62,7 +62,8 @@ def target_of(
 ) -> Target | None:
     """The architecture for these models and this mixture; None, with a problem, if none fits.
 
-    Where it multiplies what is chosen by a factor itself, that does what `factor_of` else does.
+    Some architectures multiply the routed experts' output by a factor in config.json. This factor
+    then takes the place of `factor_of`.
     """
     mixture = _mixture(config, split, base.model.config.get("intermediate_size"), findings)
     target = find_target(config, base, mixture, findings) if mixture else None
@@ -74,7 +75,7 @@ def target_of(
 
 
 def factor_of(config: MergeConfig, split: Split | None, target: Target) -> int:
-    """What the routed experts' down projections are multiplied by."""
+    """The factor of the routed experts' down projections."""
     return 1 if _factor(target) else _sharing(config, split)
 
 
@@ -86,9 +87,10 @@ def parts_of(
     donors: Sequence[Donor],
     shared: Sequence[Donor],
 ) -> MixtureParts:
-    """Each expert, or each of its segments, or of the base model's slices, in turn.
+    """The experts in order: each expert, each segment of an expert, or each slice of a split.
 
-    Shared experts are doubled where a gate that nothing decides halves them.
+    Shared experts are multiplied by 2 if the architecture has a gate for them that no prompts set,
+    because a gate of zeros multiplies them by 1/2.
     """
     inner, factor = target.mixture.inner, factor_of(config, split, target)
     halved = target.architecture.SHARED == "gated" and not target.mixture.gated
@@ -125,7 +127,7 @@ def _mixture(
 ) -> Mixture | None:
     count, pieces = max(len(config.experts), 1), config.segments
     if split:
-        if any(split.problems(inner)):  # which are told where the config is read
+        if any(split.problems(inner)):  # `check_split` records them
             return None
         return Mixture(
             experts=count,
@@ -149,10 +151,10 @@ def _mixture(
 
 
 def _sharing(config: MergeConfig, split: Split | None) -> int:
-    """Among how many slices or segments a router divides what one MLP would weigh."""
+    """The number of chosen slices or segments that together stand for one MLP."""
     return split.per_token(config) if split else config.segments
 
 
 def _factor(target: Target) -> str:
-    """The architecture's own factor for what is chosen, if it has one."""
+    """The config.json key of the architecture's factor for routed experts; empty if it has none."""
     return target.architecture.READING.factor

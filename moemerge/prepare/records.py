@@ -1,4 +1,4 @@
-"""What a preparation comes to: all that a plan is made of, and a merge that can begin."""
+"""The results of a preparation: the inputs of a plan, and a merge that can begin."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from moemerge.text import Encoder, Vocabulary
 
 @dataclass(frozen=True)
 class Chosen:
-    """All that a plan is made of, with no problem in it.
+    """The inputs of a plan, after every check has passed.
 
-    `donors` are the routed experts and `shared` the shared ones; of a split with a `cutting`, the
-    donors are its routed slices, each the base model. `own_card` is the text of the card
-    that a person wrote for it.
+    `donors` are the routed experts, and `shared` the shared experts. With a split and its
+    `cutting`, the donors are the routed slices, and each one is the base model. `own_card` is the
+    text of the card that a person wrote for the mixture.
     """
 
     config: MergeConfig
@@ -41,7 +41,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Prepared(Chosen):
-    """A merge that can begin: its plan, its opened models, and what a person should know."""
+    """A merge that can begin: its plan, its opened models, and notes for a person."""
 
     plan: Plan
     body: Body
@@ -51,7 +51,7 @@ class Prepared(Chosen):
 
     @property
     def folder(self) -> str | None:
-        """Where the config file stands, if anything that it names is on this machine."""
+        """The config file's folder; None if nothing that the config names is on this machine."""
         local = any(source.directory for source in self.plan.sources)
         local = local or any(expert.calibration for expert in self.config.experts)
         return str(self.config.folder) if self.config.folder and local else None

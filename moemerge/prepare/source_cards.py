@@ -1,4 +1,4 @@
-"""The YAML heads of cards: what a source's README.md claims of it, and what a person's own says."""
+"""Reads the YAML heads of model cards: a source's README.md, and a card that a person wrote."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class Claims:
-    """What a model's own card says of it, in the Hub's words; empty where it says nothing.
+    """A model's licence, languages and datasets, by its own card; empty if the card has none.
 
-    `license` is one identifier; `license_name` and `license_link` tell what `other` is.
+    The fields are the Hub's keys. `license` is one identifier; if it is `other`, `license_name` and
+    `license_link` say which licence it is.
     """
 
     license: str = ""
@@ -40,15 +41,16 @@ class Claims:
 
     @property
     def terms(self) -> str:
-        """The licence for a person: what it is called, where it is no known one."""
+        """The licence for a person: its name if `license` is `other`, otherwise its identifier."""
         return self.license_name if self.license == "other" else self.license
 
 
 def claims_of(directory: Path) -> Claims:
     """The claims of the README.md in a model's directory.
 
-    Anybody may have written it: of values that are plain text of a sane form and length, nothing
-    else is taken. Nodes are read as they stand, so that no alias or `<<` unfolds into gigabytes.
+    Anybody may have written this file, so only plain text of an expected form and length is taken.
+    YAML nodes are read without constructing objects, so that no alias or `<<` can expand to
+    gigabytes.
     """
     path = directory / "README.md"
     try:
@@ -74,7 +76,7 @@ def claims_of(directory: Path) -> Claims:
 
 
 def _sane(node: yaml.Node, form: str) -> Iterator[str]:
-    """The texts of a value or a list of values that have the form."""
+    """The texts that match `form`, from one value or a list of values."""
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
     for one in itertools.islice(nodes, _MOST_VALUES):
         text = one.value if isinstance(one, yaml.ScalarNode) and "null" not in one.tag else ""
@@ -83,7 +85,7 @@ def _sane(node: yaml.Node, form: str) -> Iterator[str]:
 
 
 def read_own(path: str | Path, findings: Findings) -> str:
-    """The card that a person wrote; a problem is recorded where it cannot be one."""
+    """The text of a card that a person wrote; empty, with a problem recorded, if unusable."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         split_own(text)
@@ -99,7 +101,7 @@ def read_own(path: str | Path, findings: Findings) -> str:
 
 
 def split_own(text: str) -> tuple[dict[str, Any], str]:
-    """A person's card as the keys of its head, if it has one, and its text.
+    """A card cut in two: the keys of its YAML head, and its text. Without a head, no keys.
 
     Raises:
         ValueError: the head is not a YAML mapping.
@@ -110,7 +112,7 @@ def split_own(text: str) -> tuple[dict[str, Any], str]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"its head is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(keys, dict | None):
-        raise ValueError("its head is no mapping")
+        raise ValueError("its head is not a mapping")
     return {str(key): value for key, value in (keys or {}).items()}, body.strip()
 
 

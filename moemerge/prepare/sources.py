@@ -1,4 +1,4 @@
-"""Every tensor that a merge reads, by source, downloaded or read over the network."""
+"""Finds every tensor that a merge reads, and downloads its file if it is on the Hub."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ Tensors = dict[str, dict[str, Location]]
 def fetch(
     ready: Prepared, options: RunOptions, reporter: Reporter, whole: Iterable[Donor] = ()
 ) -> Tensors:
-    """Every source's tensors, with the files that the plan reads from the Hub downloaded.
+    """The tensors of every source, after the files that the plan reads were downloaded.
 
-    Those that are to run as the models that they are come `whole`.
+    Every file of the `whole` donors is downloaded, because these run as whole models. With
+    --stream, files stay on the Hub and are read over the network.
+
+    Raises:
+        ReadError: a download failed, or the files are not those of the plan.
     """
     needed: dict[str, set[str]] = {text: set() for text in ready.checkpoints}
     for tensor in ready.plan.tensors:
@@ -39,6 +43,6 @@ def fetch(
 
 
 def _of_donor(donor: Donor) -> list[tuple[str, set[str]]]:
-    """The checkpoints that a donor's tensors are read from, and all that they hold."""
+    """The checkpoints of a donor, its model and its adapter, with the names of their tensors."""
     models = [donor.model, *([donor.adapter.checkpoint] if donor.adapter else [])]
     return [(model.reference.text, set(model.tensors)) for model in models]

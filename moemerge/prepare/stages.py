@@ -1,4 +1,4 @@
-"""A config and its models to a checked `Plan`: every problem found, before a weight is read."""
+"""Prepares a merge: opens the models, checks everything, and makes the plan; reads no weights."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def make_plan(
     reporter: Reporter | None = None,
     progress: bool = False,
 ) -> Prepared:
-    """What a merge would build, from headers alone; nothing is written.
+    """Plan a merge from the models' headers; nothing is written.
 
     Args:
         config: a `MergeConfig`, or the path of a YAML file.
-        options: how it would be run.
-        reporter: who hears that it lasts; nobody by default.
-        progress: print that instead, as `Console` does.
+        options: the options of the merge.
+        reporter: receives progress; by default nobody does.
+        progress: print progress instead, as `Console` does.
 
     Raises:
         InputError: with every problem of the config and its models.
@@ -50,9 +50,9 @@ def make_plan(
 def prepare(
     config: MergeConfig, options: Options, reporter: Reporter, out: Path | None = None
 ) -> Prepared:
-    """Open the models by their headers, check everything, and lay the plan.
+    """Open the models' headers, check everything, and make the plan.
 
-    `out` is checked too if given.
+    `out` is checked too if it is given.
 
     Raises:
         InputError: with every problem of the config, the models and the output directory.
@@ -63,9 +63,9 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Opened:
-    """What a config names, each None where it cannot be: its problem is recorded.
+    """The models that a config names; None for each one with a recorded problem.
 
-    `config` has an expert for each routed slice of its `split`.
+    `config` has one expert for each routed slice of its `split`.
     """
 
     config: MergeConfig
@@ -77,7 +77,7 @@ class _Opened:
 
 
 class _Preparation:
-    """The stages: opened, chosen, planned; problems of a stage are gathered before it ends."""
+    """The stages of a preparation: open, choose, plan. Each stage records all its problems."""
 
     def __init__(self, config: MergeConfig, options: Options):
         self.config, self.options = config, options
@@ -93,7 +93,7 @@ class _Preparation:
         return self._plan(chosen, out)
 
     def _open(self) -> _Opened:
-        """The gate mode, the split, and every model by its headers."""
+        """The gate mode, the split, and the headers of every model."""
         config, findings, said = self.config, self.findings, self.config.base_model
         check_values(config, findings)
         gate = gate_setup.gate_of(config, findings)
@@ -112,7 +112,7 @@ class _Preparation:
         return _Opened(config, gate, split, base, donors, shared)
 
     def _choose(self, opened: _Opened) -> Chosen | None:
-        """The class, the vocabulary and the prompts; None after any problem."""
+        """The architecture, the vocabulary and the prompts; None after any problem."""
         config, gate, split, base = opened.config, opened.gate, opened.split, opened.base
         options, findings = self.options, self.findings
         every = [*opened.donors, *opened.shared]
@@ -122,7 +122,7 @@ class _Preparation:
         self._check_ray()
         vocabulary = vocabulary_choice.choose(config, base, every, findings) if base else None
         if vocabulary and vocabulary.written and not options.copy_tokenizer:
-            findings.note("--no-copy-tokenizer: the tokens that are added stand in no file")
+            findings.note("--no-copy-tokenizer: no file will have the added tokens")
         encoder: Encoder | None = None
         prompts: tuple[ExpertPrompts, ...] = ()
         if gate:
@@ -148,7 +148,7 @@ class _Preparation:
         shared = tuple(donor for donor in opened.shared if donor)
         if gate.needs.expert_models and donors:
             gate_setup.check_room(config, options, donors, gate, findings)
-        if findings.problems:  # tensors are named from a config that is not trusted yet
+        if findings.problems:  # tensor names come from a config that may be wrong
             return None
         return Chosen(
             config, gate, split, base, donors, shared, target, vocabulary, encoder, prompts,
@@ -156,7 +156,7 @@ class _Preparation:
         )  # fmt: skip
 
     def _plan(self, chosen: Chosen, out: Path | None) -> Prepared:
-        """Every tensor laid out, and the output directory checked for what will be written."""
+        """The plan of every tensor; the output directory is checked for its files."""
         config, options, findings = chosen.config, self.options, self.findings
         gate, split, target, base = chosen.gate, chosen.split, chosen.target, chosen.base
         donors, shared, vocabulary = chosen.donors, chosen.shared, chosen.vocabulary
@@ -173,7 +173,7 @@ class _Preparation:
                 f"{plan.config['dtype']}; a power of two, or dtype: float32, keeps them exact"
             )
         if options.copy_tokenizer and base.model.lost_its_tokenizer:
-            what = f"{base.model.reference.text}: the Hub's cache holds no tokenizer of it"
+            what = f"{base.model.reference.text}: the Hub's cache has no tokenizer for it"
             fix = "download it where there is a network, or pass --no-copy-tokenizer"
             findings.problem(base.where, what, fix)
         carried = output.carried_files(vocabulary, options.copy_tokenizer)
@@ -196,7 +196,7 @@ class _Preparation:
         gate: Gate | None,
         vocabulary: Vocabulary | None,
     ) -> Cutting | None:
-        """What the config's split is made from, its text among it if anything depends on that."""
+        """The inputs of the config's split; the text is read only if something depends on it."""
         if split is None:
             return None
         text: tuple[Prompt, ...] = ()
@@ -233,9 +233,9 @@ class _Preparation:
         return donors
 
     def _dense(self, said: str, donor: Donor | None, is_base: bool = False) -> Donor | None:
-        """The donor, if it is of a kind that mixtures are made of; else a problem, once a model.
+        """The donor, if a mixture can be made of it; otherwise None, with one problem a model.
 
-        An expert of a family that nothing is known of may be another by another name.
+        An expert of an unknown family is kept, because it may be a known family with a new name.
         """
         if donor is None:
             return None
