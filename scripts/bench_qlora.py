@@ -24,9 +24,7 @@ def weights_megabytes(moe: str, four_bits: bool) -> float:
     from moemerge.mixture.open import open_moe
     from moemerge.mixture.unfused import memory_of
 
-    opened = open_moe(moe, None, Findings())
-    assert opened
-    return memory_of(opened, four_bits) / 1e6
+    return memory_of(open_moe(moe, None, Findings()), four_bits) / 1e6
 
 
 def main() -> None:

@@ -63,7 +63,6 @@ def tuning(data: str, **changes: object) -> Tuning:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_apart_are_the_same_model(tmp_path: Path, family: str) -> None:
     moe = open_moe(str(made(tmp_path, family)), None, Findings())
-    assert moe
     ours = load(moe, Options(device="cpu"), Silent(), torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(moe.text, dtype=torch.float32)
     ids = torch.randint(4, 20, (2, 12))
@@ -77,7 +76,6 @@ def test_experts_apart_are_the_same_model(tmp_path: Path, family: str) -> None:
 def test_the_configs_balancing_loss_is_part_of_the_loss(tmp_path: Path) -> None:
     training = "training: {router_aux_loss_coef: 0.5, output_router_logits: true}"
     moe = open_moe(str(made(tmp_path, head=f"gate_mode: random\n{training}")), None, Findings())
-    assert moe
     model = load(moe, Options(device="cpu"), Silent(), torch.float32)
     ids = torch.arange(4, 20)[None]
     both = model(ids, labels=ids)
@@ -89,7 +87,6 @@ def test_the_configs_balancing_loss_is_part_of_the_loss(tmp_path: Path) -> None:
 
 def test_four_bits_take_the_memory_that_they_should(tmp_path: Path) -> None:
     moe = open_moe(str(made(tmp_path)), None, Findings())
-    assert moe
 
     def held(four_bits: bool) -> int:
         model = load(moe, Options(load_in_4bit=four_bits), Silent(), torch.float32)
@@ -146,7 +143,6 @@ def test_what_is_written_has_the_loss_that_was_told(tmp_path: Path, data: str) -
     encoder = Encoder(out)
     held = divide([passages_of(text, encoder, 16, None) for text in texts], 0.5, 0)[1]
     moe = open_moe(str(out), None, Findings())
-    assert moe
     model = load(moe, Options(), Silent(), torch.float32)
     assert mean_loss(model, held, 4) == pytest.approx(done.trained.after, abs=1e-4)
 

@@ -23,6 +23,7 @@ from moemerge.gates import Prompts, verdict
 from moemerge.prepare import Claims, Prepared
 from moemerge.report import Collision, RoutingSummary
 from moemerge.reporting import count, size
+from moemerge.split import Split
 from moemerge.text import find
 
 _MOST_PROMPTS = 5
@@ -104,7 +105,7 @@ def _what(ready: Prepared) -> Iterator[str]:
         f"{plan.routed} for each token{beside}. All else, attention, norms and embeddings, is "
         f"{body}. It takes text and continues it, and runs wherever a {plan.architecture} runs."
     )
-    yield _cut(ready) if ready.cutting else merged
+    yield _cut(ready, ready.cutting.split) if ready.cutting else merged
     context = plan.config.get("max_position_embeddings")
     rows = {
         "Parameters": f"{count(plan.parameters)}, of which {count(plan.active_parameters)} work on "
@@ -118,10 +119,9 @@ def _what(ready: Prepared) -> Iterator[str]:
     yield "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v)])
 
 
-def _cut(ready: Prepared) -> str:
-    """What a split is."""
-    assert ready.cutting is not None
-    plan, split = ready.plan, ready.cutting.split
+def _cut(ready: Prepared, split: Split) -> str:
+    """The description of a mixture that was made by a split."""
+    plan = ready.plan
     always = f" beside {split.shared} always on" * bool(split.shared)
     return (
         f"A language model whose feed-forward parts (MLPs) are cut into {split.slices} slices of "

@@ -211,8 +211,6 @@ def opened_mixture(
         InputError: `old` is no mixture of a class that moemerge knows.
     """
     moe = open_moe(old, options.cache_dir, findings)
-    findings.refuse()
-    assert moe is not None
     for note in findings.notes:
         reporter.say(note)
     findings.notes.clear()

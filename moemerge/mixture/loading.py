@@ -88,10 +88,7 @@ def encoder_of(out: Path) -> Encoder:
 
 
 def _streamed(out: Path, options: RunOptions, reporter: Reporter) -> Any:
-    findings = Findings()
-    moe = open_moe(str(out.absolute()), options.cache_dir, findings)
-    findings.refuse()
-    assert moe is not None
+    moe = open_moe(str(out.absolute()), options.cache_dir, Findings())
     options = dataclasses.replace(options, lazy=True, load_in_4bit=False)
     model = load(moe, options, reporter, dtype_of(moe)).eval()
     model.config.output_router_logits = False  # a streamed layer cannot record them

@@ -27,7 +27,7 @@ from moemerge.checkpoint import (
     parse_source,
 )
 from moemerge.config import parse_config
-from moemerge.errors import Findings, InputError, nearest
+from moemerge.errors import Findings, InputError, Problem, nearest
 from moemerge.mixture.dense_body import check_body, dense_config_of
 from moemerge.mixture.parts import Part, check_parts, parts_of
 from moemerge.output import MANIFEST_FILE, Manifest, is_shard, read_manifest, settle
@@ -97,9 +97,13 @@ class Moe:
         return None
 
 
-def open_moe(named: str | Path, cache_dir: str | Path | None, findings: Findings) -> Moe | None:
-    """Open a mixture: a directory or a Hub id. Returns None and records problems otherwise."""
-    text = str(named)
+def open_moe(named: str | Path, cache_dir: str | Path | None, notes: Findings) -> Moe:
+    """Open a mixture: a directory or a Hub id. Notes about the mixture are added to `notes`.
+
+    Raises:
+        InputError: with every problem of the mixture.
+    """
+    text, findings = str(named), Findings()
     try:
         reference, on_top = parse_source(text)
         if on_top:
@@ -109,11 +113,9 @@ def open_moe(named: str | Path, cache_dir: str | Path | None, findings: Findings
             settle(reference.directory)
         opened = open_checkpoint(reference, cache_dir)
     except NoSource as error:
-        findings.problem(text, str(error), error.fix)
-        return None
+        raise InputError([Problem(text, str(error), error.fix)]) from error
     except SourceProblem as error:
-        findings.problem(text, error.what, error.fix)
-        return None
+        raise InputError([Problem(text, error.what, error.fix)]) from error
     for note in opened.notes:
         findings.note(f"{text}: {note}")
     config = opened.config
@@ -121,9 +123,8 @@ def open_moe(named: str | Path, cache_dir: str | Path | None, findings: Findings
     reading = reading_of(config.get("model_type"), opened.tensors)
     if reading is None:
         what = f"is of type {family!r}, no mixture that is known"
-        findings.problem(text, what, "name a mixture whose experts go by usual names")
-        return None
-    before = len(findings.problems)
+        fix = "name a mixture whose experts go by usual names"
+        raise InputError([Problem(text, what, fix)])
     count, per_token = count_of(config), config.get(PER_TOKEN)
     for key, value in (("the number of experts", count), (PER_TOKEN, per_token)):
         if type(value) is not int or value < 1:
@@ -131,17 +132,17 @@ def open_moe(named: str | Path, cache_dir: str | Path | None, findings: Findings
     if any(config[key] != count for key in COUNTS if key in config):
         said = " and ".join(key for key in COUNTS if key in config)
         findings.problem(text, f"config.json: {said} disagree", "write how many there are")
-    if len(findings.problems) > before:
-        return None
+    findings.refuse()
     parts = tuple(parts_of(opened, reading.names))
     inner = check_parts(parts, count, config, text, findings)
     dense = dense_config_of(opened, reading, inner, text, findings)
-    if len(findings.problems) == before and family in names() and reading.attends(config):
+    if not findings.problems and family in names() and reading.attends(config):
         check_body(parts, dense, text, findings)
     manifest = _manifest(opened.directory, text, findings)
     segments, factor = portions(config, manifest, count, per_token, text, findings)
-    if len(findings.problems) > before:
-        return None
+    findings.refuse()
+    for note in findings.notes:
+        notes.note(note)
     assert isinstance(count, int) and isinstance(per_token, int)
     whole = count // segments
     called = manifest.plan.experts if manifest and len(manifest.plan.experts) == whole else None

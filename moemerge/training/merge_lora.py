@@ -43,8 +43,6 @@ def merge_adapter(
     options, reporter, findings = options or Options(), listener(reporter, progress), Findings()
     adapter = str(adapter)
     moe = open_moe(old, options.cache_dir, findings)
-    findings.refuse()
-    assert moe is not None
     try:
         opened = open_checkpoint(parse_source(adapter)[0], options.cache_dir)
         lora = open_adapter(opened, moe.checkpoint)

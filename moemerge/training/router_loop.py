@@ -200,15 +200,17 @@ def _loss(
 @contextmanager
 def _router_logits(model: Any, routers: Sequence[Any], seen: list[Any] | None) -> Iterator[None]:
     """Note every router's logits (B * T, E), by which they learn too."""
+    if seen is None:
+        yield
+        return
     own = {id(router) for router in routers}
 
     def note(module: Any, args: tuple[Any, ...]) -> None:
         inputs = args[0].reshape(-1, args[0].shape[-1])
-        assert seen is not None
         seen.append((inputs @ module.weight.T).float())
 
     modules = [m for m in model.modules() if id(getattr(m, "weight", None)) in own]
-    hooks = [m.register_forward_pre_hook(note) for m in (modules if seen is not None else ())]
+    hooks = [m.register_forward_pre_hook(note) for m in modules]
     try:
         yield
     finally:

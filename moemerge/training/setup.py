@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from moemerge.errors import Findings
+from moemerge.errors import Findings, InputError
 from moemerge.gates import check_device_is_here
 from moemerge.mixture import Moe, check_memory, open_moe
 from moemerge.options import RunOptions
@@ -28,7 +28,11 @@ def begin(
     Conversations go through the chat template of a tokenizer's directory; without `template_of`
     they are read as plain text.
     """
-    moe = open_moe(out, options.cache_dir, findings)
+    moe = None
+    try:
+        moe = open_moe(out, options.cache_dir, findings)
+    except InputError as error:
+        findings.problems += error.problems
     documents = read(tuning.data, findings)
     check_device_is_here(options, findings)
     if moe is None:

@@ -115,8 +115,8 @@ def undo(out: str | Path, reporter: Reporter | None = None, progress: bool = Fal
         if not before or not manifest.tuned or not (out / _SHARD).is_file():
             what = "holds no routers from before a tuning that its own came of"
             findings.problem(str(out), what, "there is nothing to undo")
+            raise InputError(findings.problems)
         findings.refuse()
-        assert before is not None
         first = before.plan.shards[0]
         plan = dataclasses.replace(manifest.plan, shards=(first, *manifest.plan.shards[1:]))
         as_was = dataclasses.replace(before, plan=plan, config=manifest.config)
