@@ -215,7 +215,7 @@ def test_a_push_tells_nothing_of_this_machine(name: str, desk: Desk) -> None:
     ran = desk.do("push", out, repo)
     check(desk, repo)
     if name == "an edited card":
-        assert "notes.txt stays here" in ran.said
+        assert "not pushed, because not of the model: notes.txt" in ran.said
         assert "README.md: is pushed without the paths of this machine in it" in ran.said
         pushed = desk.hub.repositories[repo].find("main")
         assert pushed and "Made from ./m1, see" in pushed.files["README.md"].read_text()

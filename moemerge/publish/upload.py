@@ -70,7 +70,7 @@ def _push(out: Path, repo: str, private: bool, reporter: Reporter) -> str:
     for name in [n for n, what in content.items() if isinstance(what, bytes) and n not in written]:
         reporter.say(f"{out / name}: is pushed without the paths of this machine in it")
     if others := stays(out, content):
-        reporter.say(f"{out}: {', '.join(others)} not pushed, because no part of the model")
+        reporter.say(f"{out}: not pushed, because not of the model: {', '.join(others)}")
     target = Repository(repo, bars=True)
     target.create(private)
     there = target.files()
