@@ -166,7 +166,7 @@ BOMB = "a: &a {k: v}\n" + "".join(
     for old, new in zip("abcdefghijkl", "bcdefghijklm", strict=True)
 )
 HOSTILE = {
-    "no YAML": "license: [", "no mapping": "- mit", "markup": "license: '<script>'",
+    "no YAML": "license: [", "not a mapping": "- mit", "markup": "license: '<script>'",
     "long": f"license: {'a' * 5000}",
     "kinds": "license: {a: b}\nlanguage: 3\ndatasets: [[a/b], {}]",
     "lines": 'license: "mit\\n---\\nx: y"', "paths": "datasets: [../../etc, a/../b, /etc/passwd]",
@@ -292,7 +292,7 @@ def test_own_text_comes_first_and_its_keys_win(tmp_path: Path, babies: dict[str,
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "cannot be read"), (b"\xff", "is not UTF-8 text"), (b"---\n- a\n---\n", "no mapping"),
+    [(None, "cannot be read"), (b"\xff", "is not UTF-8 text"), (b"---\n- a\n---\n", "not a map"),
      (b"---\na: [\n---\n", "is not YAML")],
 )  # fmt: skip
 def test_a_card_that_is_none_is_refused(

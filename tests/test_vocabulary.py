@@ -127,7 +127,7 @@ def test_two_tokenizers_token_by_token(tmp_path: Path) -> None:
     assert line.startswith(
         "b: 2 tokens have other ids than in the base model ('python', 'code'), 1"
     )
-    assert f"{OWN - 2} are alike" in line and "tokenizer: union would have" in line
+    assert f"{OWN - 2} are alike" in line and "tokenizer: union would add" in line
 
 
 @pytest.mark.parametrize("tied", [False, True])
