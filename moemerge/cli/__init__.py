@@ -24,9 +24,8 @@ _MOST_SECONDS = 3.0  # for what others have registered for the end, as Ray to st
 def main() -> None:
     """Run the command line; the console script.
 
-    Ctrl-C is heard before anything else is imported, and ends the process with 130 and one line
-    wherever it comes. What was written until then is what a killed process leaves: the next run
-    goes on from it.
+    The handler of Ctrl-C is set before anything else is imported. At any moment, Ctrl-C ends the
+    process with one line and exit code 130. Files stay as after a kill, and the next run goes on.
     """
     _open_closed_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -56,8 +55,8 @@ def __getattr__(name: str) -> Any:
 def _open_closed_streams() -> None:
     """Put the null device where a standard stream is closed.
 
-    Else what is printed there would go to another stream, and the next file that is opened would
-    have the number of the closed one: whatever writes to that would write into the file.
+    Otherwise the next opened file gets the number of the closed stream, and what is printed to the
+    stream is written into that file.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -67,7 +66,7 @@ def _open_closed_streams() -> None:
 
 
 def _let_go(stream: TextIO) -> None:
-    """Empty a stream; if it takes nothing, it is no matter for Python at its end."""
+    """Flush a stream; if that fails, Python does not complain at exit."""
     try:
         stream.flush()
     except OSError:
@@ -75,10 +74,10 @@ def _let_go(stream: TextIO) -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    """End the process now: the second time without a word.
+    """End the process now; a second Ctrl-C ends it without a line.
 
-    No exception is raised, for too much lies on its way: imports that make another error of it,
-    and callbacks from which Python prints it and goes on.
+    No exception is raised, because imports turn it into another error, and callbacks print it and
+    go on.
     """
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     begin = "\n" if os.isatty(2) else ""  # the terminal shows ^C in the line of the bar

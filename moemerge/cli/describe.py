@@ -1,4 +1,4 @@
-"""A plan, new routers, and how a mixture routes, each as lines for a person."""
+"""The lines that commands print: of plans, routers, routing reports and edits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan_lines(ready: Any, options: Options) -> Iterator[str]:
-    """The plan for a person."""
+    """A plan as lines."""
     from moemerge.plan import recipe
     from moemerge.prepare import expected_peak, transfer
 
@@ -88,7 +88,7 @@ def edit_line(built: EditResult) -> str:
 
 
 def experts_line(made: Any, ready: Any = None) -> str:
-    """How many experts a plan has and a token passes, segments and shared experts told apart."""
+    """The numbers of experts: routed, per token, segments and shared."""
     line = f"{made.routed} experts, {made.routed_per_token} a token"
     if ready is None:
         return line
@@ -100,7 +100,7 @@ def experts_line(made: Any, ready: Any = None) -> str:
 
 
 def router_lines(merged: Any) -> Iterator[str]:
-    """What a person should know of the routers that were made."""
+    """How well the new routers route, as lines."""
     from moemerge.gates import modes, verdict
 
     plan = merged.plan
@@ -116,7 +116,7 @@ def router_lines(merged: Any) -> Iterator[str]:
 
 
 def routing_lines(found: RoutingReport) -> Iterator[str]:
-    """A routing report."""
+    """A routing report as lines."""
     experts, summary = found["experts"], found["summary"]
     head = "first expert"
     widths = [max(5, len(name)) for name in experts]

@@ -1,4 +1,4 @@
-"""The old spellings of `tune`, such as `tune OUT --only routers`, as the commands of today."""
+"""Old spellings of `tune`, such as `tune OUT --only routers`, translated to its commands."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _FIX = "write `moemerge tune routers`, `moemerge tune lora` or `moemerge tune un
 
 
 def is_old(args: list[str]) -> bool:
-    """Whether the arguments after `tune` are of an old spelling, or of none.
+    """Whether the arguments after `tune` are an old spelling.
 
-    The first word decides where it is no command of `tune`. Where it is one, it may still be an
-    OUT of that name: then the old spelling has a flag that the command does not know.
+    They are if the first word is no command of `tune`. If it is one, it may still be a directory
+    OUT of that name; then a flag of the old spelling, which the command does not have, decides.
     """
     first, flags = args[0], {flag for flag, _ in _flags(args)}
     if first in _WAYS.values():
@@ -25,10 +25,10 @@ def is_old(args: list[str]) -> bool:
 
 
 def as_today(args: list[str]) -> list[str]:
-    """The arguments after `tune` of an old spelling, in today's.
+    """The arguments of an old spelling, translated.
 
     Raises:
-        InputError: they name nothing to do, or several things.
+        InputError: they name no command, or several.
     """
     flags = list(_flags(args))
     for flag, value in flags:

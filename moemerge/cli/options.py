@@ -1,4 +1,4 @@
-"""The commands' options, declared once, and mergekit-moe's that mean nothing here."""
+"""The commands' options, and mergekit-moe's flags that mean nothing in moemerge."""
 
 from __future__ import annotations
 
@@ -52,31 +52,31 @@ UNHEARD = "moemerge: mergekit's flags that mean nothing here"
 _UNTRAINED = "--i-understand-this-is-not-useful-without-training"
 
 OPTIONS = {
-    "lazy": _option(bool, False, "--lazy", help="Low memory: gate modes that run a model "
-                    "hold one decoder layer of it at a time, not two (self: not all)."),
+    "lazy": _option(bool, False, "--lazy", help="Low memory: a gate mode that runs a model "
+                    "holds one decoder layer at a time, not two (self: not all)."),
     "shard_size": _option(str, "5GB", "--shard-size", "--out-shard-size", metavar="SIZE",
                           help="The most a shard holds: 1B or 500M parameters, 5GB or 2GiB bytes."),
     "seed": _option(int, 0, "--seed", "--random-seed", help="Seed of random gates and noise."),
     "device": _option(str, "auto", "--device", metavar="auto|cpu|cuda[:N]|mps",
-                      help="Where models run for gate modes that need it."),
+                      help="Device of the models that gate modes run."),
     "cuda": _option(bool | None, None, "--cuda/--no-cuda", hidden=True,
                     help="The same as --device cuda, or --device cpu."),
     "load_in_4bit": _option(bool, False, "--load-in-4bit",
-                            help="Quantise the model that gate modes run (bitsandbytes)."),
+                            help="Quantise the models that gate modes run (bitsandbytes)."),
     "load_in_8bit": _option(bool, False, "--load-in-8bit",
-                            help="Quantise the model that gate modes run (bitsandbytes)."),
+                            help="Quantise the models that gate modes run (bitsandbytes)."),
     "overwrite": _option(bool, False, "--overwrite",
-                         help="Replace what moemerge wrote to OUT before; nothing else."),
+                         help="Replace the files that moemerge wrote to OUT before."),
     "verify": _option(bool, True, "--verify/--no-verify",
                       help="Check the finished files against the plan."),
     "copy_tokenizer": _option(bool, True, "--copy-tokenizer/--no-copy-tokenizer",
                               help="Copy the base model's tokenizer and chat template."),
     "allow_crimes": _option(bool, False, "--allow-crimes/--no-allow-crimes",
-                            help="Let model families mix where shapes and activation agree."),
+                            help="Mix model families if shapes and activation agree."),
     "untrained_ok": _option(bool, False, _UNTRAINED,
-                            help="Do not remark that equal experts need training."),
+                            help="Do not note that equal experts need training."),
     "cache_dir": _option(str | None, None, "--cache-dir", "--transformers-cache", metavar="DIR",
-                         help="The Hub's cache, if not the usual one."),
+                         help="The Hub's cache (default: the usual one)."),
     "jobs": _option(
         int | None, None, "--jobs", "-j", "--num-threads",
         help="Threads that read, compute and write; each holds a buffer of 16 MiB.  "
@@ -86,15 +86,15 @@ OPTIONS = {
         bool,
         True,
         "--direct/--no-direct",
-        help="Write past the page cache where the file system can: several times faster for files "
-        "larger than memory, and what is cached stays cached.",
+        help="Write past the page cache if the file system can. Files larger than memory are "
+        "written several times faster, and other cached files stay cached.",
     ),
     "checksums": _option(
         bool,
         True,
         "--checksum/--no-checksum",
-        help="Checksum every shard on the way. Without, the kernel copies what is only copied, and "
-        "shares it where the file system can (btrfs, xfs).",
+        help="Checksum every shard while it is written. With --no-checksum, the kernel copies "
+        "unchanged tensors, and shares their blocks if the file system can (btrfs, xfs).",
     ),
     "shards": _option(
         str,
@@ -102,15 +102,15 @@ OPTIONS = {
         "--shards",
         metavar="PART/PARTS",
         show_default=False,
-        help="Write one share of the shards, as 0/8 to 7/8 on eight machines with one file system; "
-        "the last to end completes OUT.",
+        help="Write one share of the shards: 0/8 to 7/8 on eight machines with one file system. "
+        "The last one completes OUT.",
     ),
     "stream": _option(
         bool,
         False,
         "--stream",
-        help="Keep no copy of models on the Hub: read the byte ranges that the merge needs, and no "
-        "others, straight into the output.",
+        help="Keep no copy of models on the Hub: read only the byte ranges that the merge needs, "
+        "straight into the output.",
     ),
     "push": _option(
         str,
@@ -120,13 +120,13 @@ OPTIONS = {
         show_default=False,
         help="Upload the result to this repository on the Hub.",
     ),
-    "private": _option(bool, False, "--private", help="Make that repository a private one."),
+    "private": _option(bool, False, "--private", help="Make the repository private."),
     "push_as_you_go": _option(
         bool,
         False,
         "--push-as-you-go",
-        help="Upload each shard when it is finished, and delete it here: two are on the disk at "
-        "most, and OUT holds no model at the end.",
+        help="Upload each finished shard and delete it here. At most two shards are on the disk, "
+        "and OUT holds no model at the end.",
     ),
     "ray": _option(
         str,
@@ -142,7 +142,7 @@ OPTIONS = {
         "--card",
         metavar="FILE",
         show_default=False,
-        help="A markdown file that the model card begins with; keys of its YAML head win.",
+        help="A markdown file for the beginning of the model card. Keys of its YAML head win.",
     ),
     "card_config": _option(
         bool,
@@ -174,9 +174,10 @@ GATING = ("lazy", "seed", "device", "cuda", "load_in_4bit", "load_in_8bit", "all
 
 
 def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command those of OPTIONS; it gets them as `options` and `terminal`.
+    """Add these OPTIONS to a command, which gets `options` and `terminal`.
 
-    A parameter `typed` gets the names of all that were typed, defaults too.
+    If the command has a parameter `typed`, it gets the names of all options that were typed, even
+    with their default values.
     """
     return functools.partial(_with_options, names or tuple(OPTIONS))
 
@@ -223,7 +224,7 @@ def _with_options(names: tuple[str, ...], command: Callable[..., None]) -> Calla
 
 
 def with_ray_address(args: list[str]) -> Iterator[str]:
-    """The arguments with `local` after a `--ray` that no address follows."""
+    """The arguments, with `local` after a `--ray` without an address."""
     for argument, after in zip(args, [*args[1:], ""], strict=True):
         yield argument
         if argument == "--ray" and not re.fullmatch(r"auto|local|(ray://)?[\w.-]+:\d+", after):
@@ -231,9 +232,9 @@ def with_ray_address(args: list[str]) -> Iterator[str]:
 
 
 def meaningful(args: list[str], unheard: list[str]) -> Iterator[str]:
-    """The arguments without mergekit-moe's flags that mean nothing here, told in `unheard`.
+    """The arguments without mergekit-moe's flags that mean nothing here.
 
-    `with_options` says the lines, once it knows whether it may.
+    A line about each is added to `unheard`. `with_options` prints the lines, unless --quiet.
     """
     rest = iter(args)
     for argument in rest:

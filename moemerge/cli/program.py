@@ -1,4 +1,4 @@
-"""The program: its name for help, the command that goes without saying, and what commands take."""
+"""The program: the default command, and the arguments that commands share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DefaultToMerge(TyperGroup):
     """`moemerge CONFIG OUT` is `moemerge merge CONFIG OUT`."""
 
     def main(self, *args: Any, **more: Any) -> Any:
-        """Run; errors that are meant for a person end it with their message and exit code."""
+        """Run the program; an error for the user ends it with a message and an exit code."""
         with explained():
             return super().main(*args, **more)
 
@@ -33,17 +33,17 @@ class DefaultToMerge(TyperGroup):
         return sorted(self.commands, key=lambda name: (name != "merge", name))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put `merge` where no command stands."""
+        """Add `merge` if no command is named."""
         args = self._as_meant(args)
         if args and args[0] not in self.commands and args[0] not in OWN:
             args = ["merge", *args]
         return super().parse_args(ctx, args)
 
     def _as_meant(self, args: list[str]) -> list[str]:
-        """The arguments with the right word for `help` and `version`, which are no commands.
+        """The arguments, with `help` and `version` translated to their flags.
 
         Raises:
-            InputError: the first is neither a file nor a command, but like one.
+            InputError: the first is a misspelt command.
         """
         first = args[0] if args else "-"
         if first.startswith("-") or first in self.commands or Path(first).exists():
@@ -58,11 +58,13 @@ class DefaultToMerge(TyperGroup):
 
 
 class AsMergekit(TyperCommand):
-    """A command that mergekit-moe has too: it takes that program's flags, and says which of them
-    mean nothing here. Write `@app.command(cls=AsMergekit)`."""
+    """A command that takes mergekit-moe's flags too, and notes those that mean nothing here.
+
+    Write `@app.command(cls=AsMergekit)`.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Drop those flags, and give `--ray` its address."""
+        """Drop flags that mean nothing here, and add the address of `--ray`."""
         unheard: list[str] = ctx.meta.setdefault(UNHEARD, [])
         args = list(meaningful(list(with_ray_address(args)), unheard))
         return super().parse_args(ctx, args)
@@ -100,7 +102,7 @@ Texts = Annotated[
 
 
 def check_config_path(config: Path) -> None:
-    """Refuse a config that is not there; it may be a command that was mistyped."""
+    """Refuse a missing config file, which may be a misspelt command."""
     try:
         config.stat()
     except FileNotFoundError:
@@ -116,7 +118,7 @@ def check_config_path(config: Path) -> None:
 
 
 def check_file_to_write(path: Path) -> None:
-    """Refuse a file that has no directory to be in, or is one."""
+    """Refuse a file to write whose directory is missing, or that is a directory."""
     if not path.absolute().parent.is_dir():
         fix = "name a file in a directory that exists"
         raise InputError([Problem(str(path), "its directory does not exist", fix)])
@@ -125,7 +127,7 @@ def check_file_to_write(path: Path) -> None:
 
 
 def texts_by_name(given: Iterable[str]) -> dict[str, Path]:
-    """What `--text NAME=FILE` says, again and again."""
+    """The files of all `--text NAME=FILE` by their names."""
     texts: dict[str, Path] = {}
     for one in given:
         name, equals, file = one.partition("=")

@@ -1,4 +1,4 @@
-"""What a person sees: lines, bars, and every error as its message and exit code."""
+"""Output to a terminal: lines, progress bars, and errors with their exit codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moemerge.reporting import Console, Reporter, Silent
 
 
 class Terminal(Console):
-    """The listener of a command: results to standard output, the rest to standard error."""
+    """The reporter of a command: results go to standard output, the rest to standard error."""
 
     def __init__(self, quiet: bool, verbose: bool):
         super().__init__(verbose)
@@ -31,33 +31,33 @@ class Terminal(Console):
             self.print(one_line(f"note: {Line(line).typed}"))
 
     def detail(self, line: str) -> None:
-        """Print a line for the curious."""
+        """Print a line if --verbose."""
         if self.verbose:
             self.print(Line(line).typed)
 
     def result(self, line: str) -> None:
-        """Print the one line that the command ends with."""
+        """Print a line of the result."""
         if not self.quiet:
             show(line)
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-        """A bar, or a line now and then; nothing when quiet."""
+        """A progress bar, or a line every 15 seconds without a terminal; nothing if --quiet."""
         listening: Reporter = Silent() if self.quiet else Console(self.verbose, self.clock)
         with listening.progress(what, total, unit) as advance:
             yield advance
 
 
 def show(line: str) -> None:
-    """Print to standard output, at once."""
+    """Print to standard output and flush."""
     print(line, flush=True)
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Every error meant for a person as its message and exit code.
+    """Print an error for the user as its message, and exit with its code.
 
-    So a standard output that has no room; one that nobody reads ends the command without a word.
+    A full standard output is such an error. A closed one ends the command without a line.
     """
     tell = Console().print
     try:
@@ -80,7 +80,7 @@ def explained() -> Iterator[None]:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held, in bytes; 0 where the system does not say."""
+    """The peak memory of this process in bytes; 0 if the system does not say."""
     with suppress(OSError, ValueError, IndexError):  # getrusage counts what the parent held, too
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.split("VmHWM:")[1].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: what it began with, and the last one that was written to its end."""
+"""Checkpoints of a training: its settings, and its last complete checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WRITTEN_LAST = "trainer_state.json"
 
 
 def digest_of_text(passages: Sequence[Passage]) -> str:
-    """Equal for passages of the same tokens in the same order, of which the same are learnt."""
+    """A digest of the passages: their tokens, their order, and which tokens are learnt."""
     digest = hashlib.blake2b(digest_size=16)
     for one in passages:
         digest.update(repr((one.ids, one.counted, one.starts)).encode())
@@ -26,20 +26,20 @@ def digest_of_text(passages: Sequence[Passage]) -> str:
 
 
 def digest_of_weights(moe: Moe) -> str:
-    """Equal for a mixture with the same weights: by its manifest, else by when it was written."""
+    """A digest of the mixture's weights: from its manifest, or its fingerprint and time."""
     if moe.manifest:
         return digest_of(moe.manifest.files)
     return digest_of([moe.checkpoint.fingerprint, moe.checkpoint.modified])
 
 
 def begin(folder: Path, run: dict[str, Any], before: float) -> None:
-    """Note what a training begins with: its settings by their flags, and its held-out loss."""
+    """Write the settings of a training, by their flags, and its first held-out loss."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / _BEGUN, {"run": run, "before": before})
 
 
 def last(folder: Path) -> tuple[Path, float] | None:
-    """The last checkpoint that is whole, and the held-out loss from before the training."""
+    """The last complete checkpoint, and the held-out loss before the training."""
     before = read_json(folder / _BEGUN).get("before")
     whole = [one for one in folder.glob("checkpoint-*") if read_json(one / _WRITTEN_LAST)]
     if not isinstance(before, float) or not whole:
@@ -48,12 +48,12 @@ def last(folder: Path) -> tuple[Path, float] | None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """How many steps had been made."""
+    """The number of steps of a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def check_same(folder: Path, run: dict[str, Any], findings: Findings) -> None:
-    """Record every setting that is not what the training in `folder` began with."""
+    """Record every setting that differs from the training in `folder`."""
     begun = read_json(folder / _BEGUN).get("run", {})
     for flag in begun.keys() & run.keys():
         if begun[flag] != run[flag]:

@@ -1,4 +1,4 @@
-"""Text to train on: files as passages of tokens, of which the loss counts those to be learnt."""
+"""Text to train on: files as passages of tokens, and which tokens are learnt."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Template = Callable[[Sequence[dict[str, str]], bool], str]
 
 @dataclass(frozen=True)
 class Passage:
-    """Token `ids` to read, whether the loss counts each (never the first), and `starts`: where in
-    it a text begins, the first being at 0."""
+    """Token `ids`, whether the loss counts each (never the first), and `starts`: where the texts
+    in the passage begin (the first at 0)."""
 
     ids: tuple[int, ...]
     counted: tuple[bool, ...]
@@ -56,12 +56,12 @@ def read(files: Iterable[str | Path], findings: Findings) -> list[str | Conversa
 def passages_of(
     document: str | Conversation, encoder: Encoder, length: int, template: Template | None
 ) -> list[Passage]:
-    """A document as passages of at most `length` tokens; one longer than that is cut.
+    """A document as passages of at most `length` tokens; a longer document is cut.
 
-    Of a conversation the assistant's turns count, and what lies beyond `length` is left out.
+    In a conversation only the assistant's turns count, and tokens beyond `length` are left out.
 
     Raises:
-        ValueError: the template does not tell its turns apart, or there is none.
+        ValueError: there is no chat template, or its turns cannot be told apart.
     """
     if not isinstance(document, str):
         made = _spoken(document, encoder, template)
@@ -81,7 +81,7 @@ def passages_of(
 def divide(
     documents: Sequence[Sequence[Passage]], share: float, seed: int
 ) -> tuple[list[Passage], list[Passage]]:
-    """The passages to train on, and those held out: whole documents, where there are enough."""
+    """The passages to train on, and the held-out ones: whole documents if there are enough."""
     units = list(documents)
     if len(units) < _FEW:
         units = [[passage] for document in units for passage in document]
@@ -93,7 +93,7 @@ def divide(
 
 
 def packed(passages: Iterable[Passage], length: int) -> list[Passage]:
-    """Passages side by side in rows of at most `length` tokens; none sees another's."""
+    """Passages packed into rows of at most `length` tokens; no passage attends to another."""
     rows: list[Passage] = []
     for one in passages:
         last = rows[-1] if rows else None
@@ -106,7 +106,7 @@ def packed(passages: Iterable[Passage], length: int) -> list[Passage]:
 
 
 def endless(count: int, seed: int) -> Iterator[int]:
-    """Numbers below `count`, each once a round in another order, for ever."""
+    """Numbers below `count` without end; each round has every number once, in a new order."""
     draw = random.Random(seed)
     while True:
         order = list(range(count))
@@ -131,9 +131,9 @@ def _conversation(row: dict[str, Any]) -> Conversation:
 
 
 def _spoken(turns: Conversation, encoder: Encoder, template: Template | None) -> Passage:
-    """A whole conversation; what counts is what the template puts after the beginning of an answer.
+    """A conversation as a passage; only the text of answers counts.
 
-    Turn by turn, each text goes on where the one before it ends, or the template does not do.
+    The template is applied to one turn more each time, and must only append to the text before.
     """
     if template is None:
         raise ValueError("it has conversations, for which the tokenizer has no chat template")

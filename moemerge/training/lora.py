@@ -1,7 +1,4 @@
-"""A LoRA adapter trained on a mixture: on every linear and on every expert's own matrices.
-
-transformers' Trainer runs it; `adapters` puts it on the model and saves it.
-"""
+"""Training of a LoRA for every linear and every expert's matrices, by transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -39,9 +36,8 @@ _NOT_LEARNT = -100
 class Lora:
     """The adapter: W + alpha / rank * B A (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
-    With `embeddings` it has the embeddings and the head too, trained whole, in float32; of them
-    only the rows from `first_row` on change, at the learning rate `embedding_rate` (None: the
-    LoRA's).
+    With `embeddings`, embeddings and head are trained whole too, in float32. Only their rows from
+    `first_row` on change, at the learning rate `embedding_rate` (None: the LoRA's).
     """
 
     rank: int = 16
@@ -57,7 +53,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What came of it: the trained parameters, and the held-out loss before and after."""
+    """The result: the number of trained parameters, and the held-out loss before and after."""
 
     adapter: Path
     parameters: int
@@ -78,9 +74,9 @@ def finetune(
     """Train a LoRA adapter of the mixture `out` with transformers' Trainer, into `adapter`.
 
     With `options.load_in_4bit` the frozen weights are in NF4 (QLoRA). Of conversations only the
-    assistant's turns are learnt. With `lora.resume` it goes on from the last checkpoint, as if it
-    had not been interrupted. Under `accelerate launch` each process reads `tuning.batch` passages a
-    step, and one of them writes.
+    assistant's turns are learnt. With `lora.resume` the training goes on from the last checkpoint,
+    as if it had not been interrupted. Under `accelerate launch` each process reads `tuning.batch`
+    passages a step, and one of them writes.
 
     Raises:
         InputError: the mixture, the data or `adapter` cannot be used; nothing was written.
@@ -142,7 +138,7 @@ def _check_lora(lora: Lora, moe: Moe | None, findings: Findings) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the one process, or the first of several that `accelerate launch` began."""
+    """Whether this is the only process, or the first process of `accelerate launch`."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -256,7 +252,7 @@ def _held_out_loss(trainer: Any, reporter: Reporter) -> float:
 
 
 def _only_from(row: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A gradient without the rows before that one, so that they stay what they are."""
+    """A hook that zeroes the gradient of the rows before `row`, so that they do not change."""
 
     def cut(grad: torch.Tensor) -> torch.Tensor:
         grad = grad.clone()
@@ -267,7 +263,7 @@ def _only_from(row: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _trainer_class(rows: list[Any], rate: float | None) -> Any:
-    """transformers' Trainer, with another learning rate for some parameters if there is one."""
+    """transformers' Trainer with a learning rate of its own for embeddings and head."""
     import transformers
 
     class Trainer(transformers.Trainer):  # type: ignore[misc]
@@ -286,7 +282,7 @@ def _trainer_class(rows: list[Any], rate: float | None) -> Any:
 
 
 def _listener(advance: Callable[[int], object], reporter: Reporter) -> Any:
-    """Tells of a training's steps and losses."""
+    """A callback that reports steps and losses."""
     import transformers
 
     class Listener(transformers.TrainerCallback):  # type: ignore[misc]
@@ -304,7 +300,7 @@ def _listener(advance: Callable[[int], object], reporter: Reporter) -> Any:
 
 
 def collate(passages: list[Passage]) -> dict[str, Any]:
-    """A batch for transformers, (B, T) each; positions begin anew with every text in a row."""
+    """A batch for transformers, each tensor (B, T); positions start at 0 for every packed text."""
     width = max(len(one.ids) for one in passages)
     labels, positions = [], []
     for one in passages:

@@ -1,4 +1,4 @@
-"""A LoRA adapter of a mixture written into it: a full checkpoint, streamed."""
+"""A LoRA adapter merged into a mixture, streamed into a full checkpoint."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def merge_adapter(
     """Write the mixture `old` with a LoRA adapter's deltas into `out`.
 
     The adapter has the names of the mixture's files, as `moemerge tune lora` writes it, or it was
-    trained with PEFT on experts that transformers 5 had stacked (`target_parameters`). One that
-    changes the embeddings or the head of a tied mixture alone unties them, as PEFT does.
+    trained with PEFT on experts that transformers 5 had stacked (`target_parameters`). An adapter
+    that changes only the embeddings or only the head of a tied mixture unties them, as PEFT does.
 
     Raises:
         InputError: either cannot be read, or they do not fit; nothing was written.

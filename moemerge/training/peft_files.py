@@ -1,4 +1,4 @@
-"""A LoRA adapter on a mixture whose experts stand apart, and its file, in the form that PEFT loads.
+"""LoRA adapters of a mixture with linear experts, attached and saved so that PEFT loads them.
 
 Shapes: E experts, r rank, D hidden size, F intermediate size.
 """
@@ -21,10 +21,10 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.lora_([AB])\.weight")
 
 
 def attach(model: Any, rank: int, alpha: float, embeddings: bool, dtype: torch.dtype) -> Any:
-    """Put a LoRA on every linear that does not route, as PEFT's model.
+    """Add a LoRA to every linear but routers and gates; returns PEFT's model.
 
-    With `embeddings` these and the head are trained whole. They are held in float32, for in
-    bfloat16 small steps come to nothing; tied ones stay tied.
+    With `embeddings`, embeddings and head are trained whole, in float32, because bfloat16 rounds
+    small steps away. Tied ones stay tied.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -47,9 +47,9 @@ def attach(model: Any, rank: int, alpha: float, embeddings: bool, dtype: torch.d
 
 
 def save(wrapped: Any, moe: Moe, adapter: Path, dtype: torch.dtype) -> None:
-    """Write the adapter under the names of the files; whole modules in the files' dtype.
+    """Write the adapter with the tensor names of the mixture's files; whole modules in its dtype.
 
-    A tied head is there too, as PEFT has it: without it PEFT does not load the embeddings.
+    A tied head is written too; without it PEFT does not load the embeddings.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -93,10 +93,10 @@ def _linears(model: Any) -> list[str]:
 
 
 def _stacked(state: dict[str, torch.Tensor], moe: Moe) -> dict[str, torch.Tensor]:
-    """Experts' adapters as PEFT has them for stacked experts: A (E * r, in), B (out, r * E).
+    """Adapters of single experts in PEFT's form for stacked experts: A (E * r, in), B (out, r * E).
 
-    Gate and up are one matrix there, whose adapter has both ranks: B is (2F, 2r) of two blocks.
-    PEFT's wrapper of gate and up is inside that of down.
+    There, gate and up are one matrix. Its adapter has the sum of both ranks, and B (2F, 2r) is
+    block-diagonal. PEFT's wrapper of gate and up is inside the wrapper of down.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The routers of a mixture trained by what the whole model predicts; everything else is frozen.
+"""Training of a mixture's routers by the model's loss; all other weights are frozen.
 
 Shapes: B passages, T tokens, V vocabulary, E experts.
 """
@@ -30,19 +30,19 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Trained:
-    """Held-out losses (nats a token) by step, from 0, and the step whose routers were kept."""
+    """Held-out losses (nats per token) by step, from step 0, and the step with the kept routers."""
 
     curve: tuple[tuple[int, float], ...]
     best: int
 
     @property
     def before(self) -> float:
-        """The held-out loss of the routers as they were."""
+        """The held-out loss of the old routers."""
         return self.curve[0][1]
 
     @property
     def after(self) -> float:
-        """That of the routers that were kept."""
+        """The held-out loss of the kept routers."""
         return dict(self.curve)[self.best]
 
 
@@ -57,14 +57,14 @@ def train(
     per_token: int,
     reporter: Reporter,
 ) -> tuple[Trained, dict[str, Any]]:
-    """Train, and give the routers (float32 arrays, (E, D)) of the step that was best held out.
+    """Train the routers; return those of the step with the lowest held-out loss, (E, D) in float32.
 
-    AdamW with a cosine schedule, on float32 copies of what the model reads in its own dtype. The
-    order of the passages is the seed's. It ends early when the held-out loss has not fallen for
-    `tuning.patience` readings; step 0 counts, so the result is never worse than the beginning.
+    AdamW with a cosine schedule trains float32 copies; the model reads them in its own dtype. The
+    seed decides the order of passages. Training ends early if the held-out loss has not fallen for
+    `tuning.patience` measurements. Step 0 counts, so the result is never worse than the start.
 
     Raises:
-        RunError: the loss is no number.
+        RunError: the loss is not finite.
     """
     import torch
 
@@ -110,7 +110,7 @@ def train(
 
 
 def shape(curve: Sequence[tuple[int, float]]) -> str:
-    """A curve as a row of bars, and its last value."""
+    """A curve as a row of bar characters, and its last value."""
     losses = [loss for _, loss in curve]
     low, high = min(losses), max(losses)
     bars = [_BARS[round((loss - low) / (high - low or 1) * (len(_BARS) - 1))] for loss in losses]
@@ -141,7 +141,7 @@ def mean_loss(
 
 
 def _pace(at: int, steps: int) -> float:
-    """The share of the learning rate: up in the first tenth, then a cosine to 0."""
+    """The factor of the learning rate: a warm-up of a tenth of the steps, then a cosine to 0."""
     import math
 
     warm = max(1, round(_WARM_UP * steps))
@@ -199,7 +199,7 @@ def _loss(
 
 @contextmanager
 def _router_logits(model: Any, routers: Sequence[Any], seen: list[Any] | None) -> Iterator[None]:
-    """Note every router's logits (B * T, E), by which they learn too."""
+    """Collect every router's logits (B * T, E) for the load-balancing loss."""
     if seen is None:
         yield
         return
@@ -236,7 +236,7 @@ def _of_one_expert(model: Any, passages: Sequence[Passage], expert: int) -> Any:
 def _best_experts(
     model: Any, texts: Sequence[Passage], tuning: Tuning, reporter: Reporter
 ) -> dict[int, int]:
-    """Of each passage that will be read, the expert that alone predicts it best."""
+    """For each passage, the expert that alone predicts it best."""
     import torch
 
     count = len(experts_of(model)[0])

@@ -1,4 +1,4 @@
-"""How training is run: one frozen record, checked on creation."""
+"""The settings of a training: one frozen record, checked on creation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from moemerge.errors import InputError, Problem
 class Tuning:
     """How much is trained on, and how fast.
 
-    `data` are text or jsonl files; `held_out` is the share of them that is never trained on. A step
-    reads `batch` passages of at most `length` tokens (None: 256, or the model's context if that is
-    less; one beyond the context is refused). `balance` weighs the load-balancing loss
-    (None: as config.json says), `distil` the share of the loss that is the distance to the best
-    expert of each text.
+    `data` are text or jsonl files; `held_out` is the share that is never trained on. A step reads
+    `batch` passages of at most `length` tokens (None: 256 or the model's context, whichever is
+    less; a length beyond the context is refused). `balance` is the weight of the load-balancing
+    loss (None: as in config.json). `distil` is the share of the loss that is the distance to the
+    predictions of each text's best expert.
     """
 
     data: tuple[str | Path, ...] = ()

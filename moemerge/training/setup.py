@@ -1,4 +1,4 @@
-"""What a training begins with: the mixture, and the text as passages; all problems found first."""
+"""The start of a training: the mixture opened, the text as passages, and all problems found."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def begin(
     findings: Findings,
     template_of: Callable[[Path], Template | None] | None,
 ) -> tuple[Moe | None, list[list[Passage]], int]:
-    """The mixture `out`, each document's passages and their longest length; problems are recorded.
+    """Open the mixture `out`; return it, each document's passages, and the length of a passage.
 
-    Conversations go through the chat template of a tokenizer's directory; without `template_of`
+    Problems are recorded. Conversations go through the chat template in `template_of`; without it
     they are read as plain text.
     """
     moe = None
@@ -60,7 +60,7 @@ def begin(
 
 
 def _length(tuning: Tuning, moe: Moe, findings: Findings) -> int:
-    """How long a passage may be: as is wanted, which the model must be able to read."""
+    """The length of a passage, which must fit into the model's context."""
     context = int(moe.config.get("max_position_embeddings") or 1 << 62)
     if tuning.length is not None and tuning.length > context:
         what = f"is {tuning.length}, the model reads {context} tokens at once"
@@ -69,7 +69,7 @@ def _length(tuning: Tuning, moe: Moe, findings: Findings) -> int:
 
 
 def _check(made: list[list[Passage]], moe: Moe, findings: Findings) -> None:
-    """Record text that is too short to divide, or that has tokens the model does not know."""
+    """Record text that is too short to hold some out, or has tokens beyond the vocabulary."""
     flat = [passage for document in made for passage in document]
     if len(flat) < 2:
         findings.problem("--data", "is one passage: none could be held out", "name more text")

@@ -1,6 +1,6 @@
-"""The routers of a finished mixture, trained: its first shard is rewritten, and nothing else moves.
+"""Trains the routers of a finished mixture, in place: only its first shard is rewritten.
 
-What was there before stands in `before-tuning/` until the next time, for `undo`.
+The old shard, manifest and card stay in `before-tuning/` for `undo`, until the next training.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _MANIFEST = f"{BEFORE_TUNING}/{MANIFEST_FILE}"
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of it: held-out losses by step, how much was read, and how long it took."""
+    """The result: held-out losses by step, the numbers of passages, and the seconds it took."""
 
     out: Path
     trained: Trained
@@ -65,8 +65,8 @@ def tune(
 ) -> Tuned:
     """Train the routers of the mixture in `out`; everything else is frozen.
 
-    First shard, manifest and card are replaced together, and so is what `undo` goes back to. If no
-    step is better on held-out text than the beginning, nothing changes.
+    First shard, manifest, card and the copies for `undo` are replaced together. If no step has a
+    lower held-out loss than the start, nothing changes.
 
     Raises:
         InputError: `out` is no finished mixture, or the data cannot be read; nothing was written.
@@ -97,12 +97,12 @@ def tune(
 
 
 def undo(out: str | Path, reporter: Reporter | None = None, progress: bool = False) -> None:
-    """Give the mixture in `out` back the routers from before its last `tune`.
+    """Put back the routers of `out` from before its last training.
 
-    What else was changed since, such as the experts a token, stays.
+    Later changes of other things, such as the experts per token, stay.
 
     Raises:
-        InputError: it was not tuned, or has had other routers since.
+        InputError: the mixture was not trained, or has had other routers since.
     """
     out, reporter, findings = Path(out), listener(reporter, progress), Findings()
     _tunable(out, Findings())
@@ -133,7 +133,7 @@ def undo(out: str | Path, reporter: Reporter | None = None, progress: bool = Fal
 
 
 def balance_of(moe: Moe, tuning: Tuning) -> float:
-    """The weight of the load-balancing loss: what is asked for, else what config.json asks for."""
+    """The weight of the load-balancing loss: the setting's, or config.json's."""
     if tuning.balance is not None:
         return tuning.balance
     wanted = moe.config.get("output_router_logits") is True
@@ -141,7 +141,7 @@ def balance_of(moe: Moe, tuning: Tuning) -> float:
 
 
 def _tunable(out: Path, findings: Findings) -> Manifest:
-    """The manifest of a mixture whose first shard has its routers."""
+    """The manifest of a mixture; problems are recorded if its first shard has no routers."""
     if not (out / MANIFEST_FILE).is_file() and (out / CONFIG_FILE).is_file():
         what = f"holds no {MANIFEST_FILE}, so its routers are not in a file of their own"
         fix = "`moemerge top-k` writes the like of it, K as it is, with routers apart"
@@ -164,7 +164,7 @@ def _replace(
     options: Options,
     reporter: Reporter,
 ) -> None:
-    """Replace the first shard, the manifest and the card, and what is kept of those before."""
+    """Replace the first shard, the manifest and the card, and keep the old ones for `undo`."""
     out, state, plan = change.out, change.state, manifest.plan
     first = plan.shards[0]
     source = state.directory / f"tuned{WEIGHTS_SUFFIX}"
@@ -214,7 +214,7 @@ def _replace(
 
 
 def _bare(manifest: Manifest) -> Manifest:
-    """The manifest without what an earlier tuning kept, which this one's takes the place of."""
+    """The manifest without the files that an earlier training kept for `undo`."""
     own = (_SHARD, _MANIFEST, _CARD)
     files = {name: entry for name, entry in manifest.files.items() if name not in own}
     return dataclasses.replace(manifest, files=files)
@@ -225,7 +225,7 @@ def _as_made(tensor: PlannedTensor) -> PlannedTensor:
 
 
 def _array(out: Path, shard: Shard, tensor: PlannedTensor) -> Any:
-    """A tensor of the first shard that is no router, as it stands there."""
+    """A tensor of the first shard that is no router, as an array."""
     import numpy as np
 
     location = read_header(out / shard.file)[tensor.name]

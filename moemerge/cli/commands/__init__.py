@@ -1,4 +1,4 @@
-"""The commands, one file each: importing them is registering them."""
+"""The commands, one file each. Importing a command registers it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from moemerge.cli.terminal import show
 def architectures(
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
-    """List what can be written: of which dense models, with which shared experts, who reads it."""
+    """List the output classes: their dense families, shared experts and readers."""
     from moemerge.prepare import listing
 
     rows = listing()

@@ -1,4 +1,4 @@
-"""The command that says how good a mixture is beside what it was made of."""
+"""The command `eval`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def evaluate(
         typer.Option("--json", metavar="FILE", show_default=False, help="Write them as JSON."),
     ] = None,
 ) -> None:
-    """Judge the mixture in OUT beside what it was made of: perplexity of texts, lm-eval's tasks."""
+    """Compare the mixture in OUT with its sources: perplexity of texts, and lm-eval's tasks."""
     from moemerge.card import tell_evaluation
     from moemerge.evaluation import EvalSpec, evaluate
     from moemerge.output import writing

@@ -1,4 +1,4 @@
-"""The commands that make a mixture, check it, show it and let others have it."""
+"""The command `merge`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def merge(config: Config, out: Out, options: Options, terminal: Terminal) -> Non
 
 
 def write_mixture(config: Path, out: Path, options: Options, terminal: Terminal) -> None:
-    """Merge, and tell what was written and how the routers do."""
+    """Merge, then print what was written and how well the routers route."""
     from moemerge.merging import merge
 
     merged = merge(config, out, options, terminal)

@@ -31,7 +31,7 @@ def plan(
     typed: frozenset[str],
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
 ) -> None:
-    """Show what a merge of CONFIG would build; headers are read, nothing is written."""
+    """Show what a merge of CONFIG would build. Reads headers only and writes nothing."""
     from moemerge.prepare import expected_peak, make_plan, transfer
 
     check_config_path(config)

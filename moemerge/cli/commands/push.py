@@ -19,7 +19,7 @@ def push(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
-    """Upload a finished OUT to the Hub: what is new, in one commit; the same again goes on."""
+    """Upload the new files of a finished OUT to the Hub, in one commit. Run again to resume."""
     from moemerge.publish import push
 
     terminal = Terminal(quiet, False)

@@ -32,7 +32,7 @@ def routing(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Show how the mixture in OUT routes: the config's prompts held out, or given texts."""
+    """Show how the mixture in OUT routes its config's prompts (held out), or given texts."""
     from moemerge.evaluation import report
     from moemerge.output import writing
     from moemerge.report import heat_map, page

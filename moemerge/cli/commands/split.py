@@ -13,7 +13,7 @@ from moemerge.options import Options
 @app.command(cls=AsMergekit)
 @with_options()
 def split(config: Config, out: Out, options: Options, terminal: Terminal) -> None:
-    """Cut the MLPs of one model into slices, as CONFIG's `split:` says; merge does it too."""
+    """Cut the MLPs of one model into experts, as `split:` in CONFIG says. `merge` does it too."""
     from moemerge.config import load_config
 
     check_config_path(config)

@@ -19,10 +19,10 @@ from moemerge.reporting import count
 
 
 class Tune(TyperGroup):
-    """What is trained is a command of its own; the spellings of old are understood too."""
+    """The commands of `tune`; the old spellings work too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put an old spelling in today's, and say that."""
+        """Translate an old spelling, and say the new one."""
         if args and is_old(args):
             args = as_today(args)
             told = f"the usual way: `{shlex.join(['moemerge', 'tune', *args])}`"
@@ -95,7 +95,7 @@ def routers(
         ),
     ] = 0.0,
 ) -> None:
-    """Train the routers, in place. All else in OUT is frozen."""
+    """Train the routers of OUT in place. All other weights are frozen."""
     from moemerge.training import Tuning, shape, tune
 
     files = tuple(data or ())
@@ -163,7 +163,7 @@ def lora(
         ),
     ] = None,
 ) -> None:
-    """Train a LoRA adapter, ADAPTER. It is on every linear and every expert of the mixture OUT."""
+    """Train a LoRA adapter for every linear and expert of OUT, and write it to ADAPTER."""
     from moemerge.training import Lora, Tuning, finetune, is_first_process
 
     tuning = Tuning(tuple(data or ()), steps, batch, length, learning_rate, held_out)
@@ -183,7 +183,7 @@ def lora(
 @tuning.command()
 @with_options(*SAYING)
 def undo(out: Out, options: Options, terminal: Terminal) -> None:
-    """Put back the routers. Those are from before the last `tune routers` of OUT."""
+    """Put back the routers from before the last `tune routers` of OUT."""
     from moemerge.training import undo
 
     undo(out, terminal)

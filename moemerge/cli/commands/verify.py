@@ -19,7 +19,7 @@ def verify(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
-    """Check a finished OUT, every byte, against its manifest and the sources at hand."""
+    """Check every byte of a finished OUT against its manifest and the available sources."""
     from moemerge.output import verify_checkpoint
 
     terminal = Terminal(quiet, False)
