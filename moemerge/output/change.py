@@ -1,8 +1,9 @@
-"""Files of an output replaced together, or none of them; and the output held meanwhile.
+"""Several files of an output replaced together or not at all, while the output is locked.
 
-New files are written aside, in `.moemerge/change/`. One rename of that directory, to
-`.moemerge/committed/`, decides: before it nothing has changed, after it everything has, for whoever
-holds or reads the output next moves the files that have not been moved yet.
+New files are first written to `.moemerge/change/`. Then that directory is renamed to
+`.moemerge/committed/`: before the rename nothing has changed, after it the change is decided. If a
+run is killed while it moves the files to their places, the next run that locks or reads the output
+moves the rest.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from moemerge.plan import INDEX_FILE, weight_index
 _STEPS = "steps.json"
 _FILES = "files"
 _LAST = (INDEX_FILE, CONFIG_FILE)
-"""What makes a directory a model comes last, in this order."""
+"""Moved last, in this order, because they make a directory a model."""
 
 
 class Change:
-    """New files of an output, and names that go, until `commit` puts them in place together."""
+    """New files of an output and names to delete, collected until `commit` applies them."""
 
     def __init__(self, out: Path):
         self.out, self.state = out, State(out)
@@ -36,40 +37,41 @@ class Change:
         self._gone: list[str] = []
 
     def path(self, name: str) -> Path:
-        """Where the new file of that name is to be written."""
+        """The path at which to write the new file `name`."""
         path = self._aside / _FILES / name
         with writing(self.out):
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def write(self, name: str, content: bytes) -> None:
-        """Write the new file of that name."""
+        """Write the new file `name`."""
         path = self.path(name)
         with writing(self.out):
             path.write_bytes(content)
 
     def write_json(self, name: str, data: object) -> None:
-        """Write the new file of that name as JSON."""
+        """Write the new file `name` as JSON."""
         self.write(name, as_json(data).encode())
 
     def remove(self, name: str) -> None:
-        """Let the file of that name go, if there is one."""
+        """Delete the file `name` at the commit, if it exists."""
         self._gone.append(name)
 
     def after(self, name: str) -> Path:
-        """Where the file now lies that will have that name."""
+        """The path of the file that is `name` after the commit: the new one, or the present one."""
         path = self._aside / _FILES / name
         return path if path.is_file() else self.out / name
 
     def entry(self, name: str) -> FileEntry:
-        """What the manifest says of the file that will have that name."""
+        """The manifest entry of the file that is `name` after the commit: bytes and xxh3."""
         path = self.after(name)
         return {"bytes": path.stat().st_size, "xxh3": file_checksum(path)}
 
     def finish(self, manifest: Manifest, pushed: bool = False) -> None:
-        """Commit, with the manifest, the index and config.json that make it a model.
+        """Add the manifest, the index and config.json, then commit.
 
-        Where its shards have been `pushed` and are gone, the manifest is all.
+        If the shards were `pushed` and deleted here, only the manifest is added: without its shards
+        the directory is no model.
         """
         files = {MANIFEST_FILE: manifest.to_json()}
         if not pushed:
@@ -79,10 +81,11 @@ class Change:
         self.commit()
 
     def commit(self) -> None:
-        """Put everything in place. The work is then done: the rest of `.moemerge/` goes too.
+        """Move all new files to their places, and remove what else is in `.moemerge/`.
 
         Raises:
-            WriteError: it cannot be; the next to hold or read the output tries again.
+            WriteError: a file cannot be written or moved. If the change was decided before, the
+                next run that locks or reads the output completes it.
         """
         root = self._aside / _FILES
         with writing(self.out):
@@ -102,13 +105,14 @@ class Change:
 
 @contextmanager
 def held(out: Path, shared: bool = False, wait: bool = False) -> Iterator[Change]:
-    """Hold an output, alone or with runs that share it; what a killed run had decided comes first.
+    """Lock an output; with `shared`, together with other runs that share the work.
 
-    What is decided on must be read while it is held.
+    A change that a killed run had decided is completed first. Read the files that a decision
+    depends on only after this call, because another run may have changed them before.
 
     Raises:
-        RunError: another run has it.
-        WriteError: it cannot be written.
+        RunError: another run holds the lock.
+        WriteError: the output cannot be written.
     """
     state = State(out)
     with ExitStack() as stack:
@@ -127,19 +131,19 @@ def held(out: Path, shared: bool = False, wait: bool = False) -> Iterator[Change
 
 
 def settle(out: Path) -> None:
-    """Complete what a killed run had decided; whoever reads an output calls this first.
+    """Complete a change that a killed run had decided. Call this before you read an output.
 
     Raises:
-        RunError: another run is just at it.
-        WriteError: it cannot be completed here.
+        RunError: another run is completing the change now.
+        WriteError: the output cannot be written.
     """
-    if os.path.isdir(State(out).directory / COMMITTED):  # noqa: PTH112 (it raises nothing)
+    if os.path.isdir(State(out).directory / COMMITTED):  # noqa: PTH112 (os.path.isdir never raises)
         with held(out):
             pass
 
 
 def _complete(state: State) -> None:
-    """Move what is committed to its place. Whoever dies here leaves it to be done again."""
+    """Move committed files to their places. If the process dies here, the next run repeats this."""
     committed = state.directory / COMMITTED
     if not committed.is_dir():
         return
@@ -164,7 +168,7 @@ def _complete(state: State) -> None:
 
 
 def _discard(state: State) -> None:
-    """Remove what was written aside and never committed."""
+    """Remove new files that were never committed."""
     if (state.directory / ASIDE).exists():
         shutil.rmtree(state.directory / ASIDE)
 

@@ -1,6 +1,7 @@
-"""The disk's narrow door: large aligned buffers, direct writes, ranges copied within the kernel.
+"""Fast writes to disk: large aligned buffers, direct writes, byte ranges copied by the kernel.
 
-Everything here has a plain path that works anywhere; the fast ones are tried and given up quietly.
+Every fast way is tried first. Where the system refuses it, a plain write does the same, without a
+message.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from moemerge.files import flush_directory
 
 CHUNK_BYTES = 16 << 20
-"""What is written at once, and what a checksum is taken over: one buffer of each thread."""
+"""The size of a chunk, 16 MiB: one write, one digest, and one buffer of each thread."""
 
 _ALIGNMENT = 4096
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EPERM, errno.EBADF)
@@ -23,7 +24,7 @@ _local = threading.local()
 
 
 def buffer(which: int = 0) -> memoryview:
-    """This thread's aligned buffer of `CHUNK_BYTES`, kept; a second one under another number."""
+    """This thread's buffer number `which`: `CHUNK_BYTES` long, aligned to a page, and kept."""
     held = _local.__dict__.setdefault("buffers", {})
     if which not in held:
         held[which] = memoryview(mmap.mmap(-1, CHUNK_BYTES))
@@ -34,15 +35,15 @@ def buffer(which: int = 0) -> memoryview:
 class OutputFile:
     """A new file of known size, written in chunks by several threads in any order.
 
-    With `direct`, past the page cache where the file system takes it: the data is on its way to the
-    disk at once, and nothing else is pushed out of memory. `direct` afterwards says what it was.
+    With `direct`, writes go past the page cache if the file system allows it: data reaches the disk
+    at once, and other files stay in the cache. The attribute `direct` says whether this is so.
     """
 
     def __init__(self, path: Path, nbytes: int, direct: bool):
-        """Create the file at its full size, so that a disk too small is found at once.
+        """Create the file at its full size, so that a full disk is found at once.
 
         Raises:
-            OSError: it cannot be made; ENOSPC if the disk is too small.
+            OSError: the file cannot be created; ENOSPC if the disk is too small.
         """
         self.path, self.nbytes = path, nbytes
         self.direct = direct and hasattr(os, "O_DIRECT")
@@ -57,10 +58,14 @@ class OutputFile:
             file.truncate(nbytes)
 
     def write(self, chunk: memoryview, offset: int) -> None:
-        """Write a chunk that lies in an aligned `buffer()`, at a multiple of `CHUNK_BYTES`."""
+        """Write a chunk at `offset`, a multiple of `CHUNK_BYTES`; directly if it is a `buffer()`.
+
+        Raises:
+            OSError: the chunk cannot be written.
+        """
         whole = -(-len(chunk) // _ALIGNMENT) * _ALIGNMENT
         if self.direct and isinstance(chunk.obj, mmap.mmap):
-            padded = memoryview(chunk.obj)[:whole]  # beyond the end; finish() cuts it off
+            padded = memoryview(chunk.obj)[:whole]  # maybe past the file's end: finish() truncates
             try:
                 return self._write(padded, offset, os.O_DIRECT)
             except OSError as error:
@@ -77,7 +82,11 @@ class OutputFile:
                 data = data[file.write(data) :]
 
     def copy_range(self, source: Path, start: int, nbytes: int, offset: int) -> bool:
-        """Let the kernel copy (or share, where the file system can); False if it will not."""
+        """Let the kernel copy `nbytes` of `source` (or share them); False if the kernel refuses.
+
+        Raises:
+            OSError: the copy failed for another reason.
+        """
         if not hasattr(os, "copy_file_range"):
             return False
         with source.open("rb") as read, self.path.open("r+b") as write:
@@ -94,7 +103,11 @@ class OutputFile:
         return True
 
     def finish(self, name: Path) -> None:
-        """Cut the padding off, flush everything to the disk, and give the file its name."""
+        """Truncate the padding, flush the file to disk, and rename it to `name`.
+
+        Raises:
+            OSError: the file cannot be written or renamed.
+        """
         with self.path.open("r+b") as file:
             file.truncate(self.nbytes)
             os.fsync(file.fileno())
@@ -103,7 +116,11 @@ class OutputFile:
 
 
 def takes_direct(directory: Path) -> bool:
-    """Whether the file system of `directory` takes direct writes."""
+    """Whether the file system of `directory` allows direct writes.
+
+    Raises:
+        OSError: `directory` cannot be written.
+    """
     probe = directory / f".direct.{os.getpid()}.part"
     try:
         file = OutputFile(probe, _ALIGNMENT, direct=True)

@@ -1,4 +1,4 @@
-"""How long it will take to read a mixture again and compare it, by a sample of that very work."""
+"""An estimate of how long verify takes, from a timed sample of its work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_SECONDS = 1.0
 _MOST_ROUNDS = 16
 
 Chunk = tuple[ShardFile, Path, int, int]
-"""A stretch of a shard's file: the file, its path, where it begins, its bytes."""
+"""A chunk of a shard's file: the file, its path, the chunk's offset and its size in bytes."""
 
 
 def seconds_to_compare(
@@ -33,11 +33,15 @@ def seconds_to_compare(
     jobs: int,
     clock: Callable[[], float] = time.monotonic,
 ) -> float:
-    """The time to read every chunk of the shards, and to make those in `compared` anew.
+    """Estimate the seconds to read all shards and to make the tensors in `compared` again.
 
-    Chunks are of four kinds: computed, converted, copied, and read alone. Some of each, drawn from
-    all its chunks, are taken through the work by as many threads as will do it, so that caches,
-    disks and cores count as they will.
+    Chunks are of four kinds: computed, converted, copied, and only read. A random sample of each
+    kind is processed by `jobs` threads, as in the real run, so that caches, disks and cores have
+    the same effect.
+
+    Raises:
+        ReadError: a source is truncated or changed.
+        OSError: a shard cannot be read.
     """
     kinds: dict[tuple[bool, ...], list[Chunk]] = {}
     for shard in plan.shards:
@@ -63,7 +67,7 @@ def _seconds(
     jobs: int,
     clock: Callable[[], float],
 ) -> float:
-    """How long the chunks will take, by the first of them."""
+    """The seconds that all drawn chunks take, estimated from the first of them."""
 
     def work(chunk: Chunk) -> int:
         file, path, at, nbytes = chunk
@@ -74,7 +78,7 @@ def _seconds(
         return nbytes
 
     with threads(jobs, computes) as pool:
-        list(pool.map(work, drawn[:jobs]))  # the first time takes imports and memory, too
+        list(pool.map(work, drawn[:jobs]))  # not timed: the first round also imports and allocates
         rest, begun = drawn[jobs:] or drawn, clock()
         for done in range(jobs, _MOST_ROUNDS * jobs, jobs):
             list(pool.map(work, rest[done - jobs : done]))

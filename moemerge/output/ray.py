@@ -1,4 +1,4 @@
-"""Shards as tasks of a Ray cluster over a shared file system; needs `moemerge[ray]`."""
+"""Shards written by a Ray cluster, as tasks on a shared file system; needs `moemerge[ray]`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from moemerge.output.write import How, write_shard
 from moemerge.plan import Shard, Sources
 
 RETRIES = 10
-"""How often a shard is tried again when the worker that wrote it dies."""
+"""How often a shard is tried again after its worker died."""
 
 
 def write_shards(
     shards: Sequence[Shard], sources: Sources, out: Path, how: How, address: str
 ) -> Iterator[tuple[Shard, FileEntry]]:
-    """Write the shards on the cluster; yield each with its manifest entry as it is finished.
+    """Write the shards on the cluster; yield each finished shard with its manifest entry.
 
-    The same function runs there as here, so the bytes are the same. `address` is the cluster's, as
-    `ray.init` takes it, or `local` for one on this machine.
+    The cluster runs `write_shard` too, so the bytes are the same as without it. `address` is an
+    address for `ray.init`, or `local` for a cluster on this machine.
 
     Raises:
-        RunError: the cluster cannot be reached or lost a shard for good; or as `write_shard`.
+        RunError: the cluster cannot be reached, or a shard failed `RETRIES` times.
+        ReadError, WriteError: as `write_shard`.
     """
     import ray
 
@@ -56,7 +57,7 @@ def _write(shard: Shard, sources: Sources, out: Path, how: How) -> FileEntry:
 
 
 def _knock(address: str) -> None:
-    """See that something listens at `host:port`: Ray itself would go on trying for minutes."""
+    """Check that something listens at `host:port`, because Ray itself would try for minutes."""
     found = re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address)
     if found:
         with socket.create_connection((found[1], int(found[2])), timeout=10):

@@ -1,4 +1,4 @@
-"""A shard as bytes: what stands at each offset of its file, and a checksum over fixed chunks."""
+"""A shard's file as bytes: the content at each offset, and a checksum over fixed chunks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moemerge.plan import PlannedTensor, Shard, Sources, WithStatistics, arithme
 
 
 class ShardFile:
-    """The bytes of a shard's file, any stretch of which can be made without the others."""
+    """The bytes of a shard's file; each byte range can be made without the rest."""
 
     def __init__(self, shard: Shard, sources: Sources):
         self.sources = WithStatistics(sources)
@@ -28,7 +28,9 @@ class ShardFile:
         self.nbytes = end
 
     def fill(self, view: memoryview, start: int, only: Collection[str] | None = None) -> None:
-        """Fill `view` with the bytes from `start` on; of tensors in `only` alone, if given.
+        """Fill `view` with the file's bytes from offset `start`.
+
+        With `only`, tensors of other names are left out: their part of `view` stays as it is.
 
         Raises:
             ReadError: a source is truncated or changed, or a value is NaN or Inf.
@@ -42,9 +44,10 @@ class ShardFile:
     def pieces(
         self, view: memoryview, start: int
     ) -> Iterator[tuple[PlannedTensor | None, int, memoryview]]:
-        """What lies in a stretch: each tensor (None is the header), from which of its bytes, where.
+        """Yield the parts of the byte range that begins at `start` and has the length of `view`.
 
-        `view` is the stretch's memory; the last of each is the part of it that the tensor has.
+        Each part is a tensor (None for the header), the part's first byte within that tensor, and
+        the piece of `view` for it.
         """
         at, end = bisect_right(self.starts, start) - 1, start + len(view)
         begin = start
@@ -56,10 +59,10 @@ class ShardFile:
 
 
 def is_shard(path: Path, shard: Shard) -> bool:
-    """Whether a file has the shard's header and size; its bytes are not looked at.
+    """Whether a file has the shard's header and size; tensors' bytes are not compared.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     header = shard.header()
     with path.open("rb") as file:
@@ -67,7 +70,7 @@ def is_shard(path: Path, shard: Shard) -> bool:
 
 
 def fill_tensor(view: memoryview, start: int, tensor: PlannedTensor, sources: Sources) -> None:
-    """Fill `view` with a tensor's bytes from its byte `start`; see `arithmetic.fill`."""
+    """Fill `view` with a tensor's bytes, from the tensor's byte `start`; see `arithmetic.fill`."""
     arithmetic.fill(view, start, tensor.name, tensor.shape, tensor.dtype, tensor.recipe, sources)
 
 
@@ -84,9 +87,9 @@ def chunk_digest(chunk: memoryview) -> bytes:
 
 
 def checksum(digests: Iterable[bytes]) -> str:
-    """A file's checksum from its chunks': the xxh3 of their digests in order, in hex.
+    """A file's checksum: the xxh3 of its chunks' digests, in the chunks' order, as hex.
 
-    So chunks may be written, and checked, in any order and by any number of threads.
+    So chunks can be written and checked in any order and by any number of threads.
     """
     import xxhash
 
@@ -94,10 +97,10 @@ def checksum(digests: Iterable[bytes]) -> str:
 
 
 def read_chunk(path: Path, offset: int, nbytes: int) -> memoryview:
-    """A chunk of a file in this thread's buffer; shorter where the file ends.
+    """Read a chunk of a file into this thread's buffer; shorter than `nbytes` at the file's end.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     view = buffer()[:nbytes]
     got = 0
@@ -109,9 +112,9 @@ def read_chunk(path: Path, offset: int, nbytes: int) -> memoryview:
 
 
 def same_bytes(one: memoryview, other: memoryview) -> bool:
-    """Whether two stretches of memory hold the same.
+    """Whether two memory views hold the same bytes.
 
-    Python's own `==` takes thirty times as long, and lets no other thread run meanwhile.
+    Python's `==` on views takes thirty times as long, and no other thread can run meanwhile.
     """
     import numpy as np
 
@@ -123,10 +126,10 @@ def same_bytes(one: memoryview, other: memoryview) -> bool:
 
 
 def file_checksum(path: Path, jobs: int = 4) -> str:
-    """The checksum of a whole file, read by several threads.
+    """The checksum of a whole file, read by `jobs` threads.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with ThreadPoolExecutor(jobs) as pool:
         stretches = chunks(path.stat().st_size)
@@ -135,9 +138,9 @@ def file_checksum(path: Path, jobs: int = 4) -> str:
 
 @contextmanager
 def threads(jobs: int, compute: bool) -> Iterator[ThreadPoolExecutor]:
-    """A pool that, on an error or Ctrl-C, drops what has not begun.
+    """Yield a pool of `jobs` threads; on an error or Ctrl-C, tasks that have not begun are dropped.
 
-    Where they compute, each thread is torch's only one: more would wait for each other.
+    With `compute`, torch uses one thread in each of them, because more would wait for each other.
     """
     before = 0
     if compute:

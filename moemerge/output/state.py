@@ -1,8 +1,8 @@
-"""What of a merge is finished, and who is at it: all that a later or a parallel run must know.
+"""The state of a merge, for later and parallel runs: what is finished, and which runs are active.
 
-In the output's `.moemerge/`: `started.json` (which plan, which files), the routers, an entry for
-each finished shard, parts of unfinished ones, what `change` writes aside, and locks, which the
-system lets go when a process dies.
+The output's `.moemerge/` holds `started.json` (the plan's digest and the files), the routers, an
+entry for each finished shard, parts of unfinished shards, new files of `change`, and locks. The
+system releases a lock when its process dies.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moemerge.plan import Shard
 STATE_DIRECTORY = ".moemerge"
 ROUTERS_FILE = f"routers{WEIGHTS_SUFFIX}"
 ASIDE, COMMITTED = "change", "committed"
-"""Where files that are replaced together stand before that is decided, and after."""
+"""The folders of new files before and after a change is decided; see `change`."""
 _STARTED = "started.json"
 _LOCK = "lock"
 
@@ -35,59 +35,63 @@ class State:
 
     @property
     def routers(self) -> Path:
-        """Where the routers are once they are made."""
+        """The path of the routers' file; the file exists once they are computed."""
         return self.directory / ROUTERS_FILE
 
     def started(self) -> dict[str, Any]:
-        """The merge that began here and has not ended: its `run` digest, its `files`, and its
-        `sources` as they were; or empty."""
+        """The unfinished merge: its `run` digest, its `files`, and its `sources` at the start.
+
+        Empty if no merge is unfinished.
+        """
         return read_json(self.directory / _STARTED)
 
     def start(
         self, run: str, files: Iterable[str], sources: Mapping[str, Any] | None = None
     ) -> None:
-        """Note that a merge begins, before it touches anything else."""
+        """Record that a merge begins. Call this before any other file is changed."""
         self.directory.mkdir(parents=True, exist_ok=True)
         told = {"run": run, "files": sorted(files), "sources": dict(sources or {})}
         write_json(self.directory / _STARTED, told)
 
     def clear(self, all: bool) -> None:
-        """Remove an earlier run's unfinished parts; with `all`, forget what it finished too."""
+        """Remove an earlier run's unfinished parts; with `all`, also its entries and routers."""
         for path in self.directory.iterdir():
             if path.suffix == PART_SUFFIX or (all and path.name not in (_STARTED, _LOCK)):
                 _remove(path)
 
     def end(self) -> None:
-        """Remove everything but the lock, with what tells whose it is last: dying here leaves no
-        riddle. The lock goes when `mine` ends.
+        """Remove everything but the lock, which goes when `mine` ends.
+
+        `started.json` and the committed change go last: if the process dies here, the next run can
+        still tell that the directory is moemerge's.
         """
         names = {path.name for path in self.directory.iterdir()} - {_STARTED, COMMITTED, _LOCK}
         for name in (*names, _STARTED, COMMITTED):
             _remove(self.directory / name)
 
     def entry(self, shard: Shard) -> FileEntry:
-        """A finished shard's manifest entry; empty if it is neither here nor, as it was, pushed."""
+        """A finished shard's manifest entry; empty if the shard is neither here nor on the Hub."""
         there = (self.out / shard.file).is_file() or self.is_pushed(shard)
         return cast(FileEntry, read_json(self._entry(shard)) if there else {})
 
     def is_pushed(self, shard: Shard) -> bool:
-        """Whether the Hub holds the very file that was finished here."""
+        """Whether the Hub holds the shard with the size and sha256 that were finished here."""
         entry = read_json(self._entry(shard)) if shard.file in self.pushed else {}
         return (entry.get("bytes"), entry.get("sha256")) == self.pushed.get(shard.file)
 
     def finished(self, shard: Shard, entry: FileEntry) -> None:
-        """Note that a shard has its name and is whole."""
+        """Record that a shard is finished, with its manifest entry."""
         write_json(self._entry(shard), entry)
 
     def forget(self, shard: Shard) -> None:
-        """Take a shard for unfinished again."""
+        """Record that a shard is unfinished again."""
         self._entry(shard).unlink(missing_ok=True)
 
     def _entry(self, shard: Shard) -> Path:
         return self.directory / f"{shard.file}.json"
 
     def is_ours(self) -> bool:
-        """Whether the directory is moemerge's to use: absent, or with nothing else's in it."""
+        """Whether moemerge may use the state directory: it is absent or holds no strange files."""
         if not self.directory.exists():
             return True
         names = {path.name for path in self.directory.iterdir()}
@@ -97,15 +101,15 @@ class State:
         )
 
     def is_free(self, shared: bool) -> bool:
-        """Whether `mine` would be granted now."""
+        """Whether `mine` would succeed now."""
         with hold(self.directory / _LOCK, wait=False, shared=shared, create=False) as held:
             return held
 
     @contextmanager
     def mine(self, shared: bool, wait: bool = False) -> Iterator[bool]:
-        """Hold the output, alone or with runs that share it; False if somebody else has it.
+        """Lock the output, alone or with runs that share it; yields whether the lock is held.
 
-        Where nothing is left in the directory afterwards, it goes.
+        Afterwards the state directory is removed if only the lock is left in it.
         """
         with hold(self.directory / _LOCK, wait=wait, shared=shared) as held:
             try:
@@ -122,16 +126,19 @@ class State:
 
     @contextmanager
     def claim(self, what: str, wait: bool) -> Iterator[bool]:
-        """Hold one piece of the work among runs that share the output."""
+        """Lock one piece of the work, such as a shard, among runs that share the output.
+
+        Yields whether the lock is held; with `wait` it always is.
+        """
         with hold(self.directory / f"{what}.lock", wait=wait) as held:
             yield held
 
 
 @contextmanager
 def hold(path: Path, wait: bool, shared: bool = False, create: bool = True) -> Iterator[bool]:
-    """Lock a file; yields whether it is held. The lock ends with the process, however that ends.
+    """Lock a file; yields whether the lock is held. It ends when the process ends, for any reason.
 
-    Where the system has no such locks (Windows), everybody gets them.
+    Systems without such locks (Windows) always yield True.
     """
     try:
         handle = _locked(path, wait, shared, create)
@@ -146,10 +153,10 @@ def hold(path: Path, wait: bool, shared: bool = False, create: bool = True) -> I
 
 
 def _locked(path: Path, wait: bool, shared: bool, create: bool) -> int | None:
-    """A locked file's handle; None where there is nothing to lock.
+    """Lock a file and return its handle; None if there is no file or no locking system.
 
     Raises:
-        BlockingIOError: somebody else has it.
+        BlockingIOError: another process holds the lock.
     """
     try:
         import fcntl
@@ -165,12 +172,12 @@ def _locked(path: Path, wait: bool, shared: bool, create: bool) -> int | None:
             handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
         except FileNotFoundError:
             if create:
-                continue  # whoever had it was just removing the directory
+                continue  # its last holder was removing the directory
             return None
         try:
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):  # a removed file's lock keeps nobody out
+            with suppress(FileNotFoundError):  # the lock of a removed file has no effect
                 if os.path.samestat(os.fstat(handle), path.stat()):
                     return handle
         except BaseException:

@@ -1,4 +1,4 @@
-"""A plan to files: shards written in chunks by several threads, checksummed in passing."""
+"""Shards written in chunks by several threads, with checksums taken on the way."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RANGE_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class How:
-    """How shards are written: threads, past the page cache or not, with checksums or not."""
+    """How to write shards: with `jobs` threads, `direct` writes or not, `checksums` or not."""
 
     jobs: int
     direct: bool = True
@@ -38,12 +38,12 @@ def write_shard(
     advance: Callable[[int], object],
     to: Path | None = None,
 ) -> FileEntry:
-    """Write one shard into `out` and return its manifest entry: `bytes` and, if asked, `xxh3`.
+    """Write one shard into `out`; return its manifest entry: `bytes` and, with checksums, `xxh3`.
 
-    Memory is a buffer for each thread, whatever the shard's size. The file has its name only when
-    it is whole and flushed to disk. `advance` is called with the bytes of each step. A shard knows
-    of no other, so they may be written in any order, at once, and on several machines. `to` is
-    another path that it is to have.
+    The memory is one buffer for each thread, whatever the shard's size. The file gets its name only
+    when it is complete and flushed to disk. `advance` is called with the bytes of each step. Shards
+    do not depend on each other, so they can be written in any order, at the same time, and on
+    several machines. `to` is another path for the file.
 
     Raises:
         ReadError: a source is truncated, changed, or holds NaN or Inf.
@@ -78,7 +78,7 @@ def write_shard(
 def _write_chunks(
     file: ShardFile, output: OutputFile, pool: Executor, done: Callable[[int], object]
 ) -> Iterator[bytes]:
-    """Make and write every chunk; their digests, in order."""
+    """Make and write every chunk; yield the chunks' digests in order."""
 
     def write(chunk: tuple[int, int]) -> bytes:
         offset, nbytes = chunk
@@ -95,7 +95,7 @@ def _write_chunks(
 def _write_ranges(
     file: ShardFile, output: OutputFile, pool: Executor, done: Callable[[int], object]
 ) -> None:
-    """Without checksums no byte need pass here: the kernel copies what is only copied."""
+    """Write without checksums: the kernel copies byte ranges; only other bytes are made here."""
 
     def copy(piece: tuple[Location, int, int, int]) -> None:
         location, first, nbytes, offset = piece
