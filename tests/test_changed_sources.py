@@ -283,7 +283,7 @@ def test_a_change_that_no_sample_saw_is_found_by_its_bytes(tmp_path: Path) -> No
     found = verify_checkpoint(out, heard)
     assert found.compared == found.tensors - 3
     [line] = [said for said in heard.lines if said.startswith(f"{base}: it changed")]
-    assert "model.embed_tokens.weight is not what it was; the output is whole" in line
+    assert "model.embed_tokens.weight is different now; the output matches" in line
     os.utime(base / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(VerifyError, match=r"embed_tokens\.weight is not what its sources give"):
         verify_checkpoint(out)
@@ -387,7 +387,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "no plan": (lambda d: d.pop("plan"), "lacks 'plan'"),
     "a plan of text": (lambda d: d.update(plan="x"), "damaged"),
-    "another seed": (lambda d: d["plan"].update(seed=4), "its plan is not the one"),
+    "another seed": (lambda d: d["plan"].update(seed=4), "its plan does not match"),
     "a folder of numbers": (lambda d: d.update(folder=3), "its folder is 3"),
     "a time of text": (lambda d: d["sources"][0].update(modified="x"), "its modified of"),
 }  # fmt: skip

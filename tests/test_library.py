@@ -37,9 +37,8 @@ from moemerge.checkpoint.location import Stamp
 from moemerge.cli import app
 from moemerge.errors import ARGUMENTS, SWITCHES, Line, Problem
 from moemerge.output import estimate
-from moemerge.output.finished import open_manifest
+from moemerge.output.finished import available_sources, open_manifest
 from moemerge.output.shard_file import ShardFile, read_chunk, same_bytes
-from moemerge.output.verify import _available
 from moemerge.prepare.stages import Prepared
 
 FUNCTIONS = {
@@ -313,7 +312,7 @@ def test_the_time_to_compare_is_that_of_each_kind_of_work(
     merge(config, tmp_path / "out", Options(shard_size="20KB"))
     plan = open_manifest(tmp_path / "out").plan
     assert len(plan.shards) > 4
-    sources, _ = _available(plan, Silent(), None)
+    sources, _ = available_sources(plan, Silent(), None)
     now = [0.0]
     read, fill = read_chunk, ShardFile.fill
 

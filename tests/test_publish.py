@@ -461,9 +461,9 @@ def test_as_you_go_two_shards_are_here_at_most_and_the_same_arrives(
         refused = run(hub, tmp_path / "home", *what)
         assert refused.returncode == 2 and "holds no shards" in refused.stderr
     again = run(hub, tmp_path / "home", config, new, "--push", "user/other", "--push-as-you-go")
-    assert again.returncode == 2 and "shards were pushed as it went" in again.stderr
+    assert again.returncode == 2 and "shards were pushed during the merge" in again.stderr
     verified = run(hub, tmp_path / "home", "verify", new)
-    assert (verified.returncode, "holds no shards; where they were pushed" in verified.stderr) == (
+    assert (verified.returncode, "holds no shards; if they were pushed" in verified.stderr) == (
         2,
         1,
     )

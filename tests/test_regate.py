@@ -132,7 +132,7 @@ def test_other_weights_are_refused(
         assert old in text
         text = text.replace(old, new, 1)
     other = write_config(tmp_path / "other.yaml", text)
-    with pytest.raises(InputError, match=f"asks for other {words} .*merge anew") as refused:
+    with pytest.raises(InputError, match=f"asks for other {words} .*merge again") as refused:
         regate(out, other, options)
     assert len(refused.value.problems) == 1
     assert files(out) == before and not (out / ".moemerge").exists()

@@ -237,5 +237,5 @@ def test_the_command_wants_a_split(
 def test_a_split_keeps_its_routers(tmp_path: Path, babies: dict[str, Path]) -> None:
     """They belong to its slices, which new ones would know nothing of."""
     out = made(babies["base"], "slices: 4", "gate_mode: random", tmp_path / "out")
-    with pytest.raises(InputError, match="split the model anew"):
+    with pytest.raises(InputError, match="split the model again"):
         regate(out, tmp_path / "out.yaml")

@@ -1,4 +1,4 @@
-"""A dense model run layer by layer: its body, and what each router would see."""
+"""Dense models run in transformers: router inputs layer by layer, whole models, written text."""
 
 from moemerge.dense.body import VOCABULARY, Body
 from moemerge.dense.generate import write_texts

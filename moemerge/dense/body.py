@@ -1,4 +1,4 @@
-"""The body of the mixture, everything but its MLPs and routers: the base model's or an average."""
+"""The mixture's body, which is all but MLPs and routers: the base model's, or an average."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ VOCABULARY = (EMBEDDING, HEAD)
 
 @dataclass(frozen=True)
 class Body:
-    """A dense model that the mixture's body is taken from.
+    """The dense model that gives the mixture's body.
 
-    With `experts`, the mean of theirs by `weights`, which sum to 1 (Wortsman et al. 2022, "Model
-    soups", https://arxiv.org/abs/2203.05482); what that wins is measured by
-    `scripts/bench_routing.py`. A tensor that an expert lacks, or has in another shape, is the base
-    model's. Of embeddings and head, each row is the mean of those experts that have it for the same
-    token, whose `rows` say so; where none has, it is the base model's. With a `vocabulary` of the
-    mixture's own, its rows are theirs.
+    Without `experts` it is the base model. With `experts`, each tensor is the mean of the experts'
+    tensors by `weights`, which sum to 1 (Wortsman et al. 2022, "Model soups",
+    https://arxiv.org/abs/2203.05482; `scripts/bench_routing.py` measures the gain). Where an expert
+    lacks a tensor or has it in another shape, the base model's tensor is used. Each row of the
+    embeddings and the head is the mean of the experts that have this row for the same token; an
+    expert's `rows` list these rows. A row that no expert shares is the base model's. If the mixture
+    has its own `vocabulary`, the vocabulary decides the rows.
     """
 
     base: Donor
@@ -35,12 +36,12 @@ class Body:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The normalised config.json of the dense model that the body is."""
+        """The dense model's normalised config.json, with the vocabulary's settings."""
         own = self.base.model.config
         return {**own, **self.vocabulary.config} if self.vocabulary else own
 
     def recipe(self, tensor: str) -> Recipe:
-        """How the dense model's tensor of that name is made; MLPs among them."""
+        """The recipe of the dense model's tensor `tensor`, which may be of an MLP too."""
         if tensor in VOCABULARY:
             made = self._by_rows(tensor)
             return self.vocabulary.recipe(tensor, made) if self.vocabulary else made
@@ -49,7 +50,7 @@ class Body:
         return self._mean(tensor, range(len(self.experts)) if same else ())
 
     def shared(self) -> list[tuple[Donor, dict[str, tuple[int, ...]]]]:
-        """What may be read of experts' embeddings and heads: names with their shapes."""
+        """Each expert that shares rows, with the names and shapes of its embeddings and head."""
         return [
             (one, {name: shape for name in VOCABULARY if (shape := _shape(one, name))})
             for one, rows in zip(self.experts, self.rows, strict=True)
@@ -57,9 +58,10 @@ class Body:
         ]
 
     def _by_rows(self, tensor: str) -> Recipe:
-        """Each stretch of rows as the mean of those experts that share it."""
+        """The recipe of a tensor by ranges of rows: each the mean of the experts that share it."""
         size, *width = _shape(self.base, tensor) or (0,)
-        turns: dict[int, set[int]] = {0: set(), size: set()}  # where an expert begins or ends
+        # Row: the experts whose ranges begin or end there.
+        turns: dict[int, set[int]] = {0: set(), size: set()}
         whole = set()
         for number, rows in enumerate(self.rows):
             its, *wide = _shape(self.experts[number], tensor) or (0,)
@@ -82,7 +84,7 @@ class Body:
         return Join(tuple(parts)) if len(stretches) > 1 else next(parts)
 
     def _mean(self, tensor: str, members: Iterable[int]) -> Recipe:
-        """The mean of some experts' tensors; the base model's where there are none."""
+        """The mean of the members' tensors; the base model's tensor if there are no members."""
         counted = [number for number in sorted(members) if self.weights[number]]
         parts = [of_donor(self.experts[number], tensor) for number in counted]
         if not parts:

@@ -1,4 +1,4 @@
-"""Text that a dense model writes by itself: seeded random sampling, in batches, with a KV cache."""
+"""Text written by a dense model: seeded random sampling, in batches, with a KV cache."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     Matrix = np.ndarray[Any, np.dtype[np.float32]]
 
 BATCH_TOKENS = 8192
-"""The most tokens a batch comes to: bounds its KV cache."""
+"""The most tokens in a batch, new tokens included: limits the memory of the KV cache."""
 
 
 class Sampling(Protocol):
-    """How much is written, and how it is drawn."""
+    """How many texts are written, and how their tokens are drawn."""
 
     @property
     def samples(self) -> int:
-        """Texts a model."""
+        """The number of texts per model."""
 
     @property
     def tokens(self) -> int:
-        """New tokens a text."""
+        """The number of new tokens per text."""
 
     @property
     def temperature(self) -> float:
-        """What logits are divided by."""
+        """The number that logits are divided by."""
 
     @property
     def top_p(self) -> float:
-        """The share of probability, from the most likely token down, that is drawn from."""
+        """The share of probability, from the most likely token down, that draws come from."""
 
 
 def write_texts(
@@ -52,10 +52,14 @@ def write_texts(
     options: RunOptions,
     reporter: Reporter,
 ) -> list[Prompt]:
-    """Let a donor's model go on from `beginnings`, in turn, until there are enough texts.
+    """Let a donor's model continue the `beginnings`, in turn, until there are enough texts.
 
-    Draws are keyed by (seed, `name`, batch and step), so the texts are the same whenever the
-    logits are. Special tokens, `never`, are not drawn: every text has its full length.
+    Returns `sampling.samples` texts. Draws depend only on the seed, `name`, the batch and the step,
+    so equal logits give equal texts. The token ids in `never` (special tokens) are not drawn, so
+    every text has its full length.
+
+    Raises:
+        RunError: the model gives NaN or Inf.
     """
     import torch
 
@@ -109,10 +113,10 @@ def write_texts(
 
 
 def draw(logits: Matrix, uniform: Any, sampling: Sampling) -> Any:
-    """A token for each row of logits (B, V), by inverting the distribution at `uniform` (B).
+    """Draw a token id for each row of logits (B, V) from uniform numbers (B) in [0, 1): (B).
 
-    Of the most likely tokens, those are drawn from that together hold `top_p` (nucleus sampling:
-    Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
+    Only the most likely tokens that together hold `top_p` of the probability can be drawn (nucleus
+    sampling: Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
     """
     import numpy as np
 

@@ -1,8 +1,8 @@
-"""What each layer's router will see while a model with the mixture's body reads some text.
+"""The routers' inputs at each layer, while a model with the mixture's body reads texts.
 
-That is the output of the layer's post-attention norm. The model is run layer by layer, all texts
-through one layer before the next, so that each weight is read once and one layer at a time can be
-enough. Neither head nor logits are ever computed.
+A router's input is the output of the layer's post-attention norm. All texts go through one layer
+before the next layer, so that each weight is read once and memory for one layer is enough. Neither
+the head nor logits are computed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MLP = "mlp."
 
 @dataclass(frozen=True)
 class Passage:
-    """A text to be read: its tokens, and whose MLPs it passes; None is the body's own."""
+    """A text's tokens, and the donor of the MLPs that it goes through; None is the body itself."""
 
     prompt: Prompt
     mlps: Donor | None = None
@@ -48,7 +48,7 @@ def router_inputs(
     options: RunOptions,
     reporter: Reporter,
 ) -> Iterator[list[Matrix]]:
-    """Yield, for each layer, what its router sees at each text's own tokens: (T, D) per passage."""
+    """Yield for each layer the router's inputs at each passage's own tokens: a list of (T, D)."""
     for seen in layer_inputs(("mlp",), body, sources, passages, options, reporter):
         yield seen["mlp"]
 
@@ -61,15 +61,17 @@ def layer_inputs(
     options: RunOptions,
     reporter: Reporter,
 ) -> Iterator[dict[str, list[Matrix]]]:
-    """Yield, for each layer, what each of its `modules` is given: as `router_inputs`, by module.
+    """Yield for each layer the inputs of each of its `modules`: a list by module name.
 
-    A `mlp` is given what a router sees, a `mlp.down_proj` the neurons' activations (T, F).
+    Each list has one matrix per passage, with the rows of the passage's own tokens. The input of
+    `mlp` is the router's input (T, D). The input of `mlp.down_proj` is the activations (T, F).
 
-    With `options.lazy` one layer's weights are in memory at a time; without, two: the next is read
-    while one computes. The values are the same, bit for bit.
+    With `options.lazy` the weights of one layer are in memory at a time. Otherwise there are two
+    layers, because the next one is read while one computes. The values are the same, bit for bit.
 
     Raises:
-        RunError: a layer overflows, which names the model whose part of it does.
+        RunError: a layer gives NaN or Inf; names the model and the layer.
+        ReadError: an embedding row of the texts' tokens holds NaN or Inf.
     """
     import numpy as np
     import torch
@@ -84,9 +86,9 @@ def layer_inputs(
     names = one_layer(config).layers[0].state_dict().keys()
     mlp = [name for name in names if name.startswith(_MLP)]
     rest = [name for name in names if not name.startswith(_MLP)]
-    # Of a layer that is done, used again for one to come.
+    # Memory of finished layers, used again for later layers.
     memory: list[Weights] = [{}] if options.lazy else [{}, {}]
-    several = len(donors) > 1  # then each donor's MLPs are read when it is their turn
+    several = len(donors) > 1  # then each donor's MLPs are read in turn
 
     def load(layer: int) -> Weights:
         names_now = rest if several else [*rest, *mlp]
@@ -115,7 +117,7 @@ def layer_inputs(
                             own = all(np.isfinite(given[n]).all() for n in batch if n in given)
                             raise _overflow(donor if donor and own else body.base, number)
                         advance(len(batch))
-                del layer  # before the next is read
+                del layer  # free it before the next one is read
             weights.clear()
             yield {
                 module: [found[at] for at in range(len(passages))] for module, found in seen.items()
@@ -123,7 +125,11 @@ def layer_inputs(
 
 
 def embed(body: Body, sources: Sources, ids: list[int]) -> dict[int, Any]:
-    """The embedding (D) of each token id; only these rows are read."""
+    """The embedding (D) of each token id; only these rows are read.
+
+    Raises:
+        ReadError: a row holds NaN or Inf, or the source changed.
+    """
     import numpy as np
 
     made = body.recipe(EMBEDDING)
@@ -138,13 +144,13 @@ def embed(body: Body, sources: Sources, ids: list[int]) -> dict[int, Any]:
 
 def _overflow(donor: Donor, layer: int) -> RunError:
     return RunError(
-        f"{donor.name} ({donor.model.reference.text}): layer {layer} makes NaN or Inf of "
+        f"{donor.name} ({donor.model.reference.text}): layer {layer} gives NaN or Inf on "
         "these texts; use another dtype of it, other prompts, or --device cpu"
     )
 
 
 def _through(body: Body, donor: Donor | None) -> Callable[[str], Recipe]:
-    """The dense model of the body with a donor's MLPs."""
+    """The recipes of the body's dense model with a donor's MLPs."""
 
     def recipe_of(tensor: str) -> Recipe:
         of_mlp = f".{_MLP}" in tensor
@@ -168,7 +174,7 @@ def _embed(
     dtype: torch.dtype,
     device: str,
 ) -> list[torch.Tensor]:
-    """The residual stream before the first layer: (B, T, D) per batch, padded on the right."""
+    """The embeddings before the first layer: (B, T, D) per batch, padded on the right."""
     import torch
 
     width = body.base.model.config["hidden_size"]
@@ -185,7 +191,7 @@ def _embed(
 
 
 def _in_turn(load: Callable[[int], Weights], layers: range, lazy: bool) -> Iterator[Weights]:
-    """Each layer's weights when it is its turn; the next one's read ahead unless `lazy`."""
+    """Yield each layer's weights in order; unless `lazy`, the next layer is read meanwhile."""
     if lazy:
         yield from map(load, layers)
         return
@@ -199,7 +205,7 @@ def _in_turn(load: Callable[[int], Weights], layers: range, lazy: bool) -> Itera
 
 
 def _ready_layer(config: dict[str, Any], weights: Weights, device: str, options: RunOptions) -> Any:
-    """The body with this layer's weights in its place, on the device."""
+    """A one-layer body with these weights, quantised if asked, on the device."""
     body = one_layer(config)
     body.layers[0].load_state_dict(weights, assign=True)
     if options.load_in_4bit or options.load_in_8bit:
@@ -214,7 +220,7 @@ def _run(
     state: torch.Tensor,
     seen: dict[str, dict[int, Matrix]],
 ) -> None:
-    """Send a batch through the layer, in place; note what the modules of `seen` are given."""
+    """Run a batch through the layer, in place; add the inputs of `seen`'s modules to `seen`."""
     mask = batching.mask(len(passages[number].prompt.ids) for number in batch).to(state.device)
 
     def note(found: dict[int, Matrix], module: object, args: tuple[torch.Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Dense models run in transformers from what recipes give: one layer of one, or the whole."""
+"""Dense models in transformers with tensors from recipes: one layer of a model, or all of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FUSED = {whole: parts for record in RECORDS.values() for whole, parts in record
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that a new model could have; None where the system does not say."""
+    """The bytes of memory available for a new model; None where the system does not say."""
     with suppress(OSError, IndexError, ValueError):
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         return int(text.split("MemAvailable:")[1].split()[0]) * 1024
@@ -39,13 +39,13 @@ def available_memory() -> int | None:
 
 
 def model_bytes(tensors: Collection[Location]) -> int:
-    """What a model of these tensors takes in memory, as `whole_model` holds it."""
-    as_held = {"F16": "F32"}  # a processor has no arithmetic for it
+    """The bytes of memory that `whole_model` needs for these tensors."""
+    as_held = {"F16": "F32"}  # CPUs have no float16 arithmetic
     return sum(PLAIN[as_held.get(at.dtype, at.dtype)].nbytes(math.prod(at.shape)) for at in tensors)
 
 
 def pick_device(name: str) -> str:
-    """The device that `auto` means here; any other name is itself."""
+    """The device that `auto` means on this machine; any other name is returned unchanged."""
     import torch
 
     if name != "auto":
@@ -56,7 +56,10 @@ def pick_device(name: str) -> str:
 
 
 def compute_dtype(embedding: Recipe, sources: Sources, device: str) -> torch.dtype:
-    """The weights' own dtype; float32 for float16 on a CPU, which has no arithmetic for it."""
+    """The dtype to compute in: the stored dtype, but float32 for float16 on a CPU.
+
+    CPUs have no float16 arithmetic.
+    """
     import torch
 
     read = next(recipe.reads(embedding))
@@ -74,9 +77,13 @@ def load_tensors(
     dtype: torch.dtype,
     memory: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors `prefix + name` by their `names`; others that a checkpoint may hold stay.
+    """Load the tensors `prefix + name` in `dtype`; returns them by name, without the prefix.
 
-    `memory` holds those of an earlier call for a layer like this one, to be used again.
+    `memory` holds the tensors of an earlier call for a layer of the same shapes; their memory is
+    used again.
+
+    Raises:
+        ReadError: a source is truncated or changed, or a value is NaN or Inf.
     """
     memory = {} if memory is None else memory
     for name in names:
@@ -87,7 +94,7 @@ def load_tensors(
 
 
 def _recipe(name: str, recipe_of: Callable[[str], Recipe]) -> Recipe:
-    """How a tensor of transformers' class is made; fused ones of their parts."""
+    """The recipe of a tensor of transformers' class; a fused tensor is joined from its parts."""
     head, _, leaf = name.rpartition(".")
     for whole, parts in _FUSED.items():
         if head.endswith(whole):
@@ -97,7 +104,7 @@ def _recipe(name: str, recipe_of: Callable[[str], Recipe]) -> Recipe:
 
 
 def one_layer(config: dict[str, Any]) -> Any:
-    """transformers' own body with one decoder layer, without memory, and no final norm."""
+    """Transformers' body with one decoder layer, without memory, and without the final norm."""
     import torch
     from transformers import AutoModel
 
@@ -114,9 +121,12 @@ def whole_model(
     sources: Sources,
     options: RunOptions,
 ) -> Any:
-    """The dense causal model that `recipe_of` gives the tensors of.
+    """The dense causal model in transformers with the tensors of `recipe_of`.
 
-    With `options.lazy` a decoder layer's weights are read each time it runs, and let go after it.
+    With `options.lazy` a decoder layer's weights are read each time the layer runs, and then freed.
+
+    Raises:
+        ReadError: a source is truncated or changed, or a value is NaN or Inf.
     """
     from transformers import AutoModelForCausalLM
 
@@ -145,7 +155,7 @@ def whole_model(
 
 
 class Streamed:
-    """A decoder layer without memory: it is filled when it runs, and let go after it."""
+    """A decoder layer that has its weights in memory only while it runs."""
 
     def __init__(self, layer: Any, fill: Callable[[Any], None]):
         self.layer, self.fill, self.own = layer, fill, layer.forward
@@ -153,7 +163,7 @@ class Streamed:
 
     @contextmanager
     def filled(self) -> Iterator[Callable[..., Any]]:
-        """The layer's own forward, to be called any number of times while it has its weights."""
+        """Load the weights, yield the layer's forward for any number of calls, and free them."""
         self.fill(self.layer)
         try:
             yield self.own
@@ -162,7 +172,7 @@ class Streamed:
 
     @contextmanager
     def replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
-        """Let something else run in the layer's place."""
+        """Use `forward` in place of the layer's forward within the block."""
         self.layer.forward = forward
         try:
             yield
@@ -170,29 +180,29 @@ class Streamed:
             self.layer.forward = self.run
 
     def run(self, *args: Any, **named: Any) -> Any:
-        """Run it, with its weights for as long as that takes."""
+        """Run the layer once; its weights are loaded before and freed afterwards."""
         with self.filled() as forward:
             return forward(*args, **named)
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a config.json only what describes the model: the rest are its saver's wishes."""
+    """The settings of a config.json that describe the model, without those of its training."""
     known = (*RECORDS[config["model_type"]].defaults, *_BEYOND_DEFAULTS)
     settings = {key: config[key] for key in known if key in config}
-    if config[PARTIAL] != 1:  # a mistral turns whole heads
+    if config[PARTIAL] != 1:  # a mistral has no partial rotary embedding
         settings["model_type"] = config["saved_as"]
-        if scaling := settings["rope_scaling"]:  # a phi3 of transformers 4 takes three keys alone
+        if scaling := settings["rope_scaling"]:  # phi3 in transformers 4: three keys only
             factors = {key: scaling[key] for key in scaling if key.endswith("_factor")}
             settings["rope_scaling"] = {"type": scaling["rope_type"], **factors}
     return settings | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
 def _on_meta(kind: Any, settings: dict[str, Any]) -> Any:
-    """A model without memory, but for the rotary embedding: its buffers stand in no file."""
+    """A model without memory, except the rotary embedding: no file holds its buffers."""
     import torch
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(**copy.deepcopy(settings))  # which it writes into
+    config = AutoConfig.for_model(**copy.deepcopy(settings))  # for_model changes it
     with torch.device("meta"):
         model = kind.from_config(config)
     body = getattr(model, "model", model)
@@ -201,7 +211,10 @@ def _on_meta(kind: Any, settings: dict[str, Any]) -> Any:
 
 
 def quantise(module: torch.nn.Module, four_bits: bool) -> None:
-    """Replace every linear by bitsandbytes' 4-bit (NF4) or 8-bit one; moving it quantises it."""
+    """Replace each linear layer by bitsandbytes' 4-bit (NF4) or 8-bit one.
+
+    The weights are quantised when the module is moved to a GPU.
+    """
     import bitsandbytes as bnb
     import torch
 

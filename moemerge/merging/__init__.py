@@ -1,4 +1,4 @@
-"""The merge from beginning to end, and new routers for a merge that is done."""
+"""The whole merge, and new routers for a finished mixture."""
 
 from moemerge.merging.new_routers import regate
 from moemerge.merging.pipeline import MergeResult, merge

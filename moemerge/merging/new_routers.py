@@ -1,4 +1,4 @@
-"""New routers for a mixture that is built: its first shard is rewritten, and nothing else moves."""
+"""New routers for a finished mixture: only the first shard is written again."""
 
 from __future__ import annotations
 
@@ -41,13 +41,20 @@ def regate(
 ) -> MergeResult:
     """Give the mixture in `out` the routers that `config` asks for.
 
-    The config may differ from the one that `out` was made from in gate mode, prompts, calibration
-    and experts_per_token. First shard, manifest, card, picture and config.json are replaced
-    together; a card that somebody edited stays. Killed before, the same call again goes on.
+    The config may differ from the mixture's own config in gate mode, prompts, calibration and
+    experts_per_token. The first shard, manifest, card, picture and config.json are replaced
+    together; a card that somebody edited stays. If the run is killed, the same call goes on.
+
+    Args:
+        out: the finished output directory of a merge.
+        config: a `MergeConfig`, or the path of a YAML file.
+        options: how to run; by default `Options()`.
+        reporter: receives notes and progress; by default they are dropped.
+        progress: print notes and progress instead, as `Console` does.
 
     Raises:
         InputError: `out` is no finished output, or the config asks for other weights.
-        RunError: a failure on the way; `out` has its old routers or its new ones.
+        RunError: the run failed; `out` has either its old routers or its new ones.
     """
     begun, out, options = time.monotonic(), Path(out), options or Options()
     reporter = listener(reporter, progress)
@@ -71,12 +78,13 @@ def regate(
 def _prepared(
     out: Path, config: MergeConfig, options: Options, reporter: Reporter, manifest: Manifest
 ) -> Prepared:
-    """The merge of the new config, with the shards that are there."""
-    chosen = config.architecture or manifest.plan.architecture  # what is chosen may change
+    """The new config's merge, prepared; its plan keeps all shards of `out` but the first."""
+    # The automatic choice of a class may differ now.
+    chosen = config.architecture or manifest.plan.architecture
     ready = prepare(dataclasses.replace(config, architecture=chosen), options, reporter)
     ready = dataclasses.replace(ready, config=config)
     if ready.cutting:
-        what, fix = "is a split, whose routers belong to its slices", "split the model anew"
+        what, fix = "is a split: its routers belong to its slices", "split the model again"
         raise InputError([Problem(str(out), what, fix)])
     check_sources(manifest.plan, ready.checkpoints, out)
     _check_same_weights(ready.plan, manifest.plan, out)
@@ -92,7 +100,7 @@ def _prepared(
 def _replace(
     change: Change, options: Options, reporter: Reporter, ready: Prepared, manifest: Manifest
 ) -> RoutingSummary:
-    """Make the routers and replace what tells or shows them; returns how they do."""
+    """Make the routers and replace all files that depend on them; returns the routing report."""
     out, state, plan, config = change.out, change.state, ready.plan, ready.config
     with output.writing(out):
         if state.started().get("run") != plan.run_digest:
@@ -112,7 +120,7 @@ def _replace(
     own: dict[str, FileEntry] = {name: {} for name in output.OWN_FILES}
     files = {**manifest.files, first.file: entry}
     for name in [name for name in files if name.startswith(f"{output.BEFORE_TUNING}/")]:
-        change.remove(name)  # of routers that are no more
+        change.remove(name)  # the routers from before tuning are gone
         del files[name]
     files = {name: files[name] for name in files if name not in (output.PICTURE_FILE, *own)}
     files |= {**picture, **own}
@@ -122,7 +130,7 @@ def _replace(
 
 
 def _told(ready: Prepared, options: PublishOptions, manifest: Manifest) -> CardOptions:
-    """What is wanted of the card: what the options say, else what they said before."""
+    """The settings of the card: from the options, otherwise from the manifest."""
     before, shown = manifest.card, options.card_config
     own = ready.own_card if options.card else str(before.get("own", ""))
     shown = bool(before.get("config", True)) if shown is None else shown
@@ -137,9 +145,9 @@ def _check_same_weights(new: Plan, old: Plan, out: Path) -> None:
         return {t.name: (t.shape, t.dtype, t.recipe) for t in tensors}
 
     ours, theirs = weights(new), weights(old)
-    if new.tied_head and not old.tied_head:  # as it was written once
+    if new.tied_head and not old.tied_head:  # earlier versions wrote no tied head
         del ours[new.tied_head.name]
     differ = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
     if differ:
         what = f"the config asks for other weights ({differ[0]} and {len(differ) - 1} more)"
-        raise InputError([Problem(str(out), what, "regate only changes routers: merge anew")])
+        raise InputError([Problem(str(out), what, "regate only changes routers: merge again")])

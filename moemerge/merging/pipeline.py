@@ -1,4 +1,4 @@
-"""The whole way: a config to a finished directory, in the order that keeps every promise."""
+"""The merge from a config to a finished output directory: prepare, fetch, write, finish, push."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ from moemerge.reporting import Reporter, listener, size
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a run did: its plan, the notes a person should read, and what it took.
+    """The result of a merge: its plan, notes for the user, and the time in `seconds`.
 
-    `written` is what this run itself wrote, in bytes. Where several runs share the work, `missing`
-    counts the shards that others have yet to finish; the model is whole when it is 0. `routing` is
-    how the routers do on the prompts, held out (see `routing_stats.summary`); empty if not known.
-    `transfer` is what it had to have from the Hub, `address` where it was pushed, if it was.
+    `written` is the bytes of shards that this run wrote. If several runs share the work, `missing`
+    counts the shards that other runs still have to finish; the model is complete when it is 0.
+    `routing` is the routers' report on held-out prompts (see `routing_stats.summary`), empty if the
+    gate mode has none. `transfer` is the data that came from the Hub. `address` is the address of
+    the pushed repository, empty if nothing was pushed.
     """
 
     plan: Plan
@@ -66,19 +67,19 @@ def merge(
     reporter: Reporter | None = None,
     progress: bool = False,
 ) -> MergeResult:
-    """Merge the models of a config into the directory `out`, going on where a run was cut off.
+    """Merge the models of a config into the directory `out`; an interrupted merge is continued.
 
     Args:
         config: a `MergeConfig`, or the path of a YAML file.
-        out: a directory that does not exist, is empty, or holds a merge to go on with or replace.
-        options: how to run it.
-        reporter: who hears notes and progress; nobody by default.
-        progress: print them instead, as `Console` does.
+        out: a directory that does not exist, is empty, or holds a merge to continue or replace.
+        options: how to run; by default `Options()`.
+        reporter: receives notes and progress; by default they are dropped.
+        progress: print notes and progress instead, as `Console` does.
 
     Raises:
-        InputError: with every problem of the config, its models and `out`; nothing was written.
-        RunError: a failure on the way; `out` does not pass for a model, and the same call again
-            goes on from what was finished.
+        InputError: lists every problem of the config, its models and `out`; nothing was written.
+        RunError: the run failed; programs do not take `out` for a model, and the same call
+            continues from the finished shards.
     """
     config = as_config(config)
     options = options or Options()
@@ -143,7 +144,10 @@ class _Merge:
             raise RunError(f"{what} ({self.out} is finished: `{command}` goes on too)") from error
 
     def _write(self, sources: Tensors, change: Change) -> tuple[int, int]:
-        """Everything up to a whole directory: the bytes written here, the shards still missing."""
+        """Write the routers and this run's shards, and finish the directory unless runs share it.
+
+        Returns the bytes written here and the number of shards that are still missing.
+        """
         plan, options = self.plan, self.options
         output.begin(self.out, plan, output.file_names(plan, self.ready.carried), options)
         if self.shipment:
@@ -151,10 +155,10 @@ class _Merge:
         part, parts = options.share or (0, 1)
         mine = list(plan.shards[part::parts])
         if there := sum(bool(self.state.entry(shard)) for shard in mine):
-            self.reporter.say(f"going on: {there} of {len(mine)} shards are there")
+            self.reporter.say(f"going on: {there} of {len(mine)} shards are already written")
         if self.ready.gate.needs.body_pass and self._only_reads(mine):
             routers, others = mine[: part == 0], mine[part == 0 :]
-            with ThreadPoolExecutor(1) as beside:  # the disk is busy while the model runs
+            with ThreadPoolExecutor(1) as beside:  # write shards while the model runs
                 try:
                     writing = beside.submit(self._write_shards, others, sources)
                     self._make_routers(sources)
@@ -172,7 +176,7 @@ class _Merge:
         return written, missing
 
     def _make_routers(self, sources: Tensors) -> None:
-        """Compute the routers, unless a run before or beside this one has."""
+        """Compute the routers, unless an earlier or parallel run has computed them."""
         with ExitStack() as mine:
             with self._waiting("the routers of another share"):
                 mine.enter_context(self.state.claim("routers", wait=True))
@@ -181,15 +185,15 @@ class _Merge:
         sources[ROUTERS] = read_header(self.state.routers)
 
     def _only_reads(self, shards: list[Shard]) -> bool:
-        """Whether writing the shards computes nothing, so that it needs the disk most."""
+        """Whether the shards are only copied or converted, so that the disk is the bottleneck."""
         recipes = [t.recipe for shard in shards for t in shard.tensors]
         return not self.options.ray and not any(map(recipe.computes, recipes))
 
     def _write_shards(self, shards: list[Shard], sources: Tensors) -> int:
-        """Write those of the shards that are not there; returns the bytes written."""
+        """Write the shards that are missing; returns the bytes written."""
         there = [shard for shard in shards if self.state.entry(shard)]
         with ExitStack() as bars:
-            advance = self._bar(bars, "checking what is there", there)
+            advance = self._bar(bars, "checking finished shards", there)
             todo = []
             for shard in shards:
                 if not self._is_done(shard):
@@ -229,7 +233,7 @@ class _Merge:
         return bars.enter_context(self.reporter.progress(what, total, "B"))
 
     def _send(self, shard: Shard, sources: Tensors) -> None:
-        """Let a finished shard leave for the Hub, if they do."""
+        """Start the upload of a finished shard, if shards are pushed during the merge."""
         if self.shipment:
             if self.options.verify:
                 verify_shards(self.plan, self.out, sources, [shard])
@@ -269,7 +273,7 @@ class _Merge:
         )
 
     def _is_done(self, shard: Shard) -> bool:
-        """Whether a run before this one finished the shard and it is still what it was."""
+        """Whether an earlier run finished the shard and the file is unchanged."""
         entry = self.state.entry(shard)
         if self.state.is_pushed(shard):
             (self.out / shard.file).unlink(missing_ok=True)
@@ -307,7 +311,11 @@ class _Merge:
 
 
 def _prepare(config: MergeConfig, options: Options, reporter: Reporter, out: Path) -> Prepared:
-    """The merge made ready, and leave to push it; every problem of either in one list."""
+    """Prepare the merge, and check that it can be pushed.
+
+    Raises:
+        InputError: lists every problem of both.
+    """
     if not options.push:
         return prepare(config, options, reporter, out)
     found: InputError | None = None

@@ -1,4 +1,4 @@
-"""A gate mode run: the sources it needs, and the routers it makes as a tiny checkpoint."""
+"""The gate mode run: its routers are saved as a small checkpoint, with a report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from moemerge.prepare import Tensors
 
 
 def task_of(ready: Prepared, sources: Tensors, options: RunOptions, reporter: Reporter) -> Task:
-    """What the gate mode works from."""
+    """The input of the gate mode."""
     cutter = None
     if ready.cutting:
         cutter = Cutter(ready.cutting, ready.body, sources, options, reporter)
@@ -49,10 +49,10 @@ def task_of(ready: Prepared, sources: Tensors, options: RunOptions, reporter: Re
 
 
 def run_gate(ready: Prepared, sources: Tensors, options: RunOptions, reporter: Reporter) -> Routers:
-    """Let the gate mode make its routers.
+    """Run the gate mode and return its routers.
 
     Raises:
-        RunError: its prompts give routers that cannot choose.
+        RunError: the prompts give routers that cannot tell experts apart.
     """
     return ready.gate.routers(task_of(ready, sources, options, reporter))
 
@@ -60,12 +60,12 @@ def run_gate(ready: Prepared, sources: Tensors, options: RunOptions, reporter: R
 def make_routers(
     ready: Prepared, sources: Tensors, options: RunOptions, reporter: Reporter, path: Path
 ) -> None:
-    """Run the gate mode and save its routers, and how they do held out, at `path`.
+    """Run the gate mode, and save its routers and their report on held-out prompts at `path`.
 
-    Of a split, the orders of neurons are saved there too.
+    For a split, the orders of neurons are saved there too.
 
     Raises:
-        RunError: they cannot choose, or are not finite, which only a broken model can cause.
+        RunError: a router's rows are all equal, or a router is not finite.
         WriteError: `path` cannot be written.
     """
     task = task_of(ready, sources, options, reporter)
@@ -73,7 +73,7 @@ def make_routers(
     routed = routing_stats.held_out(made, ready.encoder)
     names, per_token = ready.plan.experts, ready.plan.experts_per_token
     report = routing_stats.summary(routed, names, per_token)
-    if report:  # what its picture shows
+    if report:  # for the report's picture
         report["texts"] = [
             {"name": names[expert], "expert": expert, "first": text["first"]}
             for text in routing_stats.texts_of(routed, per_token)
@@ -98,7 +98,7 @@ def make_routers(
 
 
 def _check_apart(shard: Shard, made: Mapping[str, Matrix]) -> None:
-    """Refuse a router whose rows, as they will be written, are all equal.
+    """Refuse a router if all its rows are equal in the dtype that is written.
 
     Raises:
         RunError: names the router.
@@ -111,8 +111,10 @@ def _check_apart(shard: Shard, made: Mapping[str, Matrix]) -> None:
 
 
 def _apart(ready: Prepared, made: Routers) -> tuple[Routers, list[Matrix]]:
-    """The routed experts' routers, and the shared experts' gates, (1, D) a layer, if prompts made
-    them: they were the last of the experts."""
+    """Split the gate mode's result: the routers, and the shared experts' gates, (1, D) per layer.
+
+    Gated shared experts are the last rows of each matrix; without them the gates are empty.
+    """
     count = len(ready.donors)
     if not ready.target.mixture.gated:
         return made, []
@@ -130,9 +132,9 @@ def save(
     path: Path,
     orders: Mapping[str, Order] = MappingProxyType({}),
 ) -> None:
-    """Save what a gate mode made as a tiny checkpoint in the shard's dtypes, and a report beside.
+    """Save a gate mode's tensors as a small checkpoint in the shard's dtypes, and its report.
 
-    `orders` of neurons by their names come last, as whole numbers.
+    `orders` are the orders of neurons by name; they come last, as int32.
 
     Raises:
         RunError: a router is not finite.
@@ -161,7 +163,7 @@ def save(
 
 
 def report_of(path: Path) -> RoutingSummary:
-    """The report saved with the routers at `path`."""
+    """The report that was saved with the routers at `path`; empty if there is none."""
     return cast(RoutingSummary, read_json(_report(path)))
 
 

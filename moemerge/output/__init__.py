@@ -1,4 +1,4 @@
-"""The write side: shards, the manifest, and an output directory that is whole or resumable."""
+"""The output directory: shards, manifest, resuming, and a check of what was written."""
 
 from moemerge.output.carried import (
     TOKENIZER_FILES,

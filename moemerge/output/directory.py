@@ -69,7 +69,7 @@ def _existing(out: Path) -> Path:
 
 
 def _unusable(out: Path, sources: Iterable[Path]) -> _Refusal:
-    """Whether the path cannot be an output directory, whatever stands in it."""
+    """The reason why the path cannot be an output directory, whatever it contains."""
     try:
         if out.is_symlink() and not out.exists():
             return "is a link that leads nowhere", "name a directory"
@@ -85,7 +85,7 @@ def _unusable(out: Path, sources: Iterable[Path]) -> _Refusal:
 
 
 def _in_use(out: Path, shared: bool) -> _Refusal:
-    """Whether another program's state, or another moemerge at work, stands in the directory.
+    """Whether the directory holds another program's state, or another moemerge is at work there.
 
     `shared` is for one of several merges that each write some of the shards.
     """
@@ -100,7 +100,7 @@ def _in_use(out: Path, shared: bool) -> _Refusal:
 
 
 def _foreign(out: Path, files: Iterable[str], overwrite: bool) -> _Refusal:
-    """Whether files that moemerge did not write stand in the way of the `files` to write."""
+    """Whether `out` holds files that moemerge did not write and must not mix with the `files`."""
     there = [p for p in (out.iterdir() if out.is_dir() else ()) if p.name != STATE_DIRECTORY]
     strangers = sorted(path.name for path in there if not any(
         name == path.name or name.startswith(f"{path.name}/") for name in _told(out)
@@ -137,10 +137,10 @@ def _earlier(out: Path, plan: Plan | None, options: Options) -> _Refusal:
     if started:
         return None
     if MANIFEST_FILE in ours and not any(n.endswith(WEIGHTS_SUFFIX) for n in ours):
-        what = "holds what is left of a mixture whose shards were pushed as it went"
-        return what, "name another directory, or --overwrite to make it anew"
+        what = "holds the rest of a mixture whose shards were pushed during the merge"
+        return what, "name another directory, or pass --overwrite to merge again"
     if ours:
-        what = f"holds {min(ours)} of a merge that is no longer whole"
+        what = f"holds {min(ours)} of a merge that is not complete any more"
         return what, "pass --overwrite to start over"
     return None
 
@@ -156,7 +156,7 @@ def _too_large(out: Path, needed: int) -> _Refusal:
 
 
 def _changed(started: dict[str, Any], plan: Plan) -> list[str]:
-    """The plan's sources that are not what they were when an unfinished merge began."""
+    """The plan's sources that changed after an unfinished merge began."""
     before, now = started.get("sources"), plan.contents
     before = before if isinstance(before, dict) else {}
     return [name for name in now.keys() & before.keys() if now[name] != before[name]]
@@ -169,10 +169,14 @@ def nbytes_at_once(plan: Plan | None, options: PublishOptions) -> int:
 
 
 def begin(out: Path, plan: Plan, files: Iterable[str], options: WriteOptions) -> None:
-    """Make `out` ready: go on where a run of this plan stopped, else clear what another left.
+    """Make `out` ready: keep the work of a run of this plan, otherwise delete the old files.
 
-    When clearing, `config.json` and the index go first, so that the directory never passes for a
-    model; then only files that a manifest or an interrupted merge lists. Hold the state's lock.
+    `config.json` and the index are deleted first, so that the directory never passes for a model.
+    Then only files are deleted that the manifest or an interrupted merge lists. The caller holds
+    the output's lock.
+
+    Raises:
+        WriteError: `out` cannot be written.
     """
     state, files = State(out), tuple(files)
     with writing(out), state.claim("begin", wait=True):

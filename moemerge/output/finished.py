@@ -1,4 +1,4 @@
-"""A finished output: its manifest, opened or refused, and whether its sources changed since."""
+"""A finished output opened: its manifest, and its sources if they are still the same."""
 
 from __future__ import annotations
 
@@ -7,34 +7,43 @@ from pathlib import Path
 
 from moemerge.checkpoint import (
     Checkpoint,
+    Location,
+    Reference,
+    SourceProblem,
     nearest_directory,
+    open_checkpoint,
+    with_rows,
 )
 from moemerge.errors import InputError, Problem, VerifyError
 from moemerge.files import CONFIG_FILE
 from moemerge.output.change import settle
 from moemerge.output.manifest import MANIFEST_FILE, Manifest, read_manifest
-from moemerge.plan import (
-    Plan,
-    Source,
-)
+from moemerge.plan import Plan, Source, recipe
+from moemerge.reporting import Reporter
 
 
 def check_shards(out: Path, plan: Plan, action: str) -> None:
-    """Refuse a directory that is not whole, or whose shards were pushed as they were finished."""
+    """Refuse a directory that is not finished, or that lost its shards when they were pushed.
+
+    `action` is the command for the message, such as `verify`.
+
+    Raises:
+        InputError: config.json or the shards are missing.
+    """
     if (out / CONFIG_FILE).exists():
         return
     what, fix = f"holds no {CONFIG_FILE}: it is not finished", "merge again, or copy it again"
     if not any((out / shard.file).exists() for shard in plan.shards):
         what = "holds no shards"
-        fix = f"where they were pushed as it went, {action} a downloaded copy"
+        fix = f"if they were pushed during the merge, {action} a downloaded copy"
     raise InputError([Problem(str(out), what, fix)])
 
 
 def manifest_of(out: Path, action: str) -> Manifest | None:
-    """The manifest of a mixture; None of one that moemerge did not make.
+    """The manifest of a mixture; None if moemerge did not make the mixture.
 
     Raises:
-        InputError: its shards are gone.
+        InputError: the shards are missing.
         VerifyError: the manifest is broken.
     """
     settle(out)
@@ -46,7 +55,7 @@ def manifest_of(out: Path, action: str) -> Manifest | None:
 
 
 def open_manifest(out: Path) -> Manifest:
-    """The manifest of a finished directory; what a killed run had decided is completed first.
+    """The manifest of a finished directory; a change that a killed run decided is completed first.
 
     Raises:
         InputError: the directory is not a finished output of moemerge.
@@ -67,18 +76,18 @@ def open_manifest(out: Path) -> Manifest:
 
 
 def check_sources(plan: Plan, opened: Mapping[str, Checkpoint], out: Path) -> None:
-    """Refuse to go on with sources that are no longer what the mixture in `out` was made of.
+    """Refuse sources that changed after the mixture in `out` was made from them.
 
     Raises:
-        InputError: some changed; names each.
+        InputError: names each source that changed.
     """
     if problems := changed_sources(plan, opened, out):
         raise InputError(problems)
 
 
 def changed_sources(plan: Plan, opened: Mapping[str, Checkpoint], out: Path) -> list[Problem]:
-    """A problem for each source that changed; `opened` are those at hand, by their references."""
-    fix = "give back what it was, or merge anew"
+    """A problem for each source that changed; `opened` are the available sources by reference."""
+    fix = "restore it, or merge again"
     return [
         Problem(source.reference, f"{what} changed since {out} was made of it", fix)
         for source in plan.sources
@@ -87,7 +96,49 @@ def changed_sources(plan: Plan, opened: Mapping[str, Checkpoint], out: Path) -> 
 
 
 def what_changed(source: Source, now: Checkpoint) -> str:
-    """What of a source is not what it was; empty if it is the same."""
+    """Which part of a source changed, as words for a message; empty if nothing changed."""
     if not now.is_still(source.fingerprint):
         return "it"
     return "its tokenizer" if source.tokens not in (None, now.tokens) else ""
+
+
+def available_sources(
+    plan: Plan, reporter: Reporter, cache_dir: str | Path | None
+) -> tuple[dict[str, dict[str, Location]], set[str]]:
+    """Return the tensors of each source that is available and unchanged; a note names the others.
+
+    Also returns the sources with another modification time than at the merge. Their files were
+    copied or touched, or their content changed in a place that the fingerprint does not cover.
+    """
+    found, newer = dict[str, dict[str, Location]](), set[str]()
+    read: dict[str, set[str]] = {}
+    known: dict[str, Path] = {}
+    for one in (one for tensor in plan.tensors for one in recipe.reads(tensor.recipe)):
+        read.setdefault(one.source, set()).add(one.tensor)
+    for source in plan.sources:
+        try:
+            opened = with_rows(_reopen(source, cache_dir, known), read.get(source.reference, ()))
+        except SourceProblem as error:
+            reporter.say(f"{source.reference}: not compared ({error.what})")
+            continue
+        if what := what_changed(source, opened):
+            line = f"{source.reference}: {what} changed since the merge, so it is not compared"
+            reporter.say(f"{line}: the output is checked by its own checksums")
+            continue
+        newer |= {source.reference} if opened.modified != source.modified else set()
+        found[source.reference] = {
+            name: at for name, at in opened.tensors.items() if at.file.name not in opened.absent
+        }
+        if opened.tensors and not found[source.reference]:
+            reporter.say(f"{source.reference}: not compared (the Hub's cache has no weights of it)")
+    return found, newer
+
+
+def _reopen(source: Source, cache_dir: str | Path | None, known: dict[str, Path]) -> Checkpoint:
+    directory = Path(source.directory) if source.directory else None
+    if directory is None and not source.repo:
+        raise SourceProblem("it was a directory on the machine of the merge", "")
+    if directory is not None and not directory.is_dir():
+        raise SourceProblem(f"{directory} is gone", "")
+    reference = Reference(source.reference, directory, source.repo or "", source.commit)
+    return open_checkpoint(reference, cache_dir, known)

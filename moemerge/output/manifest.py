@@ -1,4 +1,4 @@
-"""The manifest, `moemerge.json`: what an output was made of, and what its files hold."""
+"""The manifest, `moemerge.json`: the config, plan, sources and file checksums of an output."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CARD_FILE = "README.md"
 PICTURE_FILE = "routing.png"
 OWN_FILES = (INDEX_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE)
 BEFORE_TUNING = "before-tuning"
-"""Holds the first shard as it was, under a name that no reader takes for weights."""
+"""The folder with the first shard from before tuning; readers do not load weights from it."""
 
 
 class FileEntry(TypedDict, total=False):
-    """What is known of a written file; empty for `OWN_FILES`.
+    """A file's entry in the manifest; empty for `OWN_FILES`.
 
-    Its size, its xxh3 (64 bits, hex; absent with `--no-checksum`) and, once it was pushed as it was
-    written, its sha256.
+    `bytes` is the file's size. `xxh3` is its checksum (64 bits, hex), absent with `--no-checksum`.
+    `sha256` is there only during a merge that pushes each shard.
     """
 
     bytes: int
@@ -34,12 +34,13 @@ class FileEntry(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished directory says of itself: the config, the plan, and its files' checksums.
+    """The content of `moemerge.json`.
 
-    The entries of `OWN_FILES`, which the plan decides or a person may edit, are empty. `routing` is
-    how the routers do on the prompts; `folder` is where the config file stood, for its relative
-    paths; `card` is what a person wanted of the card; `tuned` is how the routers were trained, if
-    they were.
+    `config` is the config's YAML text, and `folder` the directory of the config file, for relative
+    paths. `files` has an entry for each file; entries of `OWN_FILES` are empty, because the plan
+    decides these files or a person may edit them. `routing` is the report of the routers on the
+    prompts, `card` holds the user's settings of the model card, and `tuned` holds the settings and
+    losses of the router training, if there was one.
     """
 
     config: str
@@ -73,14 +74,14 @@ def read_manifest(out: Path) -> Manifest:
     """Read a finished directory's manifest.
 
     Raises:
-        ValueError: it is not one, or was changed; says how.
-        OSError: it cannot be read.
+        ValueError: the file is no manifest, or was changed; the message says what is wrong.
+        OSError: the file cannot be read.
     """
     try:
         data = json.loads((out / MANIFEST_FILE).read_text(encoding="utf-8"))
         said = {**data["plan"], "sources": data["sources"]}
         if digest_of(Plan.without_places(said)) != data["plan_digest"]:
-            raise ValueError("its plan is not the one its digest was made from")
+            raise ValueError("its plan does not match its plan_digest")
         plan = Plan.from_json(said)
         _check_types(data, plan)
         return Manifest(
@@ -100,7 +101,7 @@ def read_manifest(out: Path) -> Manifest:
 
 
 def _check_types(data: dict[str, Any], plan: Plan) -> None:
-    """Refuse, by their names, entries beside the plan that are not what they must be."""
+    """Refuse entries outside the plan that have a wrong type or value, by their names."""
     files = data["files"]
     kinds: dict[str, tuple[object, object]] = {
         "moemerge": (data["moemerge"], str),
@@ -129,4 +130,4 @@ def _check_types(data: dict[str, Any], plan: Plan) -> None:
         if entry and not (type(size) is int and size >= 0 and isinstance(digest, str | None)):
             raise ValueError(f"its entry of {name} is {entry!r}")
         if not whole or (name in shards and size != shards[name]):
-            raise ValueError(f"its entry of {name} is not what was written")
+            raise ValueError(f"its entry of {name} does not match the plan")

@@ -1,4 +1,4 @@
-"""Files against their plan: headers, checksums, and bytes against what their recipes give anew."""
+"""A finished output verified: every byte against the manifest and against the sources."""
 
 from __future__ import annotations
 
@@ -10,22 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moemerge.checkpoint import (
-    Checkpoint,
-    Location,
-    Reference,
-    SourceProblem,
     numpy_dtype,
-    open_checkpoint,
     read_bytes,
     read_header,
-    with_rows,
 )
 from moemerge.errors import Line, VerifyError
 from moemerge.files import CONFIG_FILE
 from moemerge.output.directory import MODEL_SUFFIXES
 from moemerge.output.disk import CHUNK_BYTES, buffer
 from moemerge.output.estimate import seconds_to_compare
-from moemerge.output.finished import check_shards, open_manifest, what_changed
+from moemerge.output.finished import available_sources, check_shards, open_manifest
 from moemerge.output.manifest import FileEntry, Manifest
 from moemerge.output.shard_file import (
     ShardFile,
@@ -44,7 +38,6 @@ from moemerge.plan import (
     Plan,
     PlannedTensor,
     Shard,
-    Source,
     Sources,
     recipe,
     weight_index,
@@ -56,12 +49,14 @@ _SAMPLE_BYTES = 1 << 20
 _JOBS = 4
 _ULP = {"F32": 2.0**-22, "F16": 2.0**-10, "BF16": 2.0**-7}
 _SUM, _FEW = 2.0**-20, 0.01
-"""Rounded otherwise: by a unit in the last place or the error of a float32 sum, and few values."""
+"""Bounds of a difference in rounding: one unit in the last place, the error of a float32 sum, and
+the share of values that differ."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was looked at: `bytes_read` of the output, `compared` tensors against their sources."""
+    """The result of a check: `bytes_read` of the output, and how many of its `tensors` were
+    `compared` with their sources, in `seconds`."""
 
     bytes_read: int
     compared: int
@@ -72,14 +67,13 @@ class Verified:
 def verify_shards(
     plan: Plan, out: Path, sources: Sources, only: Collection[Shard] | None = None
 ) -> None:
-    """The quick check at the end of a merge: headers, sizes, routers, some tensors' first bytes.
+    """The quick check at the end of a merge: headers, sizes, routers, first bytes of some tensors.
 
-    Of all shards, or of some that are there.
-
-    Of tensors that would have to come from the Hub again, no bytes are compared.
+    With `only`, just these shards are checked. Tensors that would be read from the Hub again are
+    not compared.
 
     Raises:
-        VerifyError: what stands in `out` is not what the plan says.
+        VerifyError: a file in `out` does not match the plan.
     """
     shards = plan.shards if only is None else only
     for shard in shards:
@@ -102,7 +96,7 @@ def verify_shards(
 
 
 def is_whole(shard: Shard, out: Path, entry: FileEntry) -> bool:
-    """Whether a finished shard is still what its manifest entry says: header, size, checksum."""
+    """Whether a finished shard still has the plan's header and size, and its entry's checksum."""
     try:
         _check_header(shard, out)
         return "xxh3" not in entry or file_checksum(out / shard.file) == entry["xxh3"]
@@ -116,12 +110,13 @@ def verify_checkpoint(
     cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Verified:
-    """Check a finished directory: every byte against the manifest and, where they are at hand
-    unchanged, against the sources.
+    """Check every byte of a finished directory against the manifest and the sources.
+
+    Sources that are missing or changed are not compared; a note names each of them.
 
     Raises:
         InputError: the directory is not a finished output of moemerge.
-        VerifyError: a file is not what the manifest says.
+        VerifyError: a file does not match the manifest, or a tensor does not match its sources.
     """
     out, reporter, begun = Path(out), listener(reporter, progress), time.monotonic()
     manifest = open_manifest(out)
@@ -133,7 +128,7 @@ def verify_checkpoint(
     _check_json(out / INDEX_FILE, weight_index(plan))
     _check_strays(out, manifest)
     _check_routers(plan, out)
-    sources, newer = _available(plan, reporter, cache_dir)
+    sources, newer = available_sources(plan, reporter, cache_dir)
     compared = {
         tensor.name
         for tensor in plan.tensors
@@ -142,7 +137,7 @@ def verify_checkpoint(
     size = sum((out / name).stat().st_size for name in manifest.files if (out / name).is_file())
     _say_how_long(plan, out, sources, compared, size, reporter)
     if not all("xxh3" in manifest.files[shard.file] for shard in plan.shards):
-        reporter.say(Line("it was written with --no-checksum: sizes and sources are all there is"))
+        reporter.say(Line("no checksums were written: only sizes and sources are compared"))
     changed: dict[str, PlannedTensor] = {}
     with reporter.progress("verifying", size, "B") as advance:
         rounded = set[str]()
@@ -159,19 +154,19 @@ def verify_checkpoint(
     if rounded:
         reporter.say(
             f"{len(rounded)} computed tensors ({min(rounded)}) differ from their sources in the "
-            "last bits alone: an earlier version of moemerge rounded them"
+            "last bits only: an earlier version of moemerge rounded them"
         )
     for name in newer & changed.keys():
-        what = f"it changed since the merge: {changed[name].name} is not what it was"
-        reporter.say(f"{name}: {what}; the output is whole, by its own checksums")
+        what = f"it changed since the merge: {changed[name].name} is different now"
+        reporter.say(f"{name}: {what}; the output matches its own checksums")
     return Verified(size, len(compared), len(list(plan.tensors)), time.monotonic() - begun)
 
 
 def _check_strays(out: Path, manifest: Manifest) -> None:
-    """Weights that nothing lists make some programs read the wrong ones."""
+    """Refuse weight files that the manifest does not list, because some programs read them."""
     for path in sorted(out.iterdir()):
         if path.name.endswith(MODEL_SUFFIXES) and path.name not in manifest.files:
-            raise VerifyError(f"{path}: is not of this model; move it away")
+            raise VerifyError(f"{path}: does not belong to this model; move it away")
 
 
 def _check_header(shard: Shard, out: Path) -> None:
@@ -201,7 +196,7 @@ def _check_routers(plan: Plan, out: Path) -> None:
 
 
 def _of_a_gate(tensor: PlannedTensor) -> bool:
-    """Whether it is made of what a gate mode made."""
+    """Whether a gate mode made the tensor."""
     return any(read.source == ROUTERS for read in recipe.reads(tensor.recipe))
 
 
@@ -223,10 +218,13 @@ def _check_shard(
     newer: set[str],
     advance: Callable[[int], object],
 ) -> tuple[set[str], list[PlannedTensor]]:
-    """Read a shard once: every byte into its checksum, and tensors against their recipes.
+    """Read a shard once: take its checksum, and compare its tensors with their recipes.
 
-    Returns the tensors that are rounded otherwise, and those that are not what their sources give
-    where the shard is what was written, and one of their sources is newer than that.
+    Returns the names of tensors that differ only in rounding, and the tensors that differ because
+    a source changed after the merge (`newer`) while the shard matches its checksum.
+
+    Raises:
+        VerifyError: the checksum is wrong, or a tensor differs for another reason.
     """
     file, path, rounded = ShardFile(shard, sources), out / shard.file, set[str]()
     differ: dict[str, PlannedTensor] = {}
@@ -262,7 +260,7 @@ def _check_shard(
 
 
 def _check_small_file(name: str, out: Path, manifest: Manifest) -> int:
-    """Check a file that has a checksum; others may be edited, or removed. Returns its size."""
+    """Check a file that has a checksum; others may be edited or removed. Returns its bytes."""
     expected = manifest.files[name].get("xxh3")
     if expected is None and not (out / name).exists():
         return 0
@@ -278,64 +276,23 @@ def _check_small_file(name: str, out: Path, manifest: Manifest) -> int:
     return size
 
 
-def _available(
-    plan: Plan, reporter: Reporter, cache_dir: str | Path | None
-) -> tuple[dict[str, dict[str, Location]], set[str]]:
-    """The sources that are here, unchanged; each of the others is named.
-
-    And which of them have another time than at the merge: copied, touched, or changed after all.
-    """
-    found, newer = dict[str, dict[str, Location]](), set[str]()
-    read: dict[str, set[str]] = {}
-    known: dict[str, Path] = {}
-    for one in (one for tensor in plan.tensors for one in recipe.reads(tensor.recipe)):
-        read.setdefault(one.source, set()).add(one.tensor)
-    for source in plan.sources:
-        try:
-            opened = with_rows(_reopen(source, cache_dir, known), read.get(source.reference, ()))
-        except SourceProblem as error:
-            reporter.say(f"{source.reference}: not compared ({error.what})")
-            continue
-        if what := what_changed(source, opened):
-            line = f"{source.reference}: {what} changed since the merge, so it is not compared"
-            reporter.say(f"{line}: the output is checked by its own checksums")
-            continue
-        newer |= {source.reference} if opened.modified != source.modified else set()
-        found[source.reference] = {
-            name: at for name, at in opened.tensors.items() if at.file.name not in opened.absent
-        }
-        if opened.tensors and not found[source.reference]:
-            reporter.say(f"{source.reference}: not compared (the Hub's cache has no weights of it)")
-    return found, newer
-
-
-def _reopen(source: Source, cache_dir: str | Path | None, known: dict[str, Path]) -> Checkpoint:
-    directory = Path(source.directory) if source.directory else None
-    if directory is None and not source.repo:
-        raise SourceProblem("it was a directory where the merge was made", "")
-    if directory is not None and not directory.is_dir():
-        raise SourceProblem(f"{directory} is gone", "")
-    reference = Reference(source.reference, directory, source.repo or "", source.commit)
-    return open_checkpoint(reference, cache_dir, known)
-
-
 def _say_how_long(
     plan: Plan, out: Path, sources: Sources, compared: set[str], whole: int, reporter: Reporter
 ) -> None:
-    with reporter.progress("looking how long it takes", 1, "sample"):
+    with reporter.progress("estimating the time", 1, "sample"):
         seconds = seconds_to_compare(plan, out, sources, compared, _JOBS)
     again = sum(tensor.nbytes for tensor in plan.tensors if tensor.name in compared)
     reporter.say(
-        f"reading {size(whole)}, {size(again)} of them against their sources: "
+        f"reading {size(whole)} and comparing {size(again)} with the sources: "
         f"about {max(seconds, 1):.0f} s"
     )
 
 
 def _is_made(have: memoryview, want: memoryview, tensor: PlannedTensor) -> bool:
-    """Whether bytes of a tensor are what its recipe gives anew.
+    """Whether a tensor's bytes `have` match the bytes `want` that its recipe gives now.
 
-    Computed ones may differ by a rounding: earlier versions summed a delta in the order of the
-    processor and its threads. Of 2-byte values few then do.
+    Computed values may differ in rounding, because earlier versions summed a delta in an order that
+    depended on the processor and its threads. Among 2-byte values, only few may differ.
     """
     import numpy as np
 
