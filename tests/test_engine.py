@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moemerge import InputError, Options, ReadError, RunError, merge, verify_checkpoint
-from moemerge.merging import pipeline
+from moemerge.merging import shard_loop
 from moemerge.output import disk
 from moemerge.output.state import State, hold
 
@@ -167,7 +167,7 @@ class Stop(BaseException):
 def stop_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let `write_shard` write so many shards and then die; returns the list of those written."""
     written: list[str] = []
-    original = pipeline.write_shard
+    original = shard_loop.write_shard
 
     def mortal(shard: Any, *more: Any) -> Any:
         if len(written) == shards:
@@ -175,7 +175,7 @@ def stop_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         written.append(shard.file)
         return original(shard, *more)
 
-    monkeypatch.setattr(pipeline, "write_shard", mortal)
+    monkeypatch.setattr(shard_loop, "write_shard", mortal)
     return written
 
 
@@ -347,14 +347,14 @@ def test_a_source_that_changes_meanwhile_is_named(
     expert = shutil.copytree(babies["first"], tmp_path / "expert")
     text = simple_config(babies["base"], [babies["base"], expert], "gate_mode: random")
     config = write_config(tmp_path / "c.yaml", text)
-    original = pipeline.write_shard
+    original = shard_loop.write_shard
 
     def meddle(shard: Any, *more: Any) -> Any:
         state = load_file(expert / "model.safetensors")
         save_weights(expert, {name: tensor + 1 for name, tensor in state.items()})
         return original(shard, *more)
 
-    monkeypatch.setattr(pipeline, "write_shard", meddle)
+    monkeypatch.setattr(shard_loop, "write_shard", meddle)
     with pytest.raises(ReadError, match=r"expert/model.safetensors: changed since the merge began"):
         merge(config, tmp_path / "out")
     assert not (tmp_path / "out/config.json").exists()

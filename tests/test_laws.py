@@ -30,7 +30,7 @@ from moemerge.config.schema import parse_config
 from moemerge.dense.inputs import Passage, router_inputs
 from moemerge.families import RECORDS, normalise
 from moemerge.gates import modes as gates
-from moemerge.merging import pipeline
+from moemerge.merging import shard_loop
 from moemerge.plan.plan import Plan
 from moemerge.prepare import choose as hosts
 from moemerge.reporting import Silent
@@ -289,7 +289,7 @@ def test_shards_in_any_order_give_the_same_bytes(
     options = Options(shard_size="8K")
     merge(config, tmp_path / "straight", options)
     written = []
-    original = pipeline.write_shard
+    original = shard_loop.write_shard
 
     def shuffled(shard: Any, sources: Any, out: Path, *more: Any) -> Any:
         if not written:  # the first call writes all, in another order
@@ -299,7 +299,7 @@ def test_shards_in_any_order_give_the_same_bytes(
                 original(other, sources, out, *more)
         return original(shard, sources, out, *more)
 
-    monkeypatch.setattr(pipeline, "write_shard", shuffled)
+    monkeypatch.setattr(shard_loop, "write_shard", shuffled)
     merge(config, tmp_path / "shuffled", options)
     assert len(written) > 4
     assert files(tmp_path / "straight") == files(tmp_path / "shuffled")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -16,26 +14,22 @@ from moemerge.card import CardOptions
 from moemerge.card import files as card_files
 from moemerge.checkpoint import read_header
 from moemerge.config import MergeConfig, as_config
-from moemerge.errors import DiskFull, InputError, Line, MoemergeError, RunError
+from moemerge.errors import InputError, Line, MoemergeError, RunError
 from moemerge.merging.routers import make_routers, report_of
+from moemerge.merging.shard_loop import ShardLoop
 from moemerge.options import Options, PublishOptions
 from moemerge.output import (
     Change,
-    FileEntry,
-    How,
     Manifest,
     State,
     held,
-    is_whole,
     settle,
-    takes_direct,
     verify_shards,
-    write_shard,
 )
 from moemerge.plan import ROUTERS, Plan, Shard, recipe
 from moemerge.prepare import Prepared, Tensors, Transfer, check_cache_room, fetch, prepare, transfer
 from moemerge.report import RoutingSummary
-from moemerge.reporting import Reporter, listener, size
+from moemerge.reporting import Reporter, listener
 
 
 @dataclass(frozen=True)
@@ -96,6 +90,9 @@ class _Merge:
         self.ready, self.plan, self.state = ready, ready.plan, State(out)
         self.stopped = threading.Event()
         self.shipment = _shipment(out, options, self.state, self.stopped)
+        self.loop = ShardLoop(
+            self.plan, out, options, reporter, self.state, self.shipment, self.stopped
+        )
         self.address = ""
 
     def run(self) -> MergeResult:
@@ -160,16 +157,16 @@ class _Merge:
             routers, others = mine[: part == 0], mine[part == 0 :]
             with ThreadPoolExecutor(1) as beside:  # write shards while the model runs
                 try:
-                    writing = beside.submit(self._write_shards, others, sources)
+                    writing = beside.submit(self.loop.write, others, sources)
                     self._make_routers(sources)
                     written = writing.result()
                 except BaseException:
                     self.stopped.set()
                     raise
-            written += self._write_shards(routers, sources)
+            written += self.loop.write(routers, sources)
         else:
             self._make_routers(sources)
-            written = self._write_shards(mine, sources)
+            written = self.loop.write(mine, sources)
         missing = sum(not self.state.entry(shard) for shard in plan.shards)
         if not options.shards:
             self._finish(sources, change)
@@ -189,105 +186,8 @@ class _Merge:
         recipes = [t.recipe for shard in shards for t in shard.tensors]
         return not self.options.ray and not any(map(recipe.computes, recipes))
 
-    def _write_shards(self, shards: list[Shard], sources: Tensors) -> int:
-        """Write the shards that are missing; returns the bytes written."""
-        there = [shard for shard in shards if self.state.entry(shard)]
-        with ExitStack() as bars:
-            advance = self._bar(bars, "checking finished shards", there)
-            todo = []
-            for shard in shards:
-                if not self._is_done(shard):
-                    todo.append(shard)
-                if shard in there:
-                    advance(shard.nbytes)
-        how, leaving = self._how(), [s for s in shards if not self.state.is_pushed(s)]
-        with ExitStack() as bars:
-            advance = self._bar(bars, "writing", todo)
-            self.sent = self._bar(bars, "uploading", leaving) if self.shipment else advance
-
-            def step(nbytes: int) -> None:
-                if self.stopped.is_set():
-                    raise RunError(f"{self.out}: stopped")
-                advance(nbytes)
-
-            if self.options.ray:
-                from moemerge.output import write_shards
-
-                for shard, entry in write_shards(todo, sources, self.out, how, self.options.ray):
-                    step(shard.nbytes)
-                    self._done(shard, entry)
-                return sum(shard.nbytes for shard in todo)
-            for shard in leaving if self.shipment else ():
-                if shard not in todo:
-                    self._send(shard, sources)
-            written = sum(self._write_claimed(todo, sources, how, step))
-            if self.shipment:
-                self.shipment.wait()
-            return written
-
     def _waiting(self, what: str) -> AbstractContextManager[object]:
         return self.reporter.progress(f"waiting for {what}", 1, "run")
-
-    def _bar(self, bars: ExitStack, what: str, shards: list[Shard]) -> Callable[[int], object]:
-        total = sum(shard.nbytes for shard in shards)
-        return bars.enter_context(self.reporter.progress(what, total, "B"))
-
-    def _send(self, shard: Shard, sources: Tensors) -> None:
-        """Start the upload of a finished shard, if shards are pushed during the merge."""
-        if self.shipment:
-            if self.options.verify:
-                verify_shards(self.plan, self.out, sources, [shard])
-            self.shipment.send(shard, self.sent)
-
-    def _how(self) -> How:
-        options, say = self.options, self.reporter.say
-        with output.writing(self.out):
-            direct = options.past_the_cache and takes_direct(self.state.directory)
-        if options.direct and not (direct and options.checksums):
-            why = "--no-checksum lets the kernel copy" if direct else "the file system refuses it"
-            say(Line(f"--direct has no effect: {why}"))
-        self.reporter.detail(f"{options.threads} threads, {'direct' if direct else 'plain'} writes")
-        return How(options.threads, direct, options.checksums)
-
-    def _write_claimed(
-        self, todo: list[Shard], sources: Tensors, how: How, advance: Callable[[int], object]
-    ) -> Iterator[int]:
-        for shard in todo:
-            with self.state.claim(shard.file, wait=False) as mine:
-                if mine and not self.state.entry(shard):
-                    try:
-                        entry = write_shard(shard, sources, self.out, how, advance)
-                    except DiskFull as error:
-                        raise self._missing_space() from error
-                    self._done(shard, entry)
-                    self._send(shard, sources)
-                    yield shard.nbytes
-
-    def _missing_space(self) -> DiskFull:
-        left = [shard for shard in self.plan.shards if not self.state.entry(shard)]
-        sizes = sorted(shard.nbytes for shard in left)
-        needed = sum(sizes[-2:] if self.shipment else sizes) - shutil.disk_usage(self.out).free
-        return DiskFull(
-            f"{self.out}: the disk is full, {len(left)} shards are still to come; free "
-            f"{size(max(needed, 0))}, then run the same command again to go on"
-        )
-
-    def _is_done(self, shard: Shard) -> bool:
-        """Whether an earlier run finished the shard and the file is unchanged."""
-        entry = self.state.entry(shard)
-        if self.state.is_pushed(shard):
-            (self.out / shard.file).unlink(missing_ok=True)
-            return True
-        if entry and not is_whole(shard, self.out, entry):
-            self.state.forget(shard)
-            return False
-        return bool(entry)
-
-    def _done(self, shard: Shard, entry: FileEntry) -> None:
-        with output.writing(self.out):
-            self.state.finished(shard, entry)
-        digest = f", xxh3 {entry['xxh3']}" if "xxh3" in entry else ""
-        self.reporter.detail(f"{shard.file}: {size(shard.nbytes)}{digest}")
 
     def _finish(self, sources: Tensors, change: Change) -> None:
         out, plan, ready = self.out, self.plan, self.ready
