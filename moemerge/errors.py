@@ -21,14 +21,14 @@ _SPELLED = {
     "checksums": "checksum", "card_config": "config-in-card",
     "untrained_ok": "i-understand-this-is-not-useful-without-training",
 }  # fmt: skip
-"""The options whose flags are called otherwise."""
+"""The options whose flags have another name."""
 
 ARGUMENTS = {
     **{flag: name for name, flag in _SPELLED.items()}, "text": "texts",
     "gradient-checkpointing": "checkpointing", "qlora": "load_in_4bit", "png": "path",
     "ADAPTER": "adapter", "MOE": "old", "OUT": "out", "SOURCE": "source",
 }  # fmt: skip
-"""The arguments that are not called as their flags, by the flags' names."""
+"""The arguments whose names differ from their flags, by the flags' names."""
 
 SWITCHES = {
     "allow_crimes", "checkpointing", "embeddings", "lazy", "load_in_4bit", "load_in_8bit",
@@ -38,17 +38,15 @@ SWITCHES = {
 
 
 class Line(str):
-    """A line for a person, written with flags (`--shard-size`) and read as a Python program knows
-    them (`shard_size`); `typed` is how it was written, for who types commands.
-
-    What stands between backticks, commands among it, is the same in both.
-    """
+    """A line for a person, which names options. `typed` is the line as it was written, with flags
+    (`--shard-size`), for a person who types commands. As a string it has the names of Python
+    arguments (`shard_size`). Text between backticks, such as a command, is the same in both."""
 
     typed: str
     __slots__ = ("typed",)
 
     def __new__(cls, typed: str) -> Line:
-        """Take a line that has flags; one that was taken before stays as it is."""
+        """Take a text that has flags; a `Line` is returned unchanged."""
         if isinstance(typed, Line):
             return typed
         parts = [ARGUMENTS.get(typed, typed)] if typed.isupper() else typed.split("`")
@@ -79,15 +77,13 @@ def _as_argument(found: re.Match[str]) -> str:
 
 
 def flag(name: str, value: object = True) -> str:
-    """The flag of an option, as a person types it: `--no-...` where its value is False."""
+    """The flag of an option, as a person types it: `--no-...` if its value is False."""
     return f"--{'no-' * (value is False)}{_SPELLED.get(name, name).replace('_', '-')}"
 
 
 class MoemergeError(Exception):
-    """Base of every error that is meant for a person; `exit_code` is what the command returns.
-
-    Its text speaks of arguments; that of `typed` of flags.
-    """
+    """Base of every error that is meant for a person. `exit_code` is what the command returns. As a
+    string, the error names Python arguments; `typed` names flags."""
 
     exit_code = 1
 
@@ -96,13 +92,13 @@ class MoemergeError(Exception):
 
     @property
     def typed(self) -> str:
-        """The text for who types commands."""
+        """The text for a person who types commands."""
         return Line(self.args[0]).typed
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with the input: where it stands, what it is, and what would work."""
+    """One problem of the input: where it is, what is wrong, and what would work."""
 
     where: str
     what: str
@@ -117,7 +113,7 @@ class Problem:
 
     @property
     def typed(self) -> str:
-        """The same for who types commands."""
+        """The text for a person who types commands."""
         return one_line("{}: {}; {}".format(*(Line(text).typed for text in vars(self).values())))
 
 
@@ -135,7 +131,7 @@ class InputError(MoemergeError):
 
     @property
     def typed(self) -> str:
-        """The text for who types commands."""
+        """The text for a person who types commands."""
         return "\n".join(problem.typed for problem in self.problems)
 
 
@@ -144,7 +140,7 @@ class RunError(MoemergeError):
 
 
 class ReadError(RunError):
-    """A source cannot be read to its end, changed meanwhile, or holds NaN or Inf."""
+    """A source cannot be read to its end, has changed since it was opened, or holds NaN or Inf."""
 
 
 class WriteError(RunError):
@@ -156,13 +152,13 @@ class DiskFull(WriteError):
 
 
 class VerifyError(RunError):
-    """What stands on disk is not what the plan says."""
+    """The files on disk are not what the plan says."""
 
 
 class Findings:
-    """Problems and notes, gathered over all checks and told together.
+    """Problems and notes of all checks, gathered so that a person gets them together.
 
-    A problem stops the merge; a note is something a person should know and may accept.
+    A problem stops the merge. A note tells something that a person may accept.
     """
 
     def __init__(self) -> None:
@@ -177,16 +173,17 @@ class Findings:
             self.problems.append(found)
 
     def note(self, line: str) -> None:
-        """Record one line to be said, once."""
+        """Record a note, once."""
         if (said := Line(line)) not in self.notes:
             self.notes.append(said)
 
     def note_of(self, who: str, what: str) -> None:
-        """Record a line about somebody; what is said of several is said once, of all."""
+        """Record a note about a model; one note about several models is told once, with all
+        names."""
         self._grouped(what, who, lambda names: f"{listed(names)}: {what}")
 
     def without_effect(self, what: str, why: str) -> None:
-        """Record what a person said in vain; what is in vain for one reason is one line."""
+        """Record an option that has no effect; options with the same reason share one line."""
         self._grouped(f"no effect{why}", what, lambda names: no_effect(names, why))
 
     def _grouped(self, key: str, name: str, line: Callable[[list[str]], str]) -> None:
@@ -206,30 +203,30 @@ class Findings:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few of some names, and how many more there are."""
+    """The first few names, and the number of the others."""
     if len(names) <= _SHOWN:
         return ", ".join(names)
     return f"{', '.join(names[:_SHOWN])} and {len(names) - _SHOWN} more"
 
 
 def no_effect(names: Sequence[str], why: str) -> str:
-    """The line about what a person said in vain; `why` begins with what stands after it."""
+    """The line about options that have no effect; `why` is the text after that."""
     several = len(names) > 1 or names[0] == "prompts"
     return f"{listed(names)} {'have' if several else 'has'} no effect{why}"
 
 
 def one_line(text: str) -> str:
-    """The text with what would break its line or steer a terminal shown as escapes."""
+    """The text on one line: line breaks and terminal control characters are shown as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says first, or what it is called."""
+    """The first line of another library's error, or the name of its class."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """Say which of `valid` a misspelled `word` was probably meant to be."""
+    """Say which of the `valid` words a misspelled `word` probably means."""
     names = sorted(valid)
     close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(names)}"

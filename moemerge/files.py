@@ -1,4 +1,4 @@
-"""Small files, read and written whole: JSON, paths that stay inside, and what is flushed."""
+"""Small files that are read and written whole, paths that stay inside a directory, and flushing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 CONFIG_FILE = "config.json"
 WEIGHTS_SUFFIX = ".safetensors"
-"""How the names of the weight files end that are written here."""
+"""The suffixes of the weight files that are written here."""
 
 PART_SUFFIX = ".part"
 
@@ -18,7 +18,7 @@ PART_SUFFIX = ".part"
 def write_json(path: Path, data: object, scratch: Path | None = None) -> None:
     """Write JSON so that the file is either the old one or the whole new one.
 
-    Until it is whole it stands in `scratch`, by default the file's own directory.
+    The new file is first written in `scratch`, by default the file's own directory.
     """
     part = (scratch or path.parent) / f"{path.name}{PART_SUFFIX}"
     with part.open("w", encoding="utf-8") as file:
@@ -30,12 +30,12 @@ def write_json(path: Path, data: object, scratch: Path | None = None) -> None:
 
 
 def as_json(data: object) -> str:
-    """JSON as every file here is written."""
+    """Data as the JSON text that every file here has."""
     return json.dumps(data, indent=2, ensure_ascii=True) + "\n"
 
 
 def is_inside(name: object) -> bool:
-    """Whether a name from a file can only mean something within its directory."""
+    """Whether a name from a file can only mean a file within its directory."""
     if not isinstance(name, str) or "\0" in name or PureWindowsPath(name).drive:
         return False
     path = PurePosixPath(name.replace("\\", "/"))
@@ -43,7 +43,7 @@ def is_inside(name: object) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty where there is none that can be read."""
+    """A JSON object from a file; empty if there is no file that can be read."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -52,7 +52,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def flush_directory(path: Path) -> None:
-    """Make renames in a directory last; where directories cannot be opened, the system does."""
+    """Make renames in a directory durable. Where directories cannot be opened, the system does
+    that."""
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:

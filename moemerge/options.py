@@ -1,4 +1,4 @@
-"""How a merge is run, as opposed to what it makes: frozen records, checked on creation."""
+"""How a merge is run, apart from what it makes: frozen records, checked when they are created."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ class ShardSize:
 class RunOptions:
     """How sources are read, and how models run for gate modes that need it.
 
-    `lazy` holds fewer decoder layers in memory at a time; `stream` keeps no copy of models on the
-    Hub; `cache_dir` None is the Hub's usual cache.
+    With `lazy`, the weights of fewer decoder layers are in memory at a time. With `stream`, models
+    on the Hub are read over the network and no copy is kept. `cache_dir` None is the Hub's usual
+    cache.
     """
 
     lazy: bool = False
@@ -62,7 +63,7 @@ class RunOptions:
     stream: bool = False
 
     def problems(self) -> Iterator[Problem]:
-        """What no run can be asked for."""
+        """Values that no run can have: (option, what is wrong, the fix)."""
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
             fix = "write auto, cpu, cuda, cuda:1 or mps"
             yield Problem("--device", f"{self.device!r} is not a device", fix)
@@ -76,9 +77,9 @@ class RunOptions:
 class WriteOptions:
     """How files are written.
 
-    `jobs` None is two threads a processor. `direct` None writes past the page cache where the file
-    system can, True remarks where it cannot. `shards` is this run's share, as `0/8`; `ray` is a
-    cluster's address, `local` for one of its own.
+    `jobs` None is two threads for each processor. `direct` None writes past the page cache where
+    the file system can; True also tells where it cannot. `shards` is this run's share, such as
+    `0/8`. `ray` is the address of a cluster; `local` starts one on this machine.
     """
 
     shard_size: str = "5GB"
@@ -92,7 +93,7 @@ class WriteOptions:
     ray: str = ""
 
     def problems(self) -> Iterator[Problem]:
-        """What no files can be written by."""
+        """Values that no files can be written with: (option, what is wrong, the fix)."""
         try:
             ShardSize.parse(self.shard_size)
         except InputError as error:
@@ -115,7 +116,7 @@ class WriteOptions:
 
     @property
     def share(self) -> tuple[int, int] | None:
-        """`shards` as (part, parts); None where it is not one."""
+        """`shards` as (part, parts); None if it is not a share."""
         found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shards)
         if not found:
             return None
@@ -125,10 +126,10 @@ class WriteOptions:
 
 @dataclass(frozen=True)
 class PublishOptions:
-    """What the model card says, and where the result is pushed.
+    """What the model card shows, and where the result is pushed.
 
-    `push` is a repository on the Hub. `card_config` None shows the config, or for new routers does
-    as the card before.
+    `push` is a repository on the Hub. With `card_config` None the card shows the config; a card for
+    new routers shows it if the card before did.
     """
 
     push: str = ""
@@ -138,7 +139,7 @@ class PublishOptions:
     card_config: bool | None = None
 
     def problems(self) -> Iterator[Problem]:
-        """What no push can be asked for."""
+        """Values that no push can have: (option, what is wrong, the fix)."""
         for name in ("private", "push_as_you_go"):
             if getattr(self, name) and not self.push:
                 yield Problem(flag(name), "says nothing without --push", "add --push USER/NAME")
@@ -146,13 +147,13 @@ class PublishOptions:
 
 @dataclass(frozen=True)
 class Options(PublishOptions, WriteOptions, RunOptions):
-    """Every way to run a merge; none changes what the config says is made, save `seed`.
+    """Every option of a merge. None changes what the config says is made, except `seed`.
 
-    `allow_crimes` lets model families mix; `untrained_ok` spares the remark that equal experts need
-    training.
+    `allow_crimes` lets models of different families mix. `untrained_ok` leaves out the note that
+    equal experts need training.
 
     Raises:
-        InputError: values that cannot be, or not together; all of them are told.
+        InputError: values that cannot be, or cannot be together; all of them are told.
     """
 
     allow_crimes: bool = False
@@ -163,7 +164,7 @@ class Options(PublishOptions, WriteOptions, RunOptions):
             raise InputError(problems)
 
     def problems(self) -> Iterator[Problem]:
-        """Everything that cannot be."""
+        """All problems of these values."""
         for part in (WriteOptions, RunOptions, PublishOptions):
             yield from part.problems(self)
         if self.push and self.shards:
@@ -175,12 +176,12 @@ class Options(PublishOptions, WriteOptions, RunOptions):
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """The options that differ from their defaults, with their values."""
+        """The options that differ from their defaults: their values by their names."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
 
     @property
     def threads(self) -> int:
-        """How many threads write: `jobs`, or two a processor, for half of them wait for disks; at
-        least eight where they wait for the network."""
+        """The number of threads that write: `jobs`, or two for each processor, because half of them
+        wait for disks; at least eight if they wait for the network."""
         return self.jobs or max(min(2 * (os.cpu_count() or 2), 16), 8 * self.stream)

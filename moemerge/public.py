@@ -35,13 +35,13 @@ from moemerge.training import undo as undo_tune
 from moemerge.version import __version__
 
 Built = EditResult
-"""The name that `EditResult` had once."""
+"""The old name of `EditResult`."""
 
 Merged = MergeResult
-"""The name that `MergeResult` had once."""
+"""The old name of `MergeResult`."""
 
 Wanted = EvalSpec
-"""The name that `EvalSpec` had once."""
+"""The old name of `EvalSpec`."""
 
 __all__ = [
     "Adapted",

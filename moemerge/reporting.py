@@ -1,4 +1,4 @@
-"""How a room tells a person what it does: lines and progress, silent unless someone listens."""
+"""How the library reports what it does: lines and progress, silent unless someone listens."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Protocol
 from moemerge.errors import InputError, Line, Problem, one_line
 
 EVERY = 15.0
-"""Seconds between two lines of work that lasts, where there is no terminal to draw a bar on."""
+"""Seconds between two lines about a long piece of work, where no terminal can show a bar."""
 
 
 class Reporter(Protocol):
-    """What the library needs of a listener; `Console` is one, and anybody can write another."""
+    """What the library needs of a listener. `Console` is one, and a program may have its own."""
 
     def say(self, line: str) -> None:
-        """Tell one line that a person should know."""
+        """Report one line that a person should know."""
 
     def detail(self, line: str) -> None:
-        """Tell one line that only a curious person wants."""
+        """Report one line of detail, for `--verbose`."""
 
     def progress(
         self, what: str, total: int, unit: str
@@ -31,7 +31,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """The listener of a library call: hears nothing."""
+    """The listener of a library call: it drops everything."""
 
     def say(self, line: str) -> None:
         """Drop the line."""
@@ -46,10 +46,10 @@ class Silent:
 
 
 class Console:
-    """The listener that prints, to standard error: notes, and how far work has come.
+    """The listener that prints notes and progress to standard error.
 
-    That is a bar on a terminal; elsewhere, of work that lasts, a line every `EVERY` seconds of the
-    `clock`. `verbose` prints what only a curious person wants, too.
+    Progress is a bar on a terminal. Elsewhere, long work gets a line every `EVERY` seconds of the
+    `clock`. `verbose` prints details too.
     """
 
     def __init__(self, verbose: bool = False, clock: Callable[[], float] = time.monotonic):
@@ -60,12 +60,12 @@ class Console:
         self.print(one_line(f"note: {Line(line)}"))
 
     def detail(self, line: str) -> None:
-        """Print a line for the curious."""
+        """Print a detail, with `verbose`."""
         if self.verbose:
             self.print(Line(line))
 
     def print(self, line: str) -> None:
-        """Print a line; nothing where standard error takes none."""
+        """Print a line; nothing if standard error is closed."""
         if sys.stderr is not None:
             with suppress(OSError, ValueError):
                 sys.stderr.write(f"{line}\n")
@@ -73,7 +73,7 @@ class Console:
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-        """A bar, or a line now and then, until the block ends; the work may be silent meanwhile."""
+        """A bar, or a line now and then, until the block ends."""
         if sys.stderr is not None and sys.stderr.isatty():
             with _bar(what, total, unit) as advance:
                 yield advance
@@ -93,7 +93,7 @@ class Console:
 
 
 class Work:
-    """A piece of work that lasts: what is done of it, told now and then."""
+    """A long piece of work that tells its progress now and then."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Work:
         self.tell_if_due()
 
     def tell_if_due(self) -> None:
-        """Tell how far it has come if that was not told for so long."""
+        """Print the progress if the last line is old enough."""
         with self.lock:
             now = self.clock()
             if now - self.told < EVERY:
@@ -135,7 +135,7 @@ class Work:
 
 @contextmanager
 def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-    """A bar for anything over a second, with bytes as such."""
+    """A bar that appears after one second; bytes are shown as such."""
     from tqdm import tqdm
 
     with tqdm(
@@ -151,7 +151,7 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
 
 
 def listener(reporter: Reporter | None, progress: bool) -> Reporter:
-    """Who hears a call: the `reporter`, or with `progress` a `Console`, or nobody.
+    """The listener of a call: the `reporter`, a `Console` with `progress`, or `Silent`.
 
     Raises:
         InputError: both are given.

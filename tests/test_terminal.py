@@ -146,6 +146,7 @@ def test_help_and_version_are_understood_as_commands(
     for args, said, usual in (
         (["help"], "[OPTIONS] COMMAND [ARGS]", "moemerge --help"),
         (["help", "merge"], "Merge the models of CONFIG into OUT", "moemerge merge --help"),
+        (["help", "tune", "routers"], "Train the routers of OUT", "moemerge tune routers --help"),
         (["version"], f"moemerge {moemerge.__version__}", "moemerge --version"),
     ):
         assert run(*args) == 0
@@ -253,7 +254,7 @@ def test_what_goes_over_the_network_is_told_too(tmp_path: Path, babies: dict[str
         )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     lines = done.stderr.splitlines()
-    for what in ("downloading lab/base: ", "checking what came of lab/base: ", "uploading: "):
+    for what in ("downloading lab/base: ", "checking the download of lab/base: ", "uploading: "):
         assert any(line.startswith(what) and line.endswith(" s") for line in lines), (what, lines)
 
 

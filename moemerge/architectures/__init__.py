@@ -1,4 +1,4 @@
-"""What can be written: slots of an output class, and what a class cannot hold."""
+"""Output architectures: the slots of each class, and what a class cannot hold."""
 
 from moemerge.architectures.limits import Holds
 from moemerge.architectures.reading import LAYER, MLP, SEGMENTS, SPLIT_FACTOR, Names, Reading

@@ -1,4 +1,4 @@
-"""What of a dense model an output class holds, and what readers of the class drop."""
+"""What an output class holds of a dense model, and what its readers drop."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ _CARRIED = (
 
 
 LLAMA_CPP_ROPE = frozenset({"linear", "yarn", "dynamic"})
-"""What llama.cpp knows in every graph; it never goes where dynamic begins, beyond the trained
-length."""
+"""Kinds of rope in every graph of llama.cpp. `dynamic` is among them because it begins beyond the
+trained length, where llama.cpp never goes."""
 
 
 def common(
     config: dict[str, Any], mixture: Mixture, dtype: str, training: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What every config.json says: the base's own values, for defaults differ by family."""
+    """The keys of every config.json, with the base's own values, because defaults differ by
+    family."""
     rope, trained = config["rope_scaling"] or {}, "original_max_position_embeddings"
     return {
         **{key: config.get(key) for key in _CARRIED},
@@ -42,10 +43,10 @@ def common(
 
 @dataclass(frozen=True)
 class Holds:
-    """What of a dense model's body a class has a place for.
+    """The parts of a dense model's body for which a class has a place.
 
-    `qk_norms` are the norms of queries and keys that it may have, in the words of `Family`; with
-    `post_norm`, norms stand after attention and MLP, and nowhere else.
+    `qk_norms` are the norms of queries and keys that it may have, as in `Family`. With `post_norm`,
+    norms are after attention and MLP, and nowhere else.
     """
 
     qk_norms: tuple[str | None, ...] = (None,)
@@ -56,7 +57,7 @@ class Holds:
 
     @property
     def families(self) -> tuple[str, ...]:
-        """The dense model_types that it reproduces, as such models usually are."""
+        """The dense model_types that it computes exactly, as such models usually are."""
         return tuple(name for name, record in RECORDS.items() if self._suits(record))
 
     def _suits(self, record: Family) -> bool:
@@ -74,7 +75,7 @@ class Holds:
         return self.qkv_bias, self.o_bias
 
     def refusals(self, config: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
-        """Biases of this dense model that the class `name` has no place for."""
+        """Refusals of biases of this dense model for which the class `name` has no place."""
         if (config["qkv_bias"] and not self.qkv_bias) or (config["o_bias"] and not self.o_bias):
             if self.qkv_bias:
                 yield f"has a bias on o_proj, which a {name} has no place for", "use another model"
@@ -84,8 +85,8 @@ class Holds:
 
 
 def one_kind(config: dict[str, Any], in_part: bool = False) -> Iterator[tuple[str, str]]:
-    """What no architecture holds: biases in MLPs, several kinds of attention by layer; and heads
-    that are turned in part, but for one that does so."""
+    """Refusals of what no architecture holds: biases in MLPs, attention that differs by layer, and
+    partial rotary embeddings unless `in_part`."""
     part, family = config[PARTIAL], config.get("saved_as", config["model_type"])
     if part != 1 and not RECORDS[family].turns_in_part:
         what = f"says partial_rotary_factor: {part:g}, which programs read differently in a"
@@ -126,8 +127,7 @@ def no_loading(config: dict[str, Any], name: str, *readers: str) -> Iterator[tup
 
 
 def drops_biases(config: dict[str, Any], name: str, *readers: str) -> Iterator[tuple[str, str]]:
-    """The caveat of readers whose class is built without some biases, and that pass over those in
-    the file."""
+    """The caveat of readers that drop some biases, although the file has them."""
     if config["qkv_bias"] or config["o_bias"]:
         for reader in readers:
             what = f"drops attention biases of a {name}: expect other text from it"
@@ -144,7 +144,7 @@ def other_rope(
 
 
 def long_factors(config: dict[str, Any], *readers: str) -> Iterator[tuple[str, str]]:
-    """The caveat of readers that know longrope, but no short sequences."""
+    """The caveat of readers that use longrope's long factors for short sequences too."""
     if (config["rope_scaling"] or {}).get("rope_type") == "longrope":
         for reader in readers:
             what = "takes longrope's long factors at every length: expect other text from it"
@@ -152,14 +152,14 @@ def long_factors(config: dict[str, Any], *readers: str) -> Iterator[tuple[str, s
 
 
 def lonely(mixture: Mixture, name: str) -> Iterator[tuple[str, str]]:
-    """The refusal of a class that judges experts by the best two of a group."""
+    """The refusal of a class that scores a group by its best two experts."""
     if mixture.experts < 2:
         what = f"would be one expert alone, and a {name} takes the best two of each group"
         yield what, "list two experts or more, or name another architecture"
 
 
 def one_alone(mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """The caveat of mlx-lm, which weighs a single expert a token by its sigmoid, not by 1."""
+    """The caveat of mlx-lm: a single expert a token gets the weight of its sigmoid, not 1."""
     if mixture.per_token == 1:
         yield "mlx-lm", "mlx-lm does not renormalise one expert a token: expect other text from it"
 

@@ -1,4 +1,4 @@
-"""How a mixture of a class is read, whoever wrote it: its tensors' names and its config's words."""
+"""How a mixture of a class is read, whoever wrote it: tensor names and config keys."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 """The matrices of a dense MLP: (F, D), (F, D), (D, F)."""
 
 SEGMENTS, SPLIT_FACTOR = "moemerge_segments", "moemerge_split_factor"
-"""The keys by which config.json says for later edits that its experts are parts of MLPs.
+"""Keys of config.json for later edits: its experts are parts of MLPs.
 
-An expert is so many segments, with equal rows in the routers; or a slice of the one MLP that was
-split, and what the chosen slices add is multiplied by the factor. No reader heeds either.
+Each MLP was cut into that many segments, with equal rows in the routers; or the experts are slices
+of one split MLP, and the output of the chosen slices is multiplied by the factor. No reader uses
+these keys.
 """
 
 
 @dataclass(frozen=True)
 class Names:
-    """A class's names within a layer; by default, those that most classes have.
+    """A class's names within a layer; the defaults are those of most classes.
 
-    `matrices` are an expert's in the order of `MLP`. Some writer has all experts' in two tensors
-    instead, gate above up (E, 2F, D) and down (E, D, F), under names of `uppers` and `lowers`;
-    where readers know only such, `stacked`, the first of each is theirs and `matrices` are ours.
-    `routers` are other names of the `router`. Those that are not every reader's are the names in
-    transformers 5's memory. A selection bias's name ends in `bias`; those of experts that are
-    always on, and of their gate, begin with one of `shared`.
+    `matrices` are an expert's, in the order of `MLP`. Some writers store all experts in two
+    tensors, gate above up (E, 2F, D) and down (E, D, F), with names of `uppers` and `lowers`. If
+    readers know only these, the class is `stacked`, the first name of each is theirs, and
+    `matrices` are names that only moemerge uses. `routers` are other names of the `router`. Names
+    that only some readers know are those of transformers 5 in memory. A selection bias's name ends
+    in `bias`. Names of shared experts and their gate begin with one of `shared`.
     """
 
     expert: str = "mlp.experts."
@@ -50,24 +51,24 @@ class Names:
 
     @property
     def signature(self) -> str:
-        """A name by which files that use these names are known."""
+        """A name by which files with these names are recognised."""
         return self.uppers[0] if self.stacked else self.matrix(0, 0)
 
     @property
     def routing(self) -> set[str]:
-        """The last parts of the names of modules that route: `gate` of `mlp.gate.weight`."""
+        """The last parts of the names of routing modules: `gate` of `mlp.gate.weight`."""
         weights = (self.router, *self.routers, self.shared_gate)
         return {name.removesuffix(".weight").rpartition(".")[2] for name in weights}
 
 
 def windows_by_type(config: Mapping[str, Any]) -> Any:
-    """What config.json says of each layer's attention; a window in all if it says nothing."""
+    """Each layer's attention by `layer_types`; if config.json has none, all have a window."""
     types = config.get("layer_types")
     return windows_where(config, lambda _: True) if types is None else types
 
 
 def windows_where(config: Mapping[str, Any], windowed: Callable[[int], bool]) -> list[str]:
-    """Each layer's attention, by whether the layer of that number has a window."""
+    """Each layer's attention; `windowed` says whether the layer of that number has a window."""
     layers = config.get("num_hidden_layers")
     numbers = range(layers if type(layers) is int else 0)
     return ["sliding_attention" if windowed(n) else "full_attention" for n in numbers]
@@ -83,23 +84,22 @@ def _always(_: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Reading:
-    """How transformers 5 reads a class's files; the defaults are for a class of which nothing is
-    known but its names."""
+    """How transformers 5 reads a class's files; the defaults are for a class that is not known."""
 
     names: Names = field(default_factory=Names)
 
     counts: tuple[str, ...] = ()
-    """The keys of config.json that say how many experts there are, all that some reader needs."""
+    """The keys of config.json for the number of experts; each is needed by some reader."""
 
     windows: Callable[[Mapping[str, Any]], Any] = windows_by_type
-    """Of a config.json with a `sliding_window`: the `layer_types` of a dense model with the same
-    windows; None if there are none."""
+    """The `layer_types` of a dense model with the same windows, for a config.json with a
+    `sliding_window`; None if there are no windows."""
 
     turned: float = 1.0
-    """The part of each head that is turned where config.json does not say."""
+    """The partial rotary factor if config.json does not say one."""
 
     older_kinds: Mapping[str, str] = field(default_factory=dict)
-    """Kinds of layers that transformers 4 calls otherwise in `layer_types`: its word for each."""
+    """Names in `layer_types` that transformers 4 writes differently, with its name for each."""
 
     attends: Callable[[Mapping[str, Any]], bool] = _always
     """Whether all layers are attention, by config.json."""
@@ -108,9 +108,9 @@ class Reading:
     """Whether attention has positions (rope), by config.json."""
 
     factor: str = ""
-    """The key of config.json, and of the class's `Settings`, for a number that multiplies what the
-    chosen experts add; empty if there is none."""
+    """The key of config.json, and of the class's `Settings`, for a factor of the chosen experts'
+    output; empty if there is none."""
 
     stacks_adapters: bool = False
-    """Whether PEFT 0.21 takes an adapter on its experts in stacked form alone, though files hold
-    them apart."""
+    """Whether PEFT 0.21 takes an adapter on its experts only in stacked form, although files hold
+    separate experts."""

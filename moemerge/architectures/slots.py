@@ -1,7 +1,8 @@
-"""An output architecture as slots: each tensor's name and shape, and what it is to hold.
+"""An output architecture as slots: each tensor's name, shape, and content.
 
-Dense tensors go by one set of names in every family (`model.layers.0.mlp.gate_proj.weight`).
-Shapes: D hidden size, F an expert's intermediate size, S all shared experts' together.
+Dense tensors have the same names in every family (`model.layers.0.mlp.gate_proj.weight`). Shapes: D
+hidden size, F an expert's intermediate size, S the intermediate size of all shared experts
+together.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from moemerge.families import DOWN, EMBEDDING, GATE, HEAD, LAYER, UP, dense
 
 ALL = -1
-"""In the place of one expert's number: every expert has an equal part of the tensor."""
+"""In place of an expert's number: every expert has an equal part of the tensor."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,15 @@ class Constant:
 
 @dataclass(frozen=True)
 class Made:
-    """What a gate mode makes of a `kind`: a layer's `router` (E, D), the selection `bias` (E) that
-    spreads its load, or the `shared gate` (1, D)."""
+    """A tensor that the gate mode makes: a layer's `router` (E, D), the selection `bias` (E) that
+    balances the load, or the `shared gate` (1, D)."""
 
     kind: str
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Slots without a name, one below another (axis 0) or side by side (axis 1)."""
+    """Slots without names, joined: one below another (axis 0) or side by side (axis 1)."""
 
     parts: tuple[Slot, ...]
     axis: int = 0
@@ -57,7 +58,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor that the architecture needs; `dtype` if it has one of its own."""
+    """One tensor that the architecture needs; `dtype` is set if it must have one of its own."""
 
     name: str
     shape: tuple[int, ...]
@@ -66,14 +67,14 @@ class Slot:
 
     @property
     def expert(self) -> int | None:
-        """The routed expert whose MLP this is, `ALL` of them, or none."""
+        """The number of the routed expert in the tensor, `ALL` for all of them, or None."""
         owners = {p.of.expert for p in self.parts if isinstance(p.of, FromExpert)}
         routed = not any(isinstance(p.of, FromExpert) and p.of.shared for p in self.parts)
         return None if not owners or not routed else owners.pop() if len(owners) == 1 else ALL
 
     @property
     def parts(self) -> Iterator[Slot]:
-        """The slots it is joined of, or itself."""
+        """The slots that it is joined of, or itself."""
         if isinstance(self.of, Joined):
             for part in self.of.parts:
                 yield from part.parts
@@ -83,11 +84,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The shape of the routing: so many `experts` of `inner` neurons, `per_token` of them chosen.
+    """The shape of the routing: `experts` of `inner` neurons, of which `per_token` are chosen.
 
-    `shared` experts of `inner` neurons each are always on; with `gated`, a gate that prompts
-    decide scales them. `settings` are the architecture's own options, `training` what its config
-    says of training, and `told` what it says for later edits (`SEGMENTS`, `SPLIT_FACTOR`).
+    `shared` experts of `inner` neurons each are always on; if `gated`, they are scaled by a gate
+    that is made from prompts. `settings` are the architecture's own options. `training` holds
+    training keys of the config, and `told` keys for later edits (`SEGMENTS`, `SPLIT_FACTOR`).
     """
 
     experts: int
@@ -108,8 +109,8 @@ def whole(
 ) -> Iterator[Slot]:
     """Embeddings, layers, final norm, and head; `mlp` yields each layer's experts.
 
-    Where the architecture has biases that the dense model has not, they are zeros. A tied head is
-    a copy of the embeddings, for some readers look for it in the file.
+    Biases that the architecture has and the dense model lacks are zeros. A tied head is a copy of
+    the embeddings, because some readers need it in the file.
     """
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     yield same(EMBEDDING, (vocab, hidden))
@@ -124,7 +125,7 @@ def whole(
 def _attention(
     config: dict[str, Any], layer: str, qkv_bias: bool | None, o_bias: bool | None
 ) -> Iterator[Slot]:
-    """A layer's norms and attention: what every architecture calls as dense models call it."""
+    """A layer's norms and attention, which every architecture names as dense models do."""
     hidden = config["hidden_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
@@ -151,7 +152,7 @@ def _attention(
 
 
 def same(name: str, shape: tuple[int, ...]) -> Slot:
-    """The body's tensor of that very name."""
+    """The body's tensor with the same name."""
     return Slot(name, shape, FromBody(name))
 
 
@@ -161,7 +162,7 @@ def router(name: str, config: dict[str, Any], mixture: Mixture) -> Slot:
 
 
 def routed(config: dict[str, Any], mixture: Mixture, layer: int) -> Iterator[Slot]:
-    """A layer's router and experts, as most classes name them."""
+    """A layer's router and experts, with the names of most classes."""
     block = f"{LAYER.format(layer=layer)}mlp."
     yield router(f"{block}gate.weight", config, mixture)
     for expert in range(mixture.experts):
@@ -182,7 +183,7 @@ def projection(
 def shared(name: str, config: dict[str, Any], mixture: Mixture, layer: int, which: str) -> Slot:
     """One matrix of all shared experts as one wide MLP: gate and up (S, D), down (D, S).
 
-    Joining the neurons of two MLPs adds their outputs, exactly.
+    A joined MLP gives exactly the sum of the outputs of its parts.
     """
     parts = tuple(
         Slot("", part.shape, FromExpert(dense(layer, which), number, shared=True))
@@ -193,7 +194,7 @@ def shared(name: str, config: dict[str, Any], mixture: Mixture, layer: int, whic
 
 
 def joined(name: str, parts: Sequence[Slot], axis: int = 0) -> Slot:
-    """Some slots as one tensor; a single one is itself."""
+    """Slots joined to one tensor; a single slot is only renamed."""
     if len(parts) == 1:
         return Slot(name, parts[0].shape, parts[0].of)
     shape = list(parts[0].shape)
@@ -202,7 +203,7 @@ def joined(name: str, parts: Sequence[Slot], axis: int = 0) -> Slot:
 
 
 def dense_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the dense model, with its shape; a tied head is none of its own."""
+    """Every tensor of the dense model with its shape; a tied head is not a tensor of its own."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
 
     def mlp(layer: int) -> Iterator[Slot]:

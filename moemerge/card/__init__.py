@@ -1,4 +1,4 @@
-"""The model card: written, recognised as edited or not, and what may be shared of a config."""
+"""The model card: written, checked for edits, and what of a config may be shared."""
 
 from moemerge.card import card, files
 from moemerge.card.evaluation import cells, metric_of, without_evaluation

@@ -1,4 +1,4 @@
-"""The model card: what the Hub reads of it, its text, and a seal by which an edit is seen."""
+"""The model card: its metadata for the Hub, its text, and a digest that shows edits."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _SEAL = re.compile(r"(.*)<!-- moemerge:card ([0-9a-f]{16}) -->\n?", re.DOTALL)
 
 
 def render(ready: Prepared, routing: RoutingSummary, told: CardOptions, picture: str = "") -> str:
-    """The card's text, sealed with its digest.
+    """The card's text, with its digest at the end.
 
-    `routing` is how the routers do (see `RoutingSummary`), `picture` the file that shows it.
-    No path of this disk stands in it, and nothing that a config or a source says is markup.
+    `routing` is a summary of the routers (see `RoutingSummary`), `picture` the file that shows it.
+    The card has no path of this disk, and nothing from a config or a source can be markup in it.
     """
     claims = {text: claims_of(c.directory) for text, c in ready.checkpoints.items()}
     keys, own = split_own(without_slots(told.own))
@@ -36,10 +36,10 @@ def render(ready: Prepared, routing: RoutingSummary, told: CardOptions, picture:
 
 
 def changed(content: bytes, change: Callable[[str], str]) -> bytes | None:
-    """A card with its text changed and sealed anew; None if it is not as moemerge wrote it.
+    """A card with its text changed and a new digest; None if the card was edited.
 
     Raises:
-        NoSlot: an older moemerge wrote it, and the change finds no place in it.
+        NoSlot: an older moemerge wrote it, and it has no place for the change.
     """
     if not is_untouched(content):
         return None
@@ -63,13 +63,13 @@ def seal(text: str) -> str:
 
 
 def is_untouched(card: bytes) -> bool:
-    """Whether a card is what moemerge wrote, to the last letter."""
+    """Whether a card is exactly as moemerge wrote it."""
     found = _SEAL.fullmatch(card.decode("utf-8", errors="replace").replace("\r\n", "\n"))
     return found is not None and _digest(found[1]) == found[2]
 
 
 def picture(ready: Prepared, routing: RoutingSummary) -> RoutingPicture:
-    """The routers' report as `heat_map.save` draws it."""
+    """The heat map of the routers, as `heat_map.save` draws it."""
     names = ready.plan.experts
     texts = routing["texts"]
     return {"model": "Prompts, each held out", "experts": list(names), "texts": texts}
@@ -85,7 +85,7 @@ def _digest(text: str) -> str:
 
 
 def _metadata(ready: Prepared, claims: dict[str, Claims]) -> dict[str, Any]:
-    """What the Hub reads of the card."""
+    """The card's metadata for the Hub."""
     from huggingface_hub import ModelCardData
 
     opened = ready.checkpoints.values()

@@ -1,4 +1,4 @@
-"""An evaluation as a card tells it: a section with a table, and the Hub's model-index."""
+"""An evaluation in a card: a section with a table, and the Hub's model-index."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _BETTER = {True: " ↑", False: " ↓", None: ""}
 
 
 def with_evaluation(text: str, found: Evaluation) -> str:
-    """A card's text with these results, in the place of earlier ones.
+    """A card's text with these results, in place of earlier ones.
 
-    A `model-index` that a person gave the card stays theirs.
+    A `model-index` that a person wrote in the card is kept.
 
     Raises:
         NoSlot: the card has no place for them.
@@ -33,7 +33,7 @@ def with_evaluation(text: str, found: Evaluation) -> str:
 
 
 def without_evaluation(text: str) -> str:
-    """A card's text without the results of an evaluation: its routers are others now.
+    """A card's text without evaluation results, because its routers have changed.
 
     Raises:
         NoSlot: the card has no place for results.
@@ -46,7 +46,7 @@ def without_evaluation(text: str) -> str:
 
 
 def cells(row: EvaluationRow) -> list[str]:
-    """A row's values as they are shown, a standard error behind them; `-` where there is none."""
+    """A row's values as text, each with its standard error; `-` if there is none."""
     places = 2 if row["kind"] == "text" else 4
     texts = ["-" if value is None else f"{value:.{places}f}" for value in row["values"]]
     errors = ["" if error is None else f" ± {error:.{places}f}" for error in row["stderr"]]
@@ -54,7 +54,7 @@ def cells(row: EvaluationRow) -> list[str]:
 
 
 def metric_of(row: EvaluationRow) -> str:
-    """What a row's values are, with the filter that lm-eval put answers through, if it did."""
+    """The metric of a row, with lm-eval's filter of the answers, if there was one."""
     filtered = row.get("filter", "none")
     return f"{row['metric']} ({filtered})" if filtered != "none" else str(row["metric"])
 
@@ -89,7 +89,7 @@ def _paragraphs(found: Evaluation) -> Iterator[str]:
 
 
 def _index(found: Evaluation) -> Any:
-    """The mixture's own results as the Hub reads them."""
+    """The mixture's own results in the Hub's format."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [

@@ -1,4 +1,4 @@
-"""The card and its picture as files of the output; those that somebody edited are left alone."""
+"""The card and its picture as files of the output; files that a person edited stay as they are."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def write(
     reporter: Reporter,
     ours: bool = True,
 ) -> dict[str, FileEntry]:
-    """Write the card and, where routing is known and matplotlib there, the picture.
+    """Write the card and, if routing is known and matplotlib is installed, the picture.
 
-    Returns the picture's entry for the manifest, if there is one. Without `ours` a picture that is
-    there is somebody else's, and stays.
+    Returns the picture's entry for the manifest, if there is one. Without `ours`, a picture that
+    exists is another program's, and is kept.
 
     Raises:
         WriteError: the output cannot be written.
@@ -56,7 +56,8 @@ def write(
 
 
 def tell_evaluation(out: Path, found: Evaluation, reporter: Reporter) -> bool:
-    """Tell results of `evaluate` in the card of a finished mixture; whether that could be.
+    """Write the results of `evaluate` into the card of a finished mixture; returns whether it was
+    possible.
 
     Raises:
         RunError: another run is at work there.
@@ -77,17 +78,17 @@ def tell_evaluation(out: Path, found: Evaluation, reporter: Reporter) -> bool:
 
 
 def tell_training(change: Change, tuned: dict[str, Any], reporter: Reporter) -> None:
-    """Tell in the card how its routers were trained; `tuned` is the manifest's record of it."""
+    """Write into the card how the routers were trained; `tuned` is the manifest's record of it."""
     _rewrite(change, lambda text: with_training(text, tuned), reporter)
 
 
 def drop_evaluation(change: Change, reporter: Reporter) -> None:
-    """Take the results of an evaluation out of the card: they are another mixture's by now."""
+    """Remove the results of an evaluation from the card, because the mixture has changed."""
     _rewrite(change, without_evaluation, reporter)
 
 
 def rewritten(path: Path, edit: Callable[[str], str], reporter: Reporter) -> bytes | None:
-    """A card with its text changed; None, and that is said, where the card stays as it is."""
+    """A card with its text changed; None, with a note, if the card stays as it is."""
     try:
         content = card.changed(path.read_bytes(), edit)
         why = "was edited since it was written"
@@ -99,7 +100,7 @@ def rewritten(path: Path, edit: Callable[[str], str], reporter: Reporter) -> byt
 
 
 def _rewrite(change: Change, edit: Callable[[str], str], reporter: Reporter) -> bool:
-    """Change the card's text, if there is a card and it may be changed; whether it was."""
+    """Change the card's text, if there is a card that may be changed; returns whether it was."""
     path = change.out / CARD_FILE
     content = rewritten(path, edit, reporter) if path.is_file() else None
     if content is not None:
@@ -110,7 +111,7 @@ def _rewrite(change: Change, edit: Callable[[str], str], reporter: Reporter) -> 
 def _draw(
     change: Change, ready: Prepared, routing: RoutingSummary, reporter: Reporter, ours: bool
 ) -> bool:
-    """Draw how texts are routed, or let go what was drawn of other routers."""
+    """Draw how texts are routed, or remove the picture of earlier routers."""
     path = change.out / PICTURE_FILE
     if path.exists() and not ours:
         reporter.say(f"{path}: is not moemerge's, so it stays and the card shows no picture")

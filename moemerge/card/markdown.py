@@ -1,4 +1,4 @@
-"""Pieces of markdown: tables, links to sources, and text of others in which nothing is markup."""
+"""Pieces of markdown: tables, links to sources, and other people's text without markup."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def table(titles: Sequence[str], rows: Any) -> str:
 
 
 def shown(text: str, most: int = 60) -> str:
-    """Some text on one short line or in a table's cell, and nothing in it is markup or a link."""
+    """Text on one short line or in a table's cell, with all markup and links escaped."""
     text = one_line(" ".join(text.split()))
     short = text if len(text) <= most else text[: most - 3] + "..."
     return re.sub(r"([\\`|<\[*~]|(?<=:)/(?=/)|(?<=www)\.)", r"\\\1", short)
@@ -36,7 +36,7 @@ def checkpoints(donor: Donor) -> list[Checkpoint]:
 
 
 def linked(reference: Reference, commit: str | None) -> str:
-    """A source by name, with a link to the very commit if it is on the Hub."""
+    """A source by name, with a link to its commit if it is on the Hub."""
     if reference.directory:
         return shown(reference.short)
     return f"[{shown(reference.text, 200)}]({HUB}/{reference.repo}/tree/{commit})"

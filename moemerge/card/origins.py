@@ -13,7 +13,7 @@ from moemerge.version import __version__
 
 
 def sources(ready: Prepared, claims: dict[str, Claims]) -> Iterator[str]:
-    """Where its weights come from, and under which terms."""
+    """The section on the mixture's sources and their licences."""
     used: dict[str, list[str]] = {text: [] for text in ready.checkpoints}
     whole = [("body", ready.base)] if ready.config.body == "base" else []
     shared = [("a shared expert", donor) for donor in ready.shared]
@@ -48,7 +48,7 @@ def sources(ready: Prepared, claims: dict[str, Claims]) -> Iterator[str]:
 
 
 def making(ready: Prepared, with_config: bool) -> Iterator[str]:
-    """What it was made with, and the config to make it again."""
+    """The section on the programs that made it, with the config to make it again."""
     tools = [f"moemerge {__version__}"]
     if ready.gate.needs.body_pass:
         used = ("torch", "transformers")

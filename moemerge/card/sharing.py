@@ -1,4 +1,4 @@
-"""A manifest and a config as others may read them: nothing tells where models lay on this disk."""
+"""A manifest and a config as others may read them: without the places of models on this disk."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _LOCAL = re.compile(r"(?:^|[\s\"'(\[=:,])(?:~|/|\\\\|[A-Za-z]:\\)[\w.~-]", re.MU
 def shareable(manifest: Manifest) -> Manifest:
     """The manifest with `./name` for each directory that models were read from.
 
-    The weights' digests stay, the plan's is made anew. Prompts, and what was found of them, stay
-    out where the person wanted them out of the card.
+    The digests of weights are kept; the digest of the plan is made again. Prompts, and what was
+    measured with them, are left out if the card must not show them.
     """
     names = _names(manifest.plan)
     plan = manifest.plan.to_json()
@@ -52,9 +52,9 @@ def shareable(manifest: Manifest) -> Manifest:
 
 
 def shareable_config(config: MergeConfig, plan: Plan) -> MergeConfig:
-    """The config that a plan was made of, with `./name` for each directory and file in it.
+    """The config of a plan, with `./name` for each directory and file in it.
 
-    Where there is a path, nothing is left of the text as it was written: comments tell paths too.
+    If the config has a path, its original text is not used, because comments may contain paths too.
     """
     names = _names(plan)
     known = {source.reference for source in plan.sources}
@@ -70,7 +70,7 @@ def shareable_config(config: MergeConfig, plan: Plan) -> MergeConfig:
         return "+".join(map(elsewhere, text.split("+")))
 
     def elsewhere(part: str) -> str:
-        """A source that no weight is read from: the body of an average, a tokenizer's."""
+        """A source from which no weight is read, such as the one of a tokenizer."""
         part = part.strip()
         if part in ("base", "union") or is_hub_id(part.partition("@")[0]):
             return part
@@ -105,7 +105,7 @@ def shareable_config(config: MergeConfig, plan: Plan) -> MergeConfig:
 
 
 def _names(plan: Plan) -> dict[str, str]:
-    """What each directory's reference becomes: its last part, with a number where that is taken.
+    """The new reference of each directory: its last part, with a number if that is taken.
 
     It begins with a dot, so that nobody takes it for the name of a repository.
     """

@@ -1,4 +1,4 @@
-"""A card's slots: text between two comments with a name, by which later commands find the text."""
+"""A card's slots: text between two named comments, by which later commands find it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import re
 from collections.abc import Iterable
 
 ROUTING = "routing"
-"""The section on how texts are routed, or on how the routers were trained since."""
+"""The section on how texts are routed, or on how the routers were trained afterwards."""
 
 EVALUATION = "evaluation"
 """The section with an evaluation's results; empty before there are any."""
 
 NOT_EVALUATED = "not-evaluated"
-"""The words of the limits that hold until the mixture is evaluated."""
+"""The words of the limits that are true until the mixture is evaluated."""
 
 UNEVALUATED = " or evaluated"
-"""Those words: they stand between `trained` and `as a whole`."""
+"""These words, which stand between `trained` and `as a whole`."""
 
 ROUTERS_LIMIT = "routers-limit"
-"""What the limits say of the routers, until these are trained."""
+"""The limits of the routers, which are true until the routers are trained."""
 
 
 class NoSlot(LookupError):
@@ -41,7 +41,7 @@ def filled(text: str, name: str, content: str) -> str:
 
 
 def content_of(text: str, name: str) -> str:
-    """What stands in the slot.
+    """The content of the slot.
 
     Raises:
         NoSlot: there is no such slot.
@@ -50,20 +50,20 @@ def content_of(text: str, name: str) -> str:
 
 
 def block(paragraphs: Iterable[str]) -> str:
-    """Paragraphs as the content of a slot that stands alone; empty where there are none."""
+    """Paragraphs as the content of a slot that stands alone; empty if there are none."""
     text = "\n\n".join(paragraphs)
     return f"\n\n{text}\n\n" if text else ""
 
 
 def without_slots(text: str) -> str:
-    """A person's text as it may stand before the slots of a card: it has none of its own."""
+    """A person's text for the top of a card, without comments that look like slots."""
     return re.sub(r"<!-- /?moemerge:[\w-]+ -->", "", text)
 
 
 def _around(text: str, name: str) -> tuple[str, str, str]:
-    """What stands before the first slot of that name, in it, and after it.
+    """The text before the first slot of that name, its content, and the text after it.
 
-    A comment after a backslash is none: `markdown.shown` made it text.
+    A comment after a backslash is not a slot: `markdown.shown` made it text.
     """
     found = re.search(
         rf"(?<!\\)<!-- moemerge:{name} -->(.*?)(?<!\\)<!-- /moemerge:{name} -->", text, re.DOTALL

@@ -1,4 +1,4 @@
-"""The text of a model card: what the mixture is, of whom, under which terms, and how to run it."""
+"""The text of a model card: what the mixture is, its sources, its licence, and how to run it."""
 
 from __future__ import annotations
 
@@ -59,9 +59,8 @@ vllm serve .
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What a person wants of the card: `own` is a card of theirs that comes first; without `config`
-    it shows neither the config nor any prompt.
-    """
+    """What a person wants in the card: `own` is their card's text, which comes first. Without
+    `config`, the card shows neither the config nor any prompt."""
 
     own: str = ""
     config: bool = True
@@ -86,7 +85,7 @@ def sections(
 
 
 def _what(ready: Prepared) -> Iterator[str]:
-    """What it is, for somebody who knows none of it, and its measures."""
+    """What the mixture is, for a reader who does not know the field, and its size."""
     plan, config = ready.plan, ready.config
     number = len(plan.experts)
     body = f"the base model's, {source(ready.base)}"
@@ -146,7 +145,7 @@ def _gate(ready: Prepared) -> str:
 
 
 def _experts(ready: Prepared, told: CardOptions) -> Iterator[str]:
-    """A table of who they are; columns in which nothing stands are left out."""
+    """A table of the experts; columns without content are left out."""
     columns: dict[str, list[str]] = {"#": [], "expert": [], "made of": []}
     prompts = {"for text like": "positive_prompts", "not for text like": "negative_prompts"}
     uses = ready.gate.needs.prompts is not Prompts.NONE
@@ -177,7 +176,7 @@ def _experts(ready: Prepared, told: CardOptions) -> Iterator[str]:
 
 
 def _running(ready: Prepared) -> Iterator[str]:
-    """A script that generates, and the commands of the other readers."""
+    """A script that generates text, and the commands of other readers."""
     names = {path.name for path in ready.carried}
     chat = any(name.startswith("chat_template") for name in names)
     if "tokenizer_config.json" in names and not chat:
@@ -199,7 +198,7 @@ def _running(ready: Prepared) -> Iterator[str]:
 def _routing(
     ready: Prepared, routing: RoutingSummary, told: CardOptions, picture: str
 ) -> Iterator[str]:
-    """The routers' summary as a section; nothing where it is not known."""
+    """The summary of the routers as a section; empty if it is not known."""
     confusion = routing.get("confusion")
     if not confusion:
         return
@@ -223,7 +222,7 @@ def _routing(
 
 
 def _limits(ready: Prepared, routing: RoutingSummary) -> Iterator[str]:
-    """What a person must not expect of it."""
+    """What a reader must not expect of the mixture."""
     lines = [
         f"It was not trained{slot(NOT_EVALUATED, UNEVALUATED)} as a whole: try it on your own "
         "task, and beside each of its sources, before you rely on it. What its sources get wrong "
@@ -248,7 +247,7 @@ def _limits(ready: Prepared, routing: RoutingSummary) -> Iterator[str]:
 
 
 def _routers_limit(ready: Prepared, routing: RoutingSummary) -> str:
-    """What is not to be expected of the routers; empty where that is nothing."""
+    """What a reader must not expect of the routers; empty if there is nothing to say."""
     plan, needs = ready.plan, ready.gate.mode.NEEDS
     if needs.untaught:
         if not needs.seed and plan.experts_per_token == len(plan.experts):

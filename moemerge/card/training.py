@@ -1,4 +1,4 @@
-"""Trained routers as a card tells them: a section in the place of what it said of those before."""
+"""Trained routers in a card: a section in place of the one on the earlier routers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moemerge.card.slots import ROUTERS_LIMIT, ROUTING, block, filled
 
 
 def with_training(text: str, tuned: dict[str, Any]) -> str:
-    """A card's text that tells a training; `tuned` is the manifest's record of it.
+    """A card's text with a section on the training; `tuned` is the manifest's record of it.
 
     Raises:
         NoSlot: the card has no place for it.

@@ -1,4 +1,4 @@
-"""The read side: sources opened by their headers, tensors read when they are asked for."""
+"""Sources: opened by their headers; tensors are read only when they are needed."""
 
 from moemerge.checkpoint.claims import TIED
 from moemerge.checkpoint.donor import Donor, Opener

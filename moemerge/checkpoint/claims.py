@@ -1,4 +1,4 @@
-"""What config.json claims, held against the tensors: a tied head, quantised weights, token ids."""
+"""Claims of config.json, checked against the tensors: a tied head, quantised weights, token ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNTIED = (
     f"{HEAD} is not the embeddings, though config.json says {TIED}: true; "
     "read as transformers 5 reads it, with a head of its own"
 )
-"""What a person should know of a model that is not tied after all."""
+"""The note on a model whose config says `tied` but whose head differs from the embeddings."""
 
 _UNSEEN = f"{HEAD} is in a file that is not here; taken to be the embeddings, as config.json says"
 
@@ -25,7 +25,7 @@ _PLAIN = ("F64", *FLOATS.values())
 _LEAVES = (
     "weight", "bias", "inv_freq", "gate_up_proj", "down_proj", "e_score_correction_bias"
 )  # fmt: skip
-"""The last words of plain tensors' names; quantised ones have `qweight`, `SCB`, scales beside."""
+"""The last words of plain tensors' names; quantised models have `qweight`, `SCB` or scales."""
 
 _PLACES, _SAMPLE = 16, 4096
 _BLOCK = 1 << 22
@@ -37,9 +37,9 @@ def settle(
     absent: Mapping[str, Remote],
     index: Collection[str] = (),
 ) -> list[str]:
-    """Make the config of a model say what its tensors are; returns what a person should know.
+    """Change the config of a model to say what its tensors are; returns notes for a person.
 
-    `absent` files are on the Hub alone; the `index` may name tensors of files that are nowhere.
+    `absent` files are only on the Hub. The `index` may name tensors of files that do not exist.
 
     Raises:
         ReadError: the files cannot be read.
@@ -54,11 +54,11 @@ def settle(
 
 
 def drop_quantisation(config: dict[str, Any], tensors: Mapping[str, Location]) -> Iterator[str]:
-    """Take away what says that the weights are quantised, if all of them are plain floats; yields
-    what a person should know.
+    """Remove the config's quantisation keys if all weights are plain floats; yields notes for a
+    person.
 
     Raises:
-        ValueError: the model is quantised; says by what.
+        ValueError: the model is quantised; says with what.
     """
     for key in ("quantization_config", "compression_config"):
         said = config.pop(key, None)
@@ -72,7 +72,7 @@ def drop_quantisation(config: dict[str, Any], tensors: Mapping[str, Location]) -
 
 
 def _drop_code(config: dict[str, Any]) -> Iterator[str]:
-    """Take away what names program code, which is not carried along."""
+    """Remove keys that name program code, because the code is not copied."""
     found = [key for key in ("auto_map", "custom_pipelines", "trust_remote_code") if key in config]
     for key in found:
         del config[key]
@@ -82,7 +82,7 @@ def _drop_code(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _drop_ids(config: dict[str, Any]) -> Iterator[str]:
-    """Take away ids of special tokens that the embeddings have no row for."""
+    """Remove ids of special tokens for which the embeddings have no row."""
     rows = config.get("vocab_size")
     for key in IDS:
         if key in config and type(rows) is int:
@@ -95,13 +95,14 @@ def _drop_ids(config: dict[str, Any]) -> Iterator[str]:
 def is_doubtful(
     config: Mapping[str, Any], tensors: Mapping[str, Location], absent: Mapping[str, Remote]
 ) -> bool:
-    """Whether a model is tied by a few samples of its embeddings and head, and no more."""
+    """Whether only a few samples of embeddings and head show that a model is tied."""
     both = [tensors[name].file.name for name in (EMBEDDING, HEAD) if name in tensors]
     return bool(config.get(TIED)) and len(both) == 2 and any(file in absent for file in both)
 
 
 def is_equal(one: Location, two: Location) -> bool:
-    """Whether two tensors of one dtype and shape hold the same bytes; read to the first difference.
+    """Whether two tensors of one dtype and shape hold the same bytes; reads up to the first
+    difference.
 
     Raises:
         ReadError: one cannot be read.
@@ -114,12 +115,12 @@ def is_equal(one: Location, two: Location) -> bool:
 
 
 def _is_tied(tensors: Mapping[str, Location], absent: Mapping[str, Remote]) -> bool:
-    """Whether there is no other head than the embeddings.
+    """Whether the embeddings are the only head.
 
-    So transformers 5 decides (`PreTrainedModel.tie_weights`): where a file holds a head too, the
-    model is tied if both are equal. A few samples of both are read first, for another head nearly
-    always shows there; then all, up to the first difference. Of files on the Hub, the samples alone
-    are read: see `is_doubtful`.
+    transformers 5 decides in the same way (`PreTrainedModel.tie_weights`): if a file holds a head
+    too, the model is tied if both are equal. A few samples of both are read first, because a
+    different head nearly always shows there; then all, up to the first difference. Of files on the
+    Hub only the samples are read: see `is_doubtful`.
 
     Raises:
         ReadError: the files cannot be read.
@@ -133,7 +134,7 @@ def _is_tied(tensors: Mapping[str, Location], absent: Mapping[str, Remote]) -> b
 
 
 def _alike(one: Location, two: Location) -> bool:
-    """Whether they are equal in some places from end to end."""
+    """Whether the tensors are equal in samples from their whole length."""
     size = min(_SAMPLE, one.nbytes)
     last = one.nbytes - size
     places = {last * number // (_PLACES - 1) for number in range(_PLACES)}
@@ -143,7 +144,7 @@ def _alike(one: Location, two: Location) -> bool:
 
 
 def _same_place(one: Location, two: Location) -> bool:
-    """Whether they are one stretch of a file, as tied tensors are in most `.bin` files."""
+    """Whether both are the same stretch of one file, as tied tensors are in most `.bin` files."""
     return (one.file, one.offset, one.negative) == (two.file, two.offset, two.negative)
 
 

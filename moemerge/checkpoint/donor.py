@@ -1,4 +1,4 @@
-"""A donor: the model behind `base_model` or `experts[i]`, with the adapter on top, if any."""
+"""A donor: the model of `base_model` or `experts[i]`, with its adapter, if any."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moemerge.errors import Findings
 
 @dataclass(frozen=True)
 class Donor:
-    """A dense model of the config, opened. `where` is its place there, for errors."""
+    """A dense model of the config, opened. `where` is its key in the config, for errors."""
 
     where: str
     name: str
@@ -23,8 +23,8 @@ class Donor:
     adapter: Adapter | None = None
 
     def obstacle(self, tensors: Iterable[str]) -> tuple[str, str, str] | None:
-        """Of some of its tensors one that the adapter changes in a way which cannot be followed:
-        its name, what the adapter does, and what to do instead."""
+        """One of these tensors that the adapter changes in a way that cannot be reproduced: its
+        name, what the adapter does, and the fix; None if there is none."""
         known = self.adapter.obstacles if self.adapter else {}
         return next(((name, *known[name]) for name in tensors if name in known), None)
 
@@ -37,7 +37,7 @@ class Donor:
 
 @dataclass
 class Opener:
-    """Opens each source once, however often a config names it."""
+    """Opens each source once, even if a config names it several times."""
 
     findings: Findings
     beside: Path | None = None

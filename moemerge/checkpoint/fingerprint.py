@@ -1,6 +1,6 @@
-"""What tells a source's content from another's, of which little is read: every tensor's, in part.
+"""The fingerprint of a source's content, from a part of every tensor.
 
-Times stand outside it: a source that was copied or touched is the same source.
+Times do not count: a source that was copied or touched is the same source.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any, BinaryIO
 from moemerge.checkpoint.location import Location
 
 SAMPLED = "2:"
-"""How the fingerprint of a directory begins; one of an earlier version had sizes and headers."""
+"""The beginning of a directory's fingerprint; earlier versions used sizes and headers."""
 
 _BLOCK_BYTES = 4096
 _BLOCKS = 1 << 11
-"""How many blocks are read of a source, but one of each tensor at least."""
+"""How many blocks of a source are read; at least one of each tensor."""
 
 _MOST_OF_ONE = 8
 _THREADS = 16
 _TENSORS_A_TASK = 64
 _SAVERS = frozenset({"_name_or_path", "transformers_version"})
-"""Keys of a config.json that speak of who wrote it."""
+"""Keys of a config.json about the program that wrote it."""
 
 
 def of_headers(tensors: Mapping[str, Mapping[str, Location]]) -> str:
@@ -42,10 +42,10 @@ def of_headers(tensors: Mapping[str, Mapping[str, Location]]) -> str:
 def of_content(
     tensors: Mapping[str, Mapping[str, Location]], config: Mapping[str, Any], whole: bool
 ) -> str:
-    """A digest of that, of the config, and of blocks of every tensor; of all bytes if `whole`.
+    """A digest of headers, config, and blocks of every tensor; of all bytes if `whole`.
 
-    A training changes all of a tensor, and so some value of any block; a change of a few rows may
-    lie beside them. Where they lie is decided by the tensor's name.
+    Training changes a whole tensor, and so some value of each block. A change of a few rows may
+    miss all blocks. A tensor's name decides where its blocks are.
 
     Raises:
         OSError: a file cannot be read.
@@ -61,7 +61,7 @@ def of_content(
 
 
 def of_files(paths: Iterable[Path]) -> str:
-    """A digest of whole files, by their names; of those that are there and can be read."""
+    """A digest of whole files, by their names; files that cannot be read are skipped."""
     digest = _digest()
     for path in paths:
         with suppress(OSError):
@@ -82,7 +82,7 @@ def _tasks(
 
 
 def _sample(path: Path, tensors: Sequence[tuple[str, Location]], blocks: int) -> bytes:
-    """A digest of `blocks` blocks of each tensor, or of all of it where there are 0."""
+    """A digest of `blocks` blocks of each tensor; of the whole tensor if `blocks` is 0."""
     digest = _digest()
     with path.open("rb", buffering=0) as file:
         for name, at in tensors:
@@ -92,7 +92,7 @@ def _sample(path: Path, tensors: Sequence[tuple[str, Location]], blocks: int) ->
 
 
 def _stretches(name: str, at: Location, blocks: int) -> list[tuple[int, int]]:
-    """Where the blocks of a tensor lie in its file: one, somewhere, in each equal part of it."""
+    """The places of a tensor's blocks in its file: one, at random, in each equal part of it."""
     end = at.offset + at.nbytes
     if not blocks or at.nbytes <= blocks * _BLOCK_BYTES:
         step = 1 << 20

@@ -21,16 +21,17 @@ from moemerge.files import WEIGHTS_SUFFIX
 
 _INDEX = ".index.json"
 _RANK_FILES = re.compile(rf"shard-\d{{5}}-model-\d{{5}}-of-\d{{5}}{re.escape(WEIGHTS_SUFFIX)}")
-"""transformers 5 reads these before any other; each holds a part of every tensor."""
+"""transformers 5 reads these before all others; each holds a part of every tensor."""
 POINTER = "a pointer of Git LFS, not the file itself"
 IN_REPOSITORY = "the repository itself holds the pointer: ask its owner to upload the file"
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A directory and the names of its files; `listed` are those that the Hub has.
+    """A directory and the names of its files; `listed` are the files on the Hub.
 
-    A `partial` one is a Hub's cache, opened without a network: it holds what some merge needed.
+    A `partial` folder is the Hub's cache, opened without a network: it holds what an earlier merge
+    needed.
     """
 
     directory: Path
@@ -40,7 +41,8 @@ class Folder:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is a PEFT adapter; many a training run leaves its base's config.json there.
+        """Whether it is a PEFT adapter. Many training runs also leave their base's config.json
+        there.
 
         Raises:
             SourceProblem: it is a whole model too.
@@ -59,16 +61,16 @@ class Folder:
 
     @property
     def again(self) -> str:
-        """What to do where a file lacks."""
+        """The fix for a missing file."""
         if self.partial:
             return "download it again where there is a network: the Hub's cache holds only a part"
         return "download it again"
 
     def check(self, files: Iterable[str]) -> None:
-        """Refuse those of the `files` that are here in name alone.
+        """Refuse `files` that have no content here.
 
         Raises:
-            SourceProblem: a link leads nowhere, or Git LFS left a pointer in a file's place.
+            SourceProblem: a link leads nowhere, or a file is only a pointer of Git LFS.
         """
         lost, pointers = [], []
         for file in sorted(files):
@@ -89,10 +91,10 @@ class Folder:
             raise SourceProblem(f"{some(pointers)} is {POINTER}", fix)
 
     def weights(self, adapter: bool, explicit: object = None) -> Weights:
-        """Which files hold the weights; `explicit` is what a config.json says of that.
+        """The files that hold the weights; `explicit` is what a config.json says about them.
 
         Raises:
-            SourceProblem: none do, or not all are there.
+            SourceProblem: there are none, or some are missing.
         """
         order = _adapter_files() if adapter else _model_files()
         if rank_files := sorted(filter(_RANK_FILES.fullmatch, self.names - self.listed)):
@@ -127,7 +129,7 @@ class Folder:
         return Weights(files, index, f"{note}{some(others)} is passed over" if others else "")
 
     def _there(self, patterns: Iterable[str]) -> list[str]:
-        """The names that fit the patterns, those of the first pattern first."""
+        """The names that match the patterns, those of the first pattern first."""
         return [name for one in patterns for name in fnmatch.filter(sorted(self.names), one)]
 
     def _shards(self, name: str, order: Iterable[str]) -> tuple[list[str], dict[str, str]]:
@@ -156,7 +158,7 @@ class Folder:
         return there, index
 
     def problem(self, what: str, fix: str) -> SourceProblem:
-        """Why there is no model, and what would make one of what there is."""
+        """Why there is no model, and how to make one of the files that are there."""
         instead = other_than_a_model(self.directory, self.listed)
         if instead is None:
             return SourceProblem(what, self.again if self.partial else fix)
@@ -164,20 +166,21 @@ class Folder:
 
 
 def _model_files() -> list[str]:
-    """Patterns of a model's files, as transformers takes the first that is there."""
+    """Patterns of a model's files; transformers takes the first that exists."""
     return [one.MODEL + end for one in in_order() for end in ("", _INDEX)]
 
 
 def _adapter_files() -> list[str]:
-    """The same of an adapter's, which are PEFT's; what has an index, transformers wrote."""
+    """Patterns of an adapter's files for PEFT; files with an index are from transformers."""
     return [one.ADAPTER + end for end in ("", _INDEX) for one in in_order()]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The files that hold a model's weights, in the order in which they are read.
+    """The files of a model's weights, in the order in which they are read.
 
-    `index` says which holds which tensor, if there is one; `note` what is passed over.
+    `index` says which file holds which tensor, if there is an index. `note` names files that are
+    not used.
     """
 
     files: list[str]
@@ -185,12 +188,12 @@ class Weights:
     note: str
 
     def compare(self, found: Mapping[str, Collection[str]]) -> str:
-        """What is to be said where the index is not what was `found`, names by file.
+        """A note if the index differs from what was `found`, tensor names by file.
 
-        As transformers does, every tensor of the shards is taken, of two with one name the later.
+        As in transformers, every tensor of the shards is used; of two with one name, the later.
 
         Raises:
-            SourceProblem: a shard lacks a tensor that the index says is there.
+            SourceProblem: a shard lacks a tensor that the index says it has.
         """
         if self.index is None:
             return ""
@@ -207,7 +210,7 @@ class Weights:
 
 
 def is_pointer(file: BinaryIO) -> bool:
-    """Whether Git LFS left a pointer in the file's place; reads its beginning."""
+    """Whether a file is only a pointer of Git LFS; reads its beginning."""
     return file.read(19) == b"version https://git"
 
 

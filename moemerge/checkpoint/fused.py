@@ -1,8 +1,9 @@
-"""Fused tensors as their parts: each is a byte range, tensors being row-major; nothing is copied.
+"""Fused tensors as their parts. Each part is a byte range, because tensors are row-major; nothing
+is copied.
 
-Projections that a family fuses become those of its body, and experts that a writer stacked become
-each expert's own, under the names of `Names`. A prefix that all names share (`_orig_mod.`,
-`module.`) is left out.
+Projections that a family fuses become separate projections, and stacked experts become separate
+experts, with the names in `Names`. A prefix that all names share (`_orig_mod.`, `module.`) is left
+out.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from moemerge.checkpoint.location import Location
 from moemerge.families import RECORDS, Family
 
 MAX_PARTS = 1 << 19
-"""Ten times what any model has; bounds what a header's claims can cost."""
+"""Ten times what any model has; it bounds the cost of a hostile header."""
 
 _MODULE = re.compile(r"(.+)\.(weight|bias)")
 _APART = re.compile(rf"(\w+\.)(?:switch_mlp|experts)\.({'|'.join(MLP)})\.weight")
-"""Matrices of all experts as mlx-lm saves them, each kind in a tensor of its own."""
+"""Matrices of all experts as mlx-lm saves them: one tensor for each kind."""
 
 _FIRST = "model.embed_tokens.weight"
 _ROWS = re.compile(r"(.+)\[(\d{1,18}):(\d{1,18})\]")
@@ -31,17 +32,17 @@ _ROWS = re.compile(r"(.+)\[(\d{1,18}):(\d{1,18})\]")
 
 @dataclass(frozen=True)
 class View:
-    """A part of a tensor: of tensor `of`, a stretch that begins at value `start`."""
+    """A part of the tensor `of`: `shape` values from value `start` on."""
 
     of: str
     start: int
     shape: tuple[int, ...]
 
     def at(self, whole: Location) -> Location:
-        """Where it lies, given where the whole tensor does.
+        """The place of the part, given the place of the whole tensor.
 
         Raises:
-            ValueError: the tensor does not reach so far, or a block would be cut there.
+            ValueError: the tensor is too short, or the part begins within a block.
         """
         if self.start + math.prod(self.shape) > math.prod(whole.shape):
             raise ValueError(f"{self.of} is {list(whole.shape)}, which is not what it was")
@@ -54,10 +55,10 @@ class View:
 def views_of(
     tensors: Mapping[str, Location], family: object, config: Mapping[str, Any]
 ) -> dict[str, View]:
-    """The parts of a model's fused tensors, by the names of tensors that are not.
+    """The parts of a model's fused tensors, by the names of the parts.
 
     Raises:
-        ValueError: one cannot be what its name says, by its shape and the config.
+        ValueError: a tensor's shape does not fit its name and the config.
     """
     prefix = _prefix(tensors)
     own = {name.removeprefix(prefix): at for name, at in tensors.items()}
@@ -82,14 +83,14 @@ def views_of(
 
 
 def with_views(tensors: Mapping[str, Location], views: Mapping[str, View]) -> dict[str, Location]:
-    """The tensors with the views in place of what they are views of."""
+    """The tensors with each fused tensor replaced by its views."""
     fused = {view.of for view in views.values()}
     kept = {name: at for name, at in tensors.items() if name not in fused}
     return kept | {name: view.at(tensors[view.of]) for name, view in views.items()}
 
 
 def rows_of(views: Mapping[str, View], of: str) -> dict[str, range]:
-    """Which rows of tensor `of` each view of it is, by the views' names."""
+    """The rows of tensor `of` that each of its views has, by the views' names."""
     found = {}
     for name, view in views.items():
         if view.of == of:
@@ -99,12 +100,12 @@ def rows_of(views: Mapping[str, View], of: str) -> dict[str, range]:
 
 
 def row_name(of: str, rows: range) -> str:
-    """The name under which some rows of a tensor go."""
+    """The name for some rows of a tensor."""
     return f"{of}[{rows.start}:{rows.stop}]"
 
 
 def rows_named(tensors: Mapping[str, Location], names: Iterable[str]) -> dict[str, View]:
-    """What those of `names` that are as `row_name` makes them speak of, where it is there."""
+    """The views for those of `names` that `row_name` made, if their tensor exists."""
     views = {}
     for name in names:
         found = _ROWS.fullmatch(name)
@@ -116,7 +117,7 @@ def rows_named(tensors: Mapping[str, Location], names: Iterable[str]) -> dict[st
 
 
 def _prefix(names: Iterable[str]) -> str:
-    """What all names begin with before those that models go by; empty if that is not so."""
+    """The prefix of all names before their usual beginning; empty if they do not share one."""
     first = next((name for name in names if name.endswith(f".{_FIRST}")), _FIRST)
     prefix = first.removesuffix(_FIRST)
     return prefix if all(name.startswith(prefix) for name in names) else ""
@@ -129,7 +130,7 @@ def _rows(of: str, shape: tuple[int, ...], start: int, stop: int) -> View:
 def _parts_of_family(
     tensors: Mapping[str, Location], record: Family, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, View]]:
-    """The modules that a family's fused ones hold, one below the other."""
+    """The modules in a family's fused modules, one below the other."""
     for name, at in tensors.items():
         inside = LAYER.fullmatch(name)
         module = _MODULE.fullmatch(inside[3]) if inside else None
@@ -150,7 +151,8 @@ def _parts_of_family(
 def _parts_of_moe(
     tensors: Mapping[str, Location], names: Names, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, View]]:
-    """Each expert's matrices, of one tensor with all experts' gate above up and one with down."""
+    """Each expert's matrices: parts of a tensor with all gates and ups, and of one with all
+    downs."""
     count, hidden = count_of(config), config.get("hidden_size")
     for name, at in tensors.items():
         found = LAYER.fullmatch(name)
@@ -171,7 +173,8 @@ def _parts_of_moe(
 
 
 def _stacked(inside: str, names: Names) -> tuple[int, ...]:
-    """The places in `MLP` of the matrices that a tensor of a layer holds of all experts, if any."""
+    """The places in `MLP` of the matrices that a stacked tensor holds; empty if it is not
+    stacked."""
     if inside in names.uppers:
         return (0, 1)
     found = _APART.fullmatch(inside)
@@ -183,7 +186,7 @@ def _stacked(inside: str, names: Names) -> tuple[int, ...]:
 def _is_stack(
     shape: tuple[int, ...], matrices: tuple[int, ...], count: object, hidden: object
 ) -> bool:
-    """Whether it is (E, 2F, D) or (E, F, D) of gates and ups, or (E, D, F) of downs."""
+    """Whether the shape is (E, 2F, D) or (E, F, D) for gates and ups, or (E, D, F) for downs."""
     if len(shape) != 3 or not math.prod(shape):
         return False
     fits = shape[1] == hidden if 2 in matrices else shape[2] == hidden

@@ -1,4 +1,4 @@
-"""Where a tensor's bytes lie, and how to read some of them."""
+"""The place of a tensor's bytes, and functions that read some of them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a tensor's values stand in bytes: `block_values` after `block_values`, row-major, each
-    such block in `block_bytes`. The last block may have more values than the tensor has left.
+    """How a tensor's values are stored: in blocks of `block_values` values, row-major, each of
+    `block_bytes` bytes.
 
-    `decode` makes float32 values, (blocks * block_values,), of the bytes of whole blocks, each
-    block by itself. It is None where the bytes are plain numbers.
+    The last block may have more values than the tensor. `decode` turns the bytes of whole blocks
+    into float32 values, (blocks * block_values,), each block by itself. It is None if the bytes are
+    plain numbers.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Encoding:
     decode: Callable[[memoryview], Numbers] | None = None
 
     def nbytes(self, values: int) -> int:
-        """The bytes of so many values from a block's beginning on."""
+        """The bytes of that many values from the beginning of a block."""
         return -(-values // self.block_values) * self.block_bytes
 
 
@@ -48,14 +49,14 @@ PLAIN = {
 """Plain numbers, by the dtype names of the safetensors format."""
 
 MAX_DIMENSIONS = 64
-"""As numpy; more can only be meant to make their product endless."""
+"""numpy's limit of dimensions; a header with more is hostile."""
 
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""The dtypes a merge can write, by the names that configs and torch give them."""
+"""The dtypes that a merge can write, by the names in configs and torch."""
 
 
 class Stamp(NamedTuple):
-    """What tells a file from another of its name: its size, its times (ns) and its number."""
+    """The identity of a file: its size, its times (ns) and its inode number."""
 
     size: int
     modified: int
@@ -64,14 +65,15 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, stat: os.stat_result) -> Stamp:
-        """The stamp of a file as it stands."""
+        """The stamp of a file now."""
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
     def is_of(self, stat: os.stat_result) -> bool:
-        """Whether a file is still the one that it was.
+        """Whether a file is still the same.
 
-        One that took its place has another number, and was renamed later; on some network drives a
-        number alone says nothing, and a new link to a file gives it another time alone.
+        A file that replaced it has another inode number, and was renamed later. On some network
+        drives the number alone proves nothing, and a new link to a file changes only one of its
+        times.
         """
         now = Stamp.of(stat)
         return self[:2] == now[:2] and (self.changed == now.changed or self.number == now.number)
@@ -81,8 +83,8 @@ class Stamp(NamedTuple):
 class Location:
     """A tensor's bytes: `nbytes` at `offset` of `file`, little-endian.
 
-    `stamp` is the file's when its header was read. With `remote`, the file is on the Hub, and its
-    bytes are read there. Of a `negative` one they are the numbers with the other sign.
+    `stamp` is the file's when its header was read. With `remote`, the bytes are read from the file
+    on the Hub. If `negative`, the values are the stored numbers with the other sign.
     """
 
     file: Path
@@ -100,15 +102,15 @@ class Location:
 
     @property
     def dtype(self) -> str:
-        """The dtype in which its values are read: F32 of those that are decoded."""
+        """The dtype in which its values are read: F32 if they are decoded."""
         return "F32" if self.encoding.decode else self.encoding.name
 
     def is_plain(self, dtype: str) -> bool:
-        """Whether its bytes are numbers of that dtype as they are, so that they can be copied."""
+        """Whether its bytes are numbers of that dtype, so that they can be copied."""
         return self.encoding.decode is None and self.encoding.name == dtype
 
     def part(self, start: int, shape: tuple[int, ...]) -> Location | None:
-        """Where its values from `start` on lie; None if a block would be cut there."""
+        """The place of `shape` values from value `start` on; None if a block would be cut there."""
         if start % self.encoding.block_values:
             return None
         offset = self.offset + self.encoding.nbytes(start)
@@ -130,7 +132,8 @@ def read_into(location: Location, start: int, view: memoryview) -> None:
     """Fill `view` with the tensor's bytes from byte `start`.
 
     Raises:
-        ReadError: the file is gone, shorter than its header says, or changed since that was read.
+        ReadError: the file is missing, shorter than its header says, or has changed since it was
+            opened.
     """
     if location.remote:
         try:
@@ -159,7 +162,7 @@ def read_into(location: Location, start: int, view: memoryview) -> None:
 
 
 def _resign(location: Location, start: int, view: memoryview) -> None:
-    """Turn the sign of what was read from byte `start`, if it is stored with the other one."""
+    """Change the sign of values that were read from byte `start`, if they are stored negated."""
     if location.negative:
         import numpy as np
 
@@ -168,10 +171,10 @@ def _resign(location: Location, start: int, view: memoryview) -> None:
 
 
 def check_unchanged(location: Location) -> None:
-    """See that a tensor's file is the one whose header was read.
+    """Check that a tensor's file has not changed since its header was read.
 
     Raises:
-        ReadError: another has its place, or it was changed.
+        ReadError: the file was replaced or changed.
     """
     try:
         _check_unchanged(location, location.file.stat())

@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter as what it does to each tensor: a low-rank delta or a replacement.
+"""A PEFT LoRA adapter as changes of tensors: low-rank deltas and replacements.
 
 The arithmetic is PEFT's (Hu et al. 2021, https://arxiv.org/abs/2106.09685): W + scale * B @ A, with
 scale = alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
@@ -32,8 +32,8 @@ _STRANGE = re.compile(r"\.lora_(?!velora_)|\.ranknum|token_adapter|magnitude")
 class Delta:
     """scale * up @ down, with `down` (r, in) and `up` (out, r) named in the adapter.
 
-    Of an `up` (out, r * every) that experts share, the columns `first`, `first + every` ...
-    Where it is `transposed`, as an embedding's is, they are (in, r) and (r, out).
+    If experts share an `up` (out, r * every), only its columns `first`, `first + every` and so on
+    count. If `transposed`, as for an embedding, the shapes are (in, r) and (r, out).
     """
 
     down: str
@@ -46,15 +46,14 @@ class Delta:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter does, by the names of its model's tensors.
+    """The changes that an adapter makes, by the names of its model's tensors.
 
-    A tensor with a replacement and a delta is the replacement with the delta on it. Of one trained
-    on fused tensors each part has a delta: all of `down`, and its rows of `up`; of one trained on
-    stacked experts (PEFT's `target_parameters`), its rows of `down` too.
-
-    `obstacles` are tensors that it changes in a way which cannot be followed: what, and what to do.
-    Whoever needs such a tensor must refuse. With `untied`, a head that was the embeddings once
-    more is a matrix of its own; where nothing here changes it, it is what the embeddings were.
+    A tensor with both a replacement and a delta is the replacement plus the delta. If the adapter
+    was trained on fused tensors, each part has a delta: all of `down`, and its own rows of `up`. If
+    it was trained on stacked experts (PEFT's `target_parameters`), each part has its own rows of
+    `down` too. `obstacles` are tensors that it changes in a way that cannot be reproduced: what it
+    does, and the fix; a user of such a tensor must refuse it. With `untied`, the head becomes a
+    matrix of its own, which starts as a copy of the embeddings.
     """
 
     checkpoint: Checkpoint
@@ -66,11 +65,11 @@ class Adapter:
 
     @property
     def changes(self) -> set[str]:
-        """The tensors that it changes, or would."""
+        """The tensors that it changes, obstacles among them."""
         return {*self.deltas, *self.replacements, *self.obstacles}
 
     def model(self, model: Checkpoint) -> Checkpoint:
-        """Its model, with a head of its own if that is `untied`."""
+        """Its model, with a separate head if `untied`."""
         if not self.untied:
             return model
         config = {**model.config, "tie_word_embeddings": False}
@@ -78,15 +77,15 @@ class Adapter:
         return dataclasses.replace(model, config=config, tensors=tensors)
 
     def name_in_model(self, tensor: str) -> str:
-        """Under which name the model's files hold a tensor."""
+        """The name of a tensor in the model's files."""
         return EMBEDDING if self.untied and tensor == HEAD else tensor
 
 
 def open_adapter(checkpoint: Checkpoint, model: Checkpoint) -> Adapter:
-    """Read an opened adapter for the model under it.
+    """Read an opened adapter for the model that it was trained on.
 
     Raises:
-        SourceProblem: it is no plain LoRA adapter, or it does not fit the model.
+        SourceProblem: it is not a plain LoRA adapter, or it does not fit the model.
     """
     lora_config.check(checkpoint.config)
     found = _Reader(checkpoint, model)
@@ -109,7 +108,7 @@ def open_adapter(checkpoint: Checkpoint, model: Checkpoint) -> Adapter:
 
 
 class _Reader:
-    """What the tensors of an adapter do to those of its model, taken one by one."""
+    """Reads an adapter's tensors, one by one, as changes of its model's tensors."""
 
     def __init__(self, checkpoint: Checkpoint, model: Checkpoint):
         self.checkpoint, self.model, self.config = checkpoint, model, checkpoint.config
@@ -124,7 +123,7 @@ class _Reader:
         self.tied = bool(model.config.get("tie_word_embeddings"))
 
     def take(self, name: str) -> None:
-        """Note what tensor `name` does; those of a LoRA come first.
+        """Read what tensor `name` changes; LoRA tensors come first.
 
         Raises:
             SourceProblem: it is more than plain LoRA, or does not fit.
@@ -143,10 +142,11 @@ class _Reader:
             self._replace(name, module)
 
     def tie(self) -> bool:
-        """Bring embeddings and head together in a model that ties them; whether it no longer does.
+        """Apply changes of tied embeddings to the head too; returns whether the model is no longer
+        tied.
 
-        PEFT changes each alone, but for `ensure_weight_tying`, or where the model's own matrix
-        was saved along.
+        PEFT changes each of the two alone, except with `ensure_weight_tying`, or if the model's own
+        matrix was saved too.
         """
         if not self.tied:
             return False
@@ -171,7 +171,7 @@ class _Reader:
         return untied
 
     def notes(self) -> list[str]:
-        """What a person should know of it."""
+        """Notes for a person."""
         notes = [
             f"{key} in adapter_config.json is not known here: it is passed over"
             for key in lora_config.unknown(self.config)
@@ -192,7 +192,7 @@ class _Reader:
     def _lora(
         self, name: str, module: str, embedding: bool, half: str, adapter: str | None
     ) -> None:
-        """Note the delta that a matrix A begins; its B is found with it."""
+        """Add the delta of a matrix A; its B is found by name."""
         partner = _partner(name)
         if partner not in self.checkpoint.tensors:
             raise SourceProblem(f"holds {name!r} but not {partner!r}", "save the adapter again")
@@ -224,13 +224,13 @@ class _Reader:
             self.deltas[part] = Delta(down, rows, scale, transposed=embedding)
 
     def _targets(self, module: str) -> bool:
-        """Whether PEFT puts a LoRA there. It chooses a mixture's modules in ways of its own."""
+        """Whether PEFT puts a LoRA on this module; it has its own rules for mixtures."""
         if module == "lm_head" and self.tied and self.config.get("ensure_weight_tying"):
             module = "model.embed_tokens"
         return self.names is not None or lora_config.targets(self.config, module)
 
     def _stacked(self, parameter: str, down: str, up: str) -> None:
-        """Note what an adapter of stacked experts does to each of them.
+        """Add the deltas of an adapter of stacked experts, one for each expert.
 
         PEFT reshapes A (E * r, in) to (E, r, in), but B (out, r * E) to (out, r, E).
         """
@@ -261,7 +261,7 @@ class _Reader:
             )
 
     def _replace(self, name: str, module: str) -> None:
-        """Note a tensor that stands in the place of one of the model's."""
+        """Add a tensor that replaces one of the model's."""
         target = re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)", "", module)
         own = target != module or lora_config.is_saved_whole(self.config, target.rpartition(".")[0])
         target = target.replace(".base_layer.", ".")
@@ -279,7 +279,7 @@ class _Reader:
         self.replacements |= self._parts(target, name)
 
     def _misfit(self, target: str, what: str, have: tuple[int, ...]) -> None:
-        """Refuse a shape; that of embeddings or a head only to whom needs them."""
+        """Refuse a shape; for embeddings or head, only if a merge needs them."""
         what += f", the model's {list(have)}"
         if target not in (EMBEDDING, HEAD):
             raise SourceProblem(f"{target}: {what}", _TRAINED_ON)
@@ -287,7 +287,7 @@ class _Reader:
         self.obstacles[target] = what, fix
 
     def _shape(self, target: str) -> tuple[int, ...] | None:
-        """The shape of the model's tensor as the adapter was trained on it, fused or not."""
+        """The shape of the model's tensor on which the adapter was trained, fused or not."""
         if self.tied and target == HEAD:
             target = EMBEDDING
         if target in self.model.tensors:
@@ -299,7 +299,8 @@ class _Reader:
         return (sum(map(len, parts.values())), *first.shape[1:])
 
     def _parts(self, target: str, tensor: str) -> dict[str, str]:
-        """The model's tensors that the adapter's `tensor` is for, and which rows of it each has."""
+        """The model's tensors that the adapter's `tensor` is for, and the rows that each of them
+        has."""
         parts = rows_of(self.model.views, target)
         if target in self.model.tensors or not parts:
             return {target: tensor}
@@ -307,14 +308,15 @@ class _Reader:
 
 
 def _partner(name: str) -> str:
-    """The name of the other matrix: of A's, B's, and of B's, A's."""
+    """The name of the other matrix: B for A, and A for B."""
     found = re.fullmatch(r"(.+\.lora_(?:embedding_)?)([AB])(.*)", name)
     assert found
     return f"{found[1]}{'BA'['AB'.index(found[2])]}{found[3]}"
 
 
 def _wrapped(config: dict[str, Any], module: str) -> str | None:
-    """The parameter that PEFT's wrapper at `module` is for; of several the first is innermost."""
+    """The parameter for which PEFT's wrapper at `module` is; of several, the innermost is the
+    first."""
     path = module
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")

@@ -1,4 +1,4 @@
-"""What an adapter_config.json says, as PEFT reads it: scales, targets, and what is refused."""
+"""adapter_config.json as PEFT reads it: scales, targets, and what is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REFUSED = {
     "arrow_config": "routes among adapters (Arrow)",
     "megatron_config": "was trained with Megatron's layers",
 }
-"""Fields that make more of an adapter than W + scale * B A, where they are set."""
+"""Fields that make an adapter more than W + scale * B A, if they are set."""
 
 READ = frozenset((
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
@@ -32,7 +32,7 @@ READ = frozenset((
     "layers_to_transform", "layers_pattern", "init_lora_weights", "bias", "lora_bias",
     "trainable_token_indices", "ensure_weight_tying",
 ))  # fmt: skip
-"""Fields that decide what the adapter does, or that tensors of its own tell of."""
+"""Fields that decide what the adapter does, or that its own tensors show."""
 
 NO_EFFECT = frozenset((
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
@@ -40,11 +40,11 @@ NO_EFFECT = frozenset((
     "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size",
     "runtime_config",
 ))  # fmt: skip
-"""Fields of training alone, or that PEFT itself passes over for a linear layer."""
+"""Fields for training only, or that PEFT ignores for a linear layer."""
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Refuse what is more than plain LoRA.
+    """Refuse an adapter that is more than plain LoRA.
 
     Raises:
         SourceProblem: the config says so.
@@ -61,7 +61,7 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def unknown(config: Mapping[str, Any]) -> list[str]:
-    """The fields that are set and that neither PEFT 0.21 nor this program knows."""
+    """Fields that are set, and that neither PEFT 0.21 nor this program knows."""
     known = {*REFUSED, *READ, *NO_EFFECT}
     return sorted(key for key in config.keys() - known if config[key] not in (None, False, [], {}))
 
@@ -70,7 +70,7 @@ def targets(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT puts a LoRA on a module of a dense model.
 
     Raises:
-        SourceProblem: the config does not tell.
+        SourceProblem: the config does not say.
     """
     excluded, wanted = config.get("exclude_modules"), config.get("target_modules")
     if isinstance(excluded, str) and _matches(re.fullmatch, excluded, module):
@@ -99,12 +99,12 @@ def is_saved_whole(config: Mapping[str, Any], module: str) -> bool:
 
 
 def scale(config: Mapping[str, Any], target: str, key: str, found: int) -> float:
-    """What B A is multiplied by, for matrices of rank `found`.
+    """The factor of B A, for matrices of LoRA rank `found`.
 
-    `key` is what PEFT matches the patterns with: the path of the module, or of the parameter.
+    `key` is the path of the module, or of the parameter, that PEFT compares with the patterns.
 
     Raises:
-        SourceProblem: the rank is another, or the alpha is no number.
+        SourceProblem: the LoRA rank differs, or alpha is not a number.
     """
     rank = _by_pattern(config, "rank_pattern", key, config.get("r", 8))
     alpha = _by_pattern(config, "alpha_pattern", key, config.get("lora_alpha", 8))

@@ -1,4 +1,4 @@
-"""Why a folder is no model, and what would make one of it."""
+"""Why a folder is not a model, and how to make a model of it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _FOREIGN = (
 
 
 class SourceProblem(Exception):
-    """A source that cannot be opened: `what` is wrong with it and how to `fix` it."""
+    """A source that cannot be opened: `what` is wrong with it, and how to `fix` it."""
 
     def __init__(self, what: str, fix: str):
         super().__init__(what)
@@ -47,9 +47,9 @@ class SourceProblem(Exception):
 
 
 def other_than_a_model(directory: Path, listed: Collection[str]) -> tuple[str, str] | None:
-    """What a folder holds instead of a model, and what would make one of it.
+    """What a folder holds instead of a model, and the fix.
 
-    Of a repository on the Hub, `listed` are the files.
+    `listed` are the files of a repository on the Hub.
     """
     paths = set(listed)
     if not listed:
@@ -73,7 +73,7 @@ def other_than_a_model(directory: Path, listed: Collection[str]) -> tuple[str, s
 
 
 def some(names: Collection[str]) -> str:
-    """The first of some names, and how many more there are."""
+    """The first name, and the number of the others."""
     first = next(iter(names))
     return f"{first} (and {len(names) - 1} more)" if len(names) > 1 else first
 

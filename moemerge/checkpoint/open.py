@@ -1,4 +1,4 @@
-"""A model or an adapter, opened: its config and where each tensor lies; no weight is read."""
+"""A model or an adapter, opened: its config and the places of its tensors; no weight is read."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ from moemerge.hub import download as hub
 from moemerge.reporting import Reporter, listener
 
 _SMALL_BYTES = 1 << 28
-"""An adapter of no more is known by all its bytes."""
+"""The fingerprint of an adapter up to this size uses all its bytes."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One source, opened. `absent` are weight files that are on the Hub alone; a `partial` one
-    is what the Hub's cache holds, opened without a network.
+    """One source, opened.
 
-    `views` are those of `tensors` that are parts of tensors of its files; `renamed` are the names
-    of `tensors` by those in the files where they are others.
-
-    `fingerprint` tells this source's content from another's: the Hub's commit, or a digest of
-    headers, config and some of every tensor; `headers` is what it was in earlier versions. `notes`
-    are lines that a person should read.
+    `absent` are weight files that are only on the Hub. A `partial` source is the Hub's cache,
+    opened without a network. `views` are those of `tensors` that are parts of tensors in its files.
+    `renamed` gives the names in `tensors` by the names in the files, if they differ. `fingerprint`
+    identifies the content: the Hub's commit, or a digest of headers, config and a part of every
+    tensor. `headers` is the fingerprint of earlier versions. `notes` are lines that a person should
+    read.
     """
 
     reference: Reference
@@ -61,7 +60,7 @@ class Checkpoint:
 
     @property
     def streams(self) -> bool:
-        """Whether its absent files can be read on the Hub, tensor by tensor."""
+        """Whether single tensors of its absent files can be read on the Hub."""
         return all(formats.format_of(file).STREAMS for file in self.absent)
 
     @property
@@ -75,7 +74,7 @@ class Checkpoint:
         return fingerprint.of_files(self.directory / name for name in hub.VOCABULARIES)
 
     def is_still(self, its: str) -> bool:
-        """Whether this is the source that had that fingerprint, by what that looked at."""
+        """Whether this source has the fingerprint `its`, which may be of an earlier version."""
         sampled = self.commit or its.startswith(fingerprint.SAMPLED)
         return its == (self.fingerprint if sampled else self.headers)
 
@@ -85,7 +84,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a model or adapter: read its config and headers.
 
-    `known` are the tokenizers of the sources opened before it, as `hub.open_snapshot` keeps them.
+    `known` are the tokenizers of earlier sources, for `hub.open_snapshot`.
 
     Raises:
         SourceProblem: it is missing, damaged, quantised, or not a model at all.
@@ -102,7 +101,7 @@ def open_checkpoint(
     except HubError as error:
         missing = error.what.startswith(NOWHERE)
         near = nearest_directory(reference.text, reference.beside) if missing else ""
-        fix = f"{near} Else {error.fix}" if near else error.fix
+        fix = f"{near} Otherwise {error.fix}" if near else error.fix
         raise SourceProblem(error.what, fix) from error
     except OSError as error:
         what = f"{error.filename or reference.text} cannot be read ({error.strerror})"
@@ -116,12 +115,13 @@ def fetch(
     reporter: Reporter | None = None,
     stream: bool = False,
 ) -> Checkpoint:
-    """Download the files that hold the tensors `names`, if they are absent; open them again.
+    """Download absent files that hold the tensors `names`; returns the source opened again.
 
-    With `stream`, tensors are to be read from the Hub as they are asked for, if their format can.
+    With `stream`, nothing is downloaded: tensors are read from the Hub when needed, if their format
+    allows it.
 
     Raises:
-        ReadError: the download failed, or what came is not what the plan was made from.
+        ReadError: the download failed, or a file is not what the plan was made from.
     """
     names = set(names)
     if stream and checkpoint.streams:
@@ -158,7 +158,7 @@ def fetch(
 
 
 def _streamed(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
-    """The same with every absent file's tensors to be read from the Hub."""
+    """The source, with every absent file's tensors read from the Hub."""
     tensors = {
         name: dataclasses.replace(at, remote=checkpoint.absent.get(at.file.name))
         for name, at in checkpoint.tensors.items()
@@ -173,16 +173,16 @@ def _is_doubtful(checkpoint: Checkpoint) -> bool:
 
 
 def _confirm(checkpoint: Checkpoint, tensors: dict[str, Location], fix: str) -> None:
-    """Refuse a head that is not the embeddings after all; the samples did not show it."""
+    """Refuse a head that differs from the embeddings although samples were equal."""
     if not claims.is_equal(tensors[EMBEDDING], tensors[HEAD]):
         raise ReadError(f"{checkpoint.reference.text}: {claims.UNTIED}; {fix}")
 
 
 def with_rows(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
-    """The same with those of `names` that `fused.row_name` gives to rows of its tensors.
+    """The source, with those of `names` that `fused.row_name` made of rows of its tensors.
 
     Raises:
-        SourceProblem: the tensors are encoded in blocks, and such rows begin within one.
+        SourceProblem: the tensors are encoded in blocks, and the rows begin within a block.
     """
     views = rows_named(checkpoint.tensors, names)
     if not views:
@@ -239,7 +239,7 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
             raise SourceProblem(str(error), ORIGINALS) from error
     layers, count = config.get("num_hidden_layers"), max(len(tensors), len(weights.index or ()))
     known = family in RECORDS or reading_of(family, tensors)
-    if known and isinstance(layers, int) and layers > count:  # it would cost memory to follow
+    if known and isinstance(layers, int) and layers > count:  # to go on would cost memory
         raise SourceProblem(
             f"config.json: num_hidden_layers is {layers}, its weights are {count} tensors",
             "use the weights and the config.json of one and the same model",

@@ -1,4 +1,4 @@
-"""Tensor names that a program put something before, or into, as the names that readers know."""
+"""Tensor names with a program's additions, as the names that readers know."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from collections.abc import Iterable
 _WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-"""What torch.compile, FSDP, activation checkpointing and DeepSpeed put around modules."""
+"""Names that torch.compile, FSDP, activation checkpointing and DeepSpeed put around modules."""
 
 _BARE = ("layers.0.", "embed_tokens.")
 
 
 def usual(names: Iterable[str]) -> tuple[dict[str, str], str]:
-    """Other names of a model's tensors by those in its files, and what was done for a person.
+    """New names of a model's tensors by the names in its files, and a note for a person.
 
-    A wrapper's name is left out wherever it stands, and so is one prefix that all names share; the
-    head may lack it.
-    Names of a body without its head begin with what that is called in the whole model. Where two
-    would then be one, nothing is done.
+    Names of wrappers are removed, and so is one prefix that all names share; the head may lack the
+    prefix. The names of a body without its head get the prefix `model.`. If two names would become
+    equal, nothing is renamed.
     """
     listed = list(names)
     made = [_WRAPPERS.sub("", name) for name in listed]
@@ -38,7 +37,7 @@ def usual(names: Iterable[str]) -> tuple[dict[str, str], str]:
 
 
 def _shared(names: list[str]) -> str:
-    """What stands before the usual names in all of them."""
+    """The prefix of all names before their usual beginning."""
     found = (re.match(r"(?:\w+\.)*?(?=model\.(layers|embed_tokens)\.)", name) for name in names)
     prefixes = {one[0] for one in found if one}
     prefix = min(prefixes, default="")

@@ -1,4 +1,4 @@
-"""What a source's text means: a directory or a Hub id, a revision, an adapter on top."""
+"""The meaning of a source's text: a directory or a Hub id, a revision, an adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w.-]*"
 
 
 class NoSource(ValueError):
-    """A text that means neither a directory nor a Hub id, and how to `fix` it."""
+    """A text that is neither a directory nor a Hub id, and how to `fix` it."""
 
     def __init__(self, what: str, fix: str):
         super().__init__(what)
@@ -22,9 +22,9 @@ class NoSource(ValueError):
 
 @dataclass(frozen=True)
 class Reference:
-    """One model or adapter: `directory` where it is local, else the Hub's `repo` at `revision`.
+    """One model or adapter: a local `directory`, otherwise the Hub's `repo` at `revision`.
 
-    It may have been meant relative to `beside`.
+    A relative path may have been meant relative to `beside`.
     """
 
     text: str
@@ -40,19 +40,20 @@ class Reference:
 
 
 def last_part(path: str | Path) -> str:
-    """The last part of a path or Hub id; `model` of a home directory, whose name is a person's."""
+    """The last part of a path or Hub id; `model` for a home directory, because its name is a
+    person's."""
     full, home = (os.path.abspath(os.path.expanduser(one)) for one in (path, "~"))  # noqa: PTH100, PTH111
     return (os.path.basename(full) if full != home else "") or "model"  # noqa: PTH119
 
 
 def places(named: str, beside: Path | None) -> tuple[Path, ...]:
-    """Where a path in a config may lead: from the working directory, then `beside` its file."""
+    """The places where a path in a config may be: in the working directory, then in `beside`."""
     path = Path(os.path.expanduser(named))  # noqa: PTH111 (it raises nothing)
     return (path, beside / path) if beside else (path,)
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether the text has the form `user/name`, and not that of a file's name."""
+    """Whether the text has the form `user/name`, and is not a file's name."""
     files = (".txt", ".md", ".json", ".jsonl")
     named = _HUB_ID.fullmatch(text) and text.count("/") == 1 and ".." not in text
     return bool(named) and not text.endswith(files)
@@ -61,8 +62,8 @@ def is_hub_id(text: str) -> bool:
 def parse_source(text: str, beside: Path | None = None) -> tuple[Reference, Reference | None]:
     """Split `model[@revision][+adapter[@revision]]` into the model and the adapter, if any.
 
-    A directory that exists under the whole text or a part of it is that directory, relative to
-    the working directory or else to `beside` (the config file's folder).
+    If the whole text or a part of it is a directory, it means that directory, in the working
+    directory or otherwise in `beside` (the config file's folder).
 
     Raises:
         NoSource: a part is neither a directory nor a Hub id; the message says which and why.
@@ -99,7 +100,7 @@ def _reference(text: str, beside: Path | None) -> Reference:
 
 
 def nearest_directory(text: str, beside: Path | None) -> str:
-    """Which directory a path that leads nowhere was probably meant to be; empty if none."""
+    """The directory that a wrong path probably means; empty if there is none."""
     typed = Path(os.path.expanduser(text))  # noqa: PTH111
     for base in (Path(), *([beside] if beside else [])):
         there, gone = base / typed, list[str]()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -34,7 +35,7 @@ NO_MEANING_WITH_VALUE = {
     "--lora-merge-dtype": "adapters are merged in float32",
     "--write-threads": "--jobs threads read, compute and write",
 }
-"""The same, for its options that take a value."""
+"""mergekit-moe's options with a value that have nothing to do here, and why."""
 
 
 def _option(kind: Any, default: Any, *names: str, help: str, **more: Any) -> inspect.Parameter:
@@ -47,13 +48,13 @@ def _option(kind: Any, default: Any, *names: str, help: str, **more: Any) -> ins
 
 
 UNHEARD = "moemerge: mergekit's flags that mean nothing here"
-"""Where in the command's context their lines wait to be said."""
+"""The key of the lines about such flags in the command's context, until they are printed."""
 
 _UNTRAINED = "--i-understand-this-is-not-useful-without-training"
 
 OPTIONS = {
     "lazy": _option(bool, False, "--lazy", help="Low memory: a gate mode that runs a model "
-                    "holds one decoder layer at a time, not two (self: not all)."),
+                    "holds one decoder layer at a time, not two (with self: not all layers)."),
     "shard_size": _option(str, "5GB", "--shard-size", "--out-shard-size", metavar="SIZE",
                           help="The most a shard holds: 1B or 500M parameters, 5GB or 2GiB bytes."),
     "seed": _option(int, 0, "--seed", "--random-seed", help="Seed of random gates and noise."),
@@ -151,45 +152,49 @@ OPTIONS = {
         help="Show the config and the prompts in the model card. (moemerge.json holds them.)",
     ),
     "quiet": _option(bool, False, "--quiet/--no-quiet", "-q", help="Print errors only."),
-    "verbose": _option(bool, False, "--verbose", "-v", help="A line for every shard."),
+    "verbose": _option(bool, False, "--verbose", "-v", help="Print a line for every shard."),
 }  # fmt: skip
 """The options of `merge` and `plan`, in the order of their help."""
 
 READING = ("lazy", "device", "cuda", "cache_dir", "quiet")
-"""Those of a command that runs models and writes none."""
+"""The options of a command that runs models and writes none."""
 
 SAYING = ("quiet", "verbose")
-"""Those of every command that works for long."""
+"""The options of every command that may take long."""
 
 TRAINING = ("cache_dir", *SAYING)
-"""Those of a command that trains, besides where and with what seed."""
+"""The options of a command that trains, beside the device and the seed."""
 
 BUILDING = ("overwrite", "verify", "copy_tokenizer", "jobs", "direct", "checksums", "cache_dir",
             "stream", "quiet", "verbose")  # fmt: skip
-"""Those of a command that makes one model out of another's files."""
+"""The options of a command that makes one model from another's files."""
 
 GATING = ("lazy", "seed", "device", "cuda", "load_in_4bit", "load_in_8bit", "allow_crimes",
           "untrained_ok", "cache_dir", "card", "card_config", "quiet", "verbose")  # fmt: skip
-"""Those of a command that makes routers alone."""
+"""The options of a command that makes only routers."""
 
 
-def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_options(*names: str, **helps: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add these OPTIONS to a command, which gets `options` and `terminal`.
+
+    `helps` are help texts for this command, by option, in place of the usual ones.
 
     If the command has a parameter `typed`, it gets the names of all options that were typed, even
     with their default values.
     """
-    return functools.partial(_with_options, names or tuple(OPTIONS))
+    return functools.partial(_with_options, names or tuple(OPTIONS), helps)
 
 
-def _with_options(names: tuple[str, ...], command: Callable[..., None]) -> Callable[..., None]:
+def _with_options(
+    names: tuple[str, ...], helps: Mapping[str, str], command: Callable[..., None]
+) -> Callable[..., None]:
     own = [
         parameter
         for parameter in inspect.signature(command, eval_str=True).parameters.values()
         if parameter.name not in ("options", "terminal", "typed")
     ]
     hears = "typed" in inspect.signature(command).parameters
-    shared = [OPTIONS[name].replace(name=name) for name in names]
+    shared = [_parameter(name, helps.get(name)) for name in names]
 
     @functools.wraps(command)
     def wrapped(ctx: typer.Context, **values: Any) -> None:
@@ -221,6 +226,17 @@ def _with_options(names: tuple[str, ...], command: Callable[..., None]) -> Calla
     wrapped.__signature__ = inspect.Signature([context, *parameters, *shared])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in [context, *parameters, *shared]}
     return wrapped
+
+
+def _parameter(name: str, help: str | None) -> inspect.Parameter:
+    """The option as a command's parameter, with another help text if one is given."""
+    parameter = OPTIONS[name].replace(name=name)
+    if help is None:
+        return parameter
+    kind, option = get_args(parameter.annotation)
+    option = copy.copy(option)
+    option.help = help
+    return parameter.replace(annotation=Annotated[kind, option])
 
 
 def with_ray_address(args: list[str]) -> Iterator[str]:

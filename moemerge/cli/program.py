@@ -49,7 +49,7 @@ class DefaultToMerge(TyperGroup):
         if first.startswith("-") or first in self.commands or Path(first).exists():
             return args
         if first in ("help", "version"):
-            meant = ["--version"] if first == "version" else [*args[1:2], "--help"]
+            meant = ["--version"] if first == "version" else [*args[1:], "--help"]
             Console().say(f"the usual way: `{' '.join(['moemerge', *meant])}`")
             return self._as_meant(meant)
         if nearest(first, self.commands).startswith("did") and not set(first) & {".", os.sep}:
@@ -96,7 +96,8 @@ Texts = Annotated[
         "--text",
         metavar="NAME=FILE",
         show_default=False,
-        help="Text for the expert NAME (or of none), plain or jsonl; again for more.",
+        help="A text for the expert NAME (or any other name), plain or jsonl. Give the option "
+        "again for more.",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""The YAML config: read to dataclasses, with the line of every problem."""
+"""The YAML config, read into dataclasses; every problem has its line."""
 
 from moemerge.config.check import check_values
 from moemerge.config.schema import Expert, MergeConfig, as_config, load_config, parse_config

@@ -1,4 +1,4 @@
-"""YAML to `MergeConfig`: every key known, every value of its type, every error with its line."""
+"""YAML to `MergeConfig`: every key is known, every value has its type, every error has its line."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ DEFAULT_GATE_MODE = "ridge"
 
 @dataclass(frozen=True)
 class Expert:
-    """One dense model whose MLPs become an expert, and the prompts that should find it.
+    """One dense model whose MLPs become an expert, and the prompts that should be routed to it.
 
-    `noise_scale` is the standard deviation of Gaussian noise added to its MLPs; `residual_scale`
-    multiplies its down projections, and so all that it adds to the residual stream. `calibration`
-    names a text or jsonl file, a directory or a dataset on the Hub whose documents are for it too;
-    `body_weight` is its weight where the body is the experts' average. `renew` is the share of its
-    neurons that begin anew, for training (Drop-Upcycling).
+    `noise_scale` is the standard deviation of Gaussian noise that is added to its MLPs.
+    `residual_scale` multiplies its down projections, and so everything it adds to the residual
+    stream. `calibration` names a text or jsonl file, a directory or a dataset on the Hub; its
+    documents count as prompts. `body_weight` is its weight if the body is the experts' average.
+    `renew` is the share of its neurons that are drawn again at random, for training
+    (Drop-Upcycling).
     """
 
     source_model: SourceText
@@ -44,16 +45,17 @@ class Expert:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """What a merge is made of, as a person wrote it. `text` is the YAML of `file` in
-    `folder`, where relative sources may stand too; `lines` its line numbers.
+    """A merge, as a person wrote it.
 
-    `dtype` None is the base model's; `experts_per_token` None is 2, or 1 for a single expert.
-    `gate` holds the gate mode's own options, and `mode`, for which `gate_mode` is short. `body` is
-    whose attention, norms and embeddings there are: the `base` model's or the experts' `average`.
-    `architecture` None is the one that fits; `architecture_options` are its own, `training` what
-    its config.json says of training. Each expert is cut into `segments`; `split` cuts the base
-    model's MLPs into experts instead. `tokenizer` is the `base`'s, the `union` of all, or that of
-    the source it names, with `extra_tokens`, and rows up to a multiple of `pad_vocabulary`.
+    `text` is the YAML of `file` in `folder`; relative paths of sources are looked for there too.
+    `lines` are line numbers by key. `dtype` None is the base model's dtype. `experts_per_token`
+    None is 2, or 1 for a single expert. `gate` holds the gate mode's own options, and `mode`, for
+    which `gate_mode` is short. `body` says where attention, norms and embeddings come from: the
+    `base` model, or the `average` of the experts. `architecture` None is the one that fits.
+    `architecture_options` are its own options, and `training` holds training keys of its
+    config.json. Each expert is cut into `segments`; `split` cuts the base model's MLPs into experts
+    instead. `tokenizer` is the `base` model's, the `union` of all, or the one of the source that it
+    names; it gets `extra_tokens`, and its rows are padded to a multiple of `pad_vocabulary`.
     """
 
     base_model: SourceText
@@ -84,7 +86,7 @@ class MergeConfig:
 
     @property
     def mode(self) -> str:
-        """The gate mode, wherever it is said."""
+        """The gate mode, from `gate_mode` or `gate.mode`."""
         default = DEFAULT_GATE_MODE
         if self.split:
             default = "activation" if self.split.get("text") else "random"
@@ -92,7 +94,7 @@ class MergeConfig:
 
     @property
     def every_expert(self) -> list[tuple[str, Expert]]:
-        """Each expert, shared ones last, with its place in the config."""
+        """Every expert, shared ones last, with its key in the config."""
         return [
             (f"{key}[{index}]", expert)
             for key in ("experts", "shared_experts")
@@ -101,11 +103,11 @@ class MergeConfig:
 
     @property
     def draws(self) -> bool:
-        """Whether experts' weights are drawn at random in part."""
+        """Whether some of the experts' weights are drawn at random."""
         return any(expert.noise_scale or expert.renew for _, expert in self.every_expert)
 
     def as_yaml(self) -> str:
-        """This config as YAML: the text it was read from while that says the same, else anew."""
+        """This config as YAML: the original text if it still says the same, otherwise new text."""
         said = replace(self, experts=()) if self.split else self  # those are made of it
         with suppress(InputError):
             if parse_config(self.text) == said:
@@ -114,7 +116,8 @@ class MergeConfig:
         return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
     def where(self, key: str) -> str:
-        """`config.yaml:7: experts[1].source_model`, or the nearest enclosing line known."""
+        """The place `config.yaml:7: experts[1].source_model`, with the line of the nearest known
+        key."""
         at = key
         while at and at not in self.lines:
             at = at[: max(at.rfind("."), at.rfind("["), 0)]
@@ -122,10 +125,10 @@ class MergeConfig:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as a block, as people do."""
+    """Writes text of several lines as a block."""
 
     def represent_str(self, text: str) -> yaml.ScalarNode:
-        """Plain or quoted as it must be, else a block."""
+        """Plain or quoted as needed, otherwise a block."""
         if "\n" not in text:
             return super().represent_str(text)
         return self.represent_scalar("tag:yaml.org,2002:str", text, style="|")
@@ -135,7 +138,8 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def _hold_types(record: Expert | MergeConfig) -> None:
-    """Hold a record made in Python to its fields' types; lists become tuples, paths text."""
+    """Check a record that was made in Python against its fields' types; lists become tuples, paths
+    text."""
     values = Values(Findings())
     hints = typing.get_type_hints(type(record), include_extras=True)
     for f in spoken(record):
@@ -146,7 +150,7 @@ def _hold_types(record: Expert | MergeConfig) -> None:
 
 
 def _changed(record: Expert | MergeConfig) -> dict[str, Any]:
-    """What differs from the defaults, as plain data."""
+    """The fields that differ from the defaults, as plain data."""
     found = {}
     for f in spoken(record):
         value = getattr(record, f.name)
@@ -167,7 +171,7 @@ def load_config(path: str | Path) -> MergeConfig:
     """Read a config file.
 
     Raises:
-        InputError: the file cannot be read, is not YAML, or says something we do not know.
+        InputError: the file cannot be read, is not YAML, or has an unknown key.
     """
     path = Path(path)
     findings = Findings()
@@ -183,11 +187,11 @@ def load_config(path: str | Path) -> MergeConfig:
 
 
 def parse_config(text: str, file: str = "config") -> MergeConfig:
-    """Read a config from its YAML text; `file` is the name that errors give.
+    """Read a config from its YAML text; `file` is the name for errors.
 
     Raises:
-        InputError: with every problem of the text, each with its line; whether its values and
-            models fit together is found by `prepare`, in one list.
+        InputError: with every problem of the text, each with its line. `prepare` finds whether the
+            values and the models fit together.
     """
     findings = Findings()
     reader = Reader(file, findings)
@@ -199,7 +203,7 @@ def parse_config(text: str, file: str = "config") -> MergeConfig:
 
 
 def _refuse_dense_merges(root: yaml.Node, file: str, findings: Findings) -> None:
-    """Say once of a config of mergekit-yaml that it is one, and nothing of its keys."""
+    """Refuse a config of mergekit-yaml with one problem, not one for each of its keys."""
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     for key, _ in pairs:
         if key.value in ("merge_method", "slices", "models", "modules"):

@@ -1,4 +1,4 @@
-"""Options that a dataclass declares: what a config says of them, held to their fields' types."""
+"""Options that a dataclass declares: values from a config, checked against the fields' types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ T = TypeVar("T")
 
 
 def option_types(declared: type[Any] | None) -> dict[str, Any]:
-    """The types of a dataclass's options by their keys; a field `lambda_` has the key `lambda`."""
+    """The types of a dataclass's options by their keys; the key of a field `lambda_` is
+    `lambda`."""
     hints = typing.get_type_hints(declared) if declared else {}
     return {name.rstrip("_"): hint for name, hint in hints.items()}
 
@@ -25,9 +26,10 @@ def read_settings(
     what: str,
     findings: Findings,
 ) -> T | None:
-    """What a config said of the options that `declared` has; None after a problem, or without it.
+    """An instance of `declared` with the config's options; None after a problem, or if `declared`
+    is None.
 
-    `where` gives a key's place; `what` is the problem of a key that is no option.
+    `where` gives the place of a key. `what` is the problem of a key that is not an option.
     """
     before = len(findings.problems)
     values = read_options(option_types(declared), said, where, what, findings)
@@ -44,7 +46,7 @@ def read_options(
     what: str,
     findings: Findings,
 ) -> dict[str, Any]:
-    """The values of what was said, each held to its type; keys without a type are problems."""
+    """The given values, each checked against its type; a key without a type is a problem."""
     found, values = {}, Values(findings)
     for key, value in said.items():
         if key in types:

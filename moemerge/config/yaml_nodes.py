@@ -1,4 +1,4 @@
-"""YAML nodes to dataclasses, driven by the dataclasses' own fields; every error has its line."""
+"""YAML nodes to dataclasses by the dataclasses' own fields; every error has its line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def compose(text: str, file: str) -> yaml.Node:
     """The YAML's root node.
 
     Raises:
-        InputError: the text is no YAML, or is empty.
+        InputError: the text is not YAML, or is empty.
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -36,7 +36,7 @@ def compose(text: str, file: str) -> yaml.Node:
 
 
 class Reader(Values):
-    """Reads YAML nodes by type hints: the hints of the dataclass that they become."""
+    """Reads YAML nodes by type hints of the dataclass that they become."""
 
     def __init__(self, file: str, findings: Findings):
         super().__init__(findings)
@@ -44,7 +44,7 @@ class Reader(Values):
         self.lines: dict[str, int] = {}
 
     def problem(self, node: yaml.Node, key: str, what: str, fix: str) -> None:
-        """Record a problem where the node stands."""
+        """Record a problem at the node's line."""
         where = f"{self.file}:{node.start_mark.line + 1}"
         self.findings.problem(f"{where}: {key}" if key else where, what, fix)
 
@@ -105,7 +105,7 @@ class Reader(Values):
         return tuple(items)
 
     def number(self, node: yaml.Node, hint: type[int] | type[float], at: str) -> Any:
-        """An int or a finite float; YAML reads `1e-3` as text, which is a number all the same."""
+        """An int or a finite float. YAML reads `1e-3` as text; here it is a number."""
         tags = ("int",) if hint is int else ("int", "float", "str")
         if isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] in tags:
             try:
@@ -132,9 +132,8 @@ class Reader(Values):
         return self.sequence(node, str, at) if listed else self.text(node, at)
 
     def choices(self, node: yaml.Node, at: str) -> dict[str, Any]:
-        """A mapping of scalars as YAML reads them, but for numbers as `1e-3`, which it takes for
-        text.
-        """
+        """A mapping of scalars as YAML reads them, except that text such as `1e-3` becomes a
+        number."""
         if not isinstance(node, yaml.MappingNode):
             self.problem(node, at, f"is {_kind(node)}", "write `key: value`")
             return {}
@@ -194,5 +193,5 @@ def _is_null(node: yaml.Node) -> bool:
 
 
 def spoken(record: Any) -> list[Field[Any]]:
-    """The fields that a config can say, of a record or its class."""
+    """The fields that a config can have, of a record or its class."""
     return [f for f in fields(record) if not f.metadata.get("internal")]

@@ -1,4 +1,4 @@
-"""lm-eval's tasks: found by name or file, checked before they run, and a model's scores in them."""
+"""lm-eval's tasks: found by name or file, checked before they run, and a model's scores."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from moemerge.reporting import Reporter
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks that lm-eval is known to load: registered names, and local files as their content.
+    """Tasks that lm-eval can load: registered names, and local files with their content.
 
-    `limit` is the most documents of each; without `num_fewshot` each has the shots it asks for.
+    `limit` is the most documents of each task. Without `num_fewshot`, each task has its own number
+    of shots.
     """
 
     specs: tuple[str | dict[str, Any], ...]
@@ -32,7 +33,7 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Score:
-    """What lm-eval says of a model: a metric of a task over `samples` documents, filtered so."""
+    """A score of a model: a metric of a task over `samples` documents, after a filter."""
 
     task: str
     metric: str
@@ -54,10 +55,10 @@ def find_tasks(
 ) -> Tasks | None:
     """The tasks of these names, files and directories; problems are recorded.
 
-    A task file is a program: its `!function` runs Python, its templates are not sandboxed. Of a
-    directory's files those with `!function` are refused: such a file is to be named itself. Tasks
-    that run what the model writes are refused. Where all are files, nothing asks the network
-    unless a task says so.
+    A task file is a program: its `!function` runs Python, and its templates are not sandboxed. In a
+    directory, files with `!function` are refused: name such a file itself. Tasks that run code
+    written by the model are refused. If all are files, the network is used only if a task asks for
+    it.
     """
     if not named:
         return None
@@ -69,7 +70,7 @@ def find_tasks(
     from lm_eval.tasks import TaskManager
 
     datasets.disable_progress_bars()
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else a local file's reading is reported
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise reading a local file is reported
     files, names = _apart(named)
     before = len(findings.problems)
     specs: list[str | dict[str, Any]] = list(_read(files, findings, reporter))
@@ -91,7 +92,7 @@ def find_tasks(
 def run_tasks(
     tasks: Tasks, model: Any, tokenizer: Path, what: str, reporter: Reporter
 ) -> list[Score]:
-    """Take a model in transformers through the tasks, by lm-eval's own `simple_evaluate`.
+    """Run a model in transformers on the tasks, with lm-eval's own `simple_evaluate`.
 
     Raises:
         RunError: lm-eval fails.
@@ -114,7 +115,7 @@ def run_tasks(
 
 
 def _apart(named: Sequence[str]) -> tuple[list[tuple[Path, bool]], list[str]]:
-    """Files, each with whether it was named itself, and names."""
+    """The files, each with whether it was named itself, and the names."""
     files, names = [], []
     for one in named:
         parts = [one] if Path(one).exists() else one.split(",")
@@ -132,7 +133,7 @@ def _apart(named: Sequence[str]) -> tuple[list[tuple[Path, bool]], list[str]]:
 def _read(
     files: Sequence[tuple[Path, bool]], findings: Findings, reporter: Reporter
 ) -> Iterator[dict[str, Any]]:
-    """Each file as lm-eval reads it; in a directory, files that are no task are passed over."""
+    """Each file as lm-eval reads it; in a directory, files that are not tasks are skipped."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     for path, alone in files:
@@ -183,7 +184,7 @@ def _runs_python(path: Path) -> bool:
 
 
 def _with_data_beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The task with files of data that lie beside it, not in the working directory, found there."""
+    """The task, with data files looked for beside it and not in the working directory."""
 
     def found(said: Any) -> Any:
         if isinstance(said, list):
@@ -200,7 +201,7 @@ def _with_data_beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _check(specs: Sequence[str | dict[str, Any]], manager: Any, findings: Findings) -> None:
-    """Load each task once, and record those that cannot be, or must not run."""
+    """Load each task once; record those that cannot be loaded, or must not run."""
     seen: set[str] = set()
     for spec in specs:
         called = spec if isinstance(spec, str) else str(spec["task"])
@@ -221,7 +222,7 @@ def _check(specs: Sequence[str | dict[str, Any]], manager: Any, findings: Findin
 
 
 def _harness(model: Any, tokenizer: Path, batch_size: int, what: str, reporter: Reporter) -> Any:
-    """lm-eval's reader of the model, with its progress told to the reporter."""
+    """lm-eval's wrapper of the model, with its progress sent to the reporter."""
     from lm_eval.models.huggingface import HFLM
 
     class Told(HFLM):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""A causal model reads passages: what each token cost it, and what its routers saw."""
+"""A causal model reads passages: the loss of each token, and the router logits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def passages_of(
     longest: int = PIECE_TOKENS,
     most: int | None = None,
 ) -> tuple[Prompt, ...]:
-    """A text file's first `most` tokens in pieces of at most `longest`; see `Encoder.pieces`.
+    """The first `most` tokens of a text file, in pieces of at most `longest` tokens; see
+    `Encoder.pieces`.
 
     Raises:
         InputError: it cannot be read, or holds no text.
@@ -43,7 +44,7 @@ def passages_of(
 
 
 def check_tokens(texts: Passages, known: int) -> None:
-    """Refuse texts with tokens that the mixture does not embed."""
+    """Refuse texts with tokens for which the mixture has no embedding."""
     fix = "use the tokenizer that the model came with"
     last = {name: max(max(p.ids) for p in passages) for name, passages in texts.items()}
     if problems := [
@@ -55,7 +56,7 @@ def check_tokens(texts: Passages, known: int) -> None:
 
 
 def set_experts_per_token(model: Any, count: int) -> bool:
-    """Make every router choose `count` experts; whether the model has such routers."""
+    """Make every router choose `count` experts; returns whether the model has such routers."""
     found = [
         module for module in model.modules() if isinstance(getattr(module, "top_k", None), int)
     ]
@@ -69,11 +70,11 @@ def mean_losses(
 ) -> dict[str, float]:
     """The mean loss (nats) of each text's own tokens, by the names of the texts.
 
-    A model whose layers are streamed sends all texts through one layer before the next, so that
-    each weight is read once.
+    If a model's layers are streamed, all texts go through one layer before the next, so that each
+    weight is read once.
 
     Raises:
-        RunError: the model gives no number.
+        RunError: the model gives NaN or Inf.
     """
     layers = [one.streamed for one in model.modules() if hasattr(one, "streamed")]
     if not layers:
@@ -96,12 +97,12 @@ def mean_loss(
     what: str,
     routed: list[Any] | None = None,
 ) -> float:
-    """The mean loss (nats) of the passages' own tokens; their router logits into `routed`.
+    """The mean loss (nats) of the passages' own tokens; router logits are added to `routed`.
 
     Each passage gets (L, T, E), in the order of the passages.
 
     Raises:
-        RunError: the model gives no number, or has no router where one is known.
+        RunError: the model gives NaN or Inf, or has no router that moemerge knows.
     """
     import numpy as np
     import torch
@@ -129,7 +130,7 @@ def mean_loss(
 
 
 def counted(passages: Sequence[Prompt]) -> int:
-    """How many tokens a loss of the passages is the mean of."""
+    """The number of tokens in the mean loss of the passages."""
     return sum(len(prompt.ids) - max(prompt.own, 1) for prompt in passages)
 
 
@@ -139,7 +140,7 @@ def _mean(total: float, passages: Sequence[Prompt], what: str) -> float:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Passages of like length by their numbers, and their ids (B, T), padded on the right."""
+    """Passages of similar length: their numbers, and their ids (B, T), padded on the right."""
 
     passages: dict[int, Prompt]
     ids: Any

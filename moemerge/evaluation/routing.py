@@ -1,4 +1,4 @@
-"""How a built mixture routes text, and how good it is beside its sources: numbers for a report."""
+"""How a mixture routes text, and its perplexity beside its sources: numbers for a report."""
 
 from __future__ import annotations
 
@@ -42,14 +42,15 @@ def report(
     reporter: Reporter | None = None,
     progress: bool = False,
 ) -> RoutingReport:
-    """How the mixture in `out` routes, as plain data; any mixture that transformers loads.
+    """How the mixture in `out` routes, as plain data, for any mixture that transformers loads.
 
     With `texts`, each a file by the name of the expert that it is for (or any other name), the
-    mixture reads them, and so do its sources where they are at hand. Without, the config's own
-    prompts are used, each seen by routers that were made without it.
+    mixture reads them, and so do its sources if they are available. Without, the prompts of the
+    config are used; each prompt is routed by routers that were made without it.
 
     Raises:
-        InputError: `out` is no mixture, a text cannot be read, or there is nothing to go by.
+        InputError: `out` is not a mixture, a text cannot be read, or there are neither texts nor
+            prompts.
     """
     out, options, reporter = Path(out), options or Options(), listener(reporter, progress)
     manifest = manifest_of(out, "look at")
@@ -83,7 +84,7 @@ def report(
 
 
 def _held_out(out: Path, manifest: Manifest, options: Options, reporter: Reporter) -> list[Routed]:
-    """The config's prompts by routers that are made anew without each."""
+    """The config's prompts, each with routers that are made again without it."""
     ready = prepared(manifest, options, reporter, out)
     made = run_gate(ready, fetch(ready, options, reporter), options, reporter)
     found = routing_stats.held_out(made, ready.encoder)
@@ -97,8 +98,10 @@ def _held_out(out: Path, manifest: Manifest, options: Options, reporter: Reporte
 
 @dataclass(frozen=True)
 class _Reading:
-    """All passages read by the mixture, and then by its sources. An expert is so many `segments`,
-    each with a row of its own, all equal, in the routers."""
+    """All passages, read by the mixture and then by its sources.
+
+    Each expert has `segments` equal rows in the routers.
+    """
 
     passages: Passages
     encoder: Encoder
@@ -111,8 +114,11 @@ class _Reading:
     def run(
         self, out: Path, manifest: Manifest | None, others: Iterable[int]
     ) -> tuple[list[Routed], dict[str, Any]]:
-        """The passages as routers saw them, and mean losses (nats): by experts_per_token, which the
-        mixture can take without new weights (`others`), and by source."""
+        """The router logits of the passages, and mean losses (nats) by experts_per_token and by
+        source.
+
+        `others` are values of experts_per_token that the mixture can take without new weights.
+        """
         model = load_mixture(out, self.options, self.reporter)
         check_tokens(self.passages, model.get_input_embeddings().num_embeddings)
         count = len(self.experts)
@@ -156,9 +162,9 @@ def _assemble(
     measured: dict[str, Any],
     mode: str,
 ) -> RoutingReport:
-    """The report as plain data; the page's and the card's source.
+    """The report as plain data, from which the page and the card are made.
 
-    `mode` is the gate mode that the routers were made by, where prompts were held out.
+    If prompts were held out, `mode` is the gate mode that made the routers.
     """
     summary = routing_stats.summary(routed, experts, per_token)
     texts = routing_stats.texts_of(routed, per_token)

@@ -1,4 +1,4 @@
-"""How good a mixture is beside what it was made of: perplexity of texts, and lm-eval's tasks."""
+"""How good a mixture is beside its sources: perplexity of texts, and lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ ALL_TOKENS = 1 << 62
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """What a mixture is to be judged by: text files by their names, and lm-eval's tasks.
+    """What to evaluate a mixture with: text files by their names, and lm-eval's tasks.
 
-    A text is read in pieces of at most `length` tokens; the rest is as in `harness.Tasks`.
+    A text is read in pieces of at most `length` tokens. For the other fields see
+    `lm_eval_tasks.Tasks`.
     """
 
     texts: Mapping[str, str | Path] = field(default_factory=dict)
@@ -46,15 +47,15 @@ def evaluate(
     reporter: Reporter | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """The mixture in `out` and what it was made of, judged side by side, as plain data.
+    """Evaluate the mixture in `out` and its sources, side by side, as plain data.
 
-    `plan_digest` says which mixture it was. `columns` are the models, the mixture first; each of
-    `rows` is a text's perplexity or a task's metric, whose `values` and `stderr` stand in the order
-    of the columns, None where there is none. One model is in memory at a time, or, where memory is
-    too small, one layer of one. Of a mixture that moemerge did not make there is one column.
+    `plan_digest` identifies the mixture. `columns` are the models, the mixture first. Each of
+    `rows` is a text's perplexity or a task's metric. Its `values` and `stderr` are in the order of
+    the columns, and None where there is no value. One model is in memory at a time; if memory is
+    too small, one layer of it. A mixture that moemerge did not make has one column.
 
     Raises:
-        InputError: `out` is no mixture, or a text or task cannot be read.
+        InputError: `out` is not a mixture, or a text or task cannot be read.
         RunError: a model or a task fails.
     """
     out, options, reporter = Path(out), options or Options(), listener(reporter, progress)
@@ -112,7 +113,8 @@ def _checked(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What came of one model: perplexities by text, and its scores; None what it cannot read."""
+    """The results of one model: perplexities by text, and scores; None for a text it cannot
+    read."""
 
     perplexities: dict[str, float] | None
     scores: dict[tuple[str, str, str], Score]
@@ -120,7 +122,7 @@ class _Measured:
 
 @dataclass(frozen=True)
 class EvaluationRun:
-    """Texts and tasks that one model after another is taken through."""
+    """Runs texts and tasks through one model after another."""
 
     out: Path
     texts: Passages
@@ -129,7 +131,7 @@ class EvaluationRun:
     reporter: Reporter
 
     def through_source(self, source: Source) -> _Measured:
-        """A dense model; its texts are left out, and said so, where it has other tokens."""
+        """Run a dense model; texts are skipped, with a note, if its token ids differ."""
         ids = {one for text in self.texts.values() for p in text for one in p.ids}
         if why := source.why_not(ids):
             self.reporter.say(f"{source.name} does not read the texts: {why}")
@@ -141,7 +143,7 @@ class EvaluationRun:
         return self.through(source.name, model, tokenizer, reads=not why)
 
     def through(self, name: str, model: Any, directory: Path, reads: bool = True) -> _Measured:
-        """A model in transformers; `directory` holds its tokenizer and generation config."""
+        """Run a model in transformers; `directory` holds its tokenizer and generation config."""
         losses = mean_losses(model, self.texts, self.reporter, name) if reads else {}
         scores: list[Score] = []
         if self.tasks:
@@ -154,7 +156,7 @@ class EvaluationRun:
 
 
 def _generate_as(model: Any, directory: Path) -> None:
-    """Give a model the generation config that transformers would load it with."""
+    """Give a model the generation config with which transformers would load it."""
     from transformers import AutoConfig, GenerationConfig
 
     try:

@@ -1,4 +1,4 @@
-"""What a mixture was made of: base, experts and their average, each as a model in transformers."""
+"""The sources of a mixture, each as a model in transformers: base, experts, and their average."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from moemerge.text import other_ids, shared_rows
 class Source:
     """A dense model that the mixture was made of; `kind` is `base`, `expert` or `average`.
 
-    `others` are ids that are another token in it than in the mixture: such text it cannot read.
-    `directory` holds the files of its own, tokenizer and generation config. Equal experts
-    have the same `identity`.
+    `others` are ids that mean another token in it than in the mixture; it cannot read text with
+    them. `directory` holds its own tokenizer and generation config. Equal experts have the same
+    `identity`.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Source:
     identity: tuple[object, ...] = ()
 
     def why_not(self, ids: Collection[int]) -> str:
-        """Why it cannot read a text of these tokens of the mixture; empty if it can."""
+        """Why it cannot read a text with these token ids of the mixture; empty if it can."""
         if others := self.others.intersection(ids):
             return f"{len(others)} of the tokens have other ids in it, or none"
         last = max(ids, default=0)
@@ -65,9 +65,10 @@ class Source:
 def sources_of(
     manifest: Manifest | None, options: Options, reporter: Reporter, out: Path
 ) -> list[Source]:
-    """The base, each expert, and the experts' average, of the mixture in `out`.
+    """The base, each expert and the experts' average of the mixture in `out`; only the base of a
+    split.
 
-    Of a split the base alone. None where they are not known, or not at hand, which is said.
+    If they are not known or not available, the list is empty, and a note says why.
     """
     if manifest is None or not manifest.config:
         return []
@@ -108,10 +109,10 @@ def sources_of(
 
 
 def prepared(manifest: Manifest, options: Options, reporter: Reporter, out: Path) -> Prepared:
-    """The merge that the manifest of `out` tells of, made ready again from its sources.
+    """The merge of the manifest in `out`, prepared again from its sources.
 
     Raises:
-        InputError: they are not what they were, or not at hand.
+        InputError: a source has changed, or is not available.
     """
     folder = Path(manifest.folder) if manifest.folder else None
     config = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Dense model families: what a config.json leaves out, and how its tensors are called."""
+"""Dense model families: the defaults of config.json, and the names and shapes of tensors."""
 
 from moemerge.families.dense_config import normalise
 from moemerge.families.names import DOWN, EMBEDDING, GATE, HEAD, LAYER, UP, dense

@@ -1,4 +1,4 @@
-"""A dense model's config.json with everything said: defaults filled in, rope in both dialects."""
+"""A dense model's config.json, made explicit: defaults filled in, rope in both dialects."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 def normalise(raw: dict[str, Any]) -> dict[str, Any]:
     """The config with its family's defaults, an explicit head_dim, and rope as 4.57 and 5 read it.
 
-    transformers 4 reads `rope_theta` and `rope_scaling`, version 5 `rope_parameters`, which version
-    4 ignores without a word; each form is made from whichever is there. `sliding_window` is None
-    unless all layers have it; where they differ, `layer_types` tells which. What families call by
-    names of their own is said in `qkv_bias`, `o_bias`, `qk_norm` (None, or over each `head`, or the
-    `full` width) and `post_norm` (norms after attention and MLP, not before). A family that is
-    another by another name becomes that, and `saved_as` keeps its own. One without a record keeps
-    what it says.
+    transformers 4 reads `rope_theta` and `rope_scaling`. Version 5 reads `rope_parameters`, which
+    version 4 ignores. Each form is made from whichever is there. `sliding_window` is None unless
+    all layers have a window; if layers differ, `layer_types` says which have one. Keys with
+    different names in different families become `qkv_bias`, `o_bias`, `qk_norm` (None, or over each
+    `head`, or the `full` width) and `post_norm` (norms after attention and MLP, not before). If a
+    family equals another under a different name, `model_type` is that other, and `saved_as` is its
+    own name. The config of a family without a record is returned unchanged.
 
     Raises:
         ValueError: a value is not of the type that every reader expects; says which.
@@ -90,7 +90,7 @@ def _settle_windows(config: dict[str, Any], record: Family) -> None:
 
 
 def _check_types(config: dict[str, Any], record: Family) -> None:
-    """Refuse what would stop a reader of the output, or the hidden pass on its way."""
+    """Refuse values on which a reader of the output, or the hidden pass, would fail."""
     for key in _WHOLE:
         if type(config.get(key)) is not int or config[key] < 1:
             raise ValueError(f"{key} is {config.get(key)!r}, not a positive whole number")

@@ -1,4 +1,4 @@
-"""One record a family of dense models: what its config.json leaves out, and what its body has."""
+"""One record for each family of dense models: defaults of config.json, parts of its body."""
 
 from __future__ import annotations
 
@@ -23,64 +23,64 @@ _QWEN: dict[str, Any] = _COMMON | {
 
 @dataclass(frozen=True)
 class Family:
-    """A family of dense models, by its model_type: what transformers' class makes of a config.json.
+    """A family of dense models, by its model_type, as transformers' class reads a config.json.
 
-    The defaults of these fields are a Llama's.
+    The defaults of these fields are those of a Llama.
     """
 
     name: str
     causal: str
-    """transformers' class with the head, which an extracted expert's config.json names."""
+    """transformers' class with the head, for an extracted expert's config.json."""
 
     defaults: Mapping[str, Any] = field(default_factory=lambda: _COMMON)
-    """What transformers assumes for a key that config.json leaves out."""
+    """The values that transformers assumes for keys that config.json leaves out."""
 
     body: str = ""
-    """The family that it is, tensor by tensor, under another name; see `saved_as`."""
+    """The family that it equals, tensor by tensor, under another name; see `saved_as`."""
 
     qkv_bias: bool | str = "attention_bias"
-    """Whether queries, keys and values have biases: always, never, or as config.json says by that
-    key."""
+    """Whether queries, keys and values have biases: always, never, or by that key of config.json.
+    """
 
     o_bias: bool | str = "attention_bias"
-    """The same of the attention's output."""
+    """Whether the attention's output has a bias, as in `qkv_bias`."""
 
     qk_norm: Literal["head", "full"] | None = None
     """Norms of queries and keys: over each head, over the full width, or none."""
 
     post_norm: bool = False
-    """Whether norms stand after attention and MLP, not before."""
+    """Whether norms are after attention and MLP, not before."""
 
     multipliers: bool = False
     """Whether embeddings, attention, residuals and logits are multiplied, as in a Granite."""
 
     window: Literal["", "all", "counted"] = ""
-    """Which layers `sliding_window` is for: none, all, or those from `max_window_layers` on where
-    `use_sliding_window` is true. `layer_types` comes before that."""
+    """The layers that have the `sliding_window`: none, all, or those from `max_window_layers` on if
+    `use_sliding_window` is true. `layer_types` overrides this."""
 
     reads_layer_types: bool = True
-    """Whether the class heeds `layer_types`."""
+    """Whether the class reads `layer_types`."""
 
     ropes: tuple[str, ...] = ()
-    """The kinds of rope that it knows; empty: all that transformers has."""
+    """The kinds of rope that it knows; empty for all of transformers'."""
 
     rope_names: Mapping[str, str] = field(default_factory=dict)
-    """Kinds of rope that it calls by names of its own: that name, and the usual one."""
+    """Its own names for kinds of rope, with the usual name of each."""
 
     turns_in_part: bool = False
-    """Whether every program reads its `partial_rotary_factor` alike."""
+    """Whether all programs read its `partial_rotary_factor` in the same way."""
 
     fused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Modules of a layer that hold the rows of several, in this order: each with the key of
-    config.json whose number is its share of the rows, or empty for one share."""
+    """Modules of a layer that hold the rows of several modules, in this order. Each has the config
+    key whose number is its share of the rows; an empty key is one share."""
 
     def saved_as(self, name: str, defaults: Mapping[str, Any], **changes: Any) -> Family:
-        """This family under another model_type, with what is different in its config.json."""
+        """This family under another model_type, with changes to its defaults and fields."""
         defaults = {**self.defaults, **defaults}
         return replace(self, name=name, body=self.name, defaults=defaults, **changes)
 
     def usually(self, bias: bool | str) -> bool:
-        """Whether a model has `qkv_bias` or `o_bias` where config.json does not say."""
+        """Whether a model has `qkv_bias` or `o_bias` if config.json does not say."""
         return bool(self.defaults[bias]) if isinstance(bias, str) else bias
 
 
@@ -157,12 +157,11 @@ _ALL = (
     ),
 )  # fmt: skip
 RECORDS = {record.name: record for record in _ALL}
-"""Every family that a mixture can be made of."""
+"""Every family of which a mixture can be made."""
 
 
 def most_like(tensors: Collection[str], windows: bool, multipliers: bool) -> Family:
-    """The family whose attention and norms such tensors are, with or without windows and
-    multipliers; of several, the first."""
+    """The family with such tensors, windows and multipliers; of several, the first."""
     norm, qkv, o, after = (
         any(name.endswith(end) for name in tensors)
         for end in (

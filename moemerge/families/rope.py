@@ -1,4 +1,4 @@
-"""Rope as transformers 4 and 5 say it: every key read once, and written in the words of both."""
+"""Rope as transformers 4 and 5 write it: every key is read once, and written for both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NEEDS = {
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }  # fmt: skip
-"""The kinds of rope that transformers knows, and the keys that each cannot do without."""
+"""The kinds of rope in transformers, and the keys that each needs."""
 
 _LISTS = ("short_factor", "long_factor")
 _MAY = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
@@ -22,12 +22,11 @@ _ELSEWHERE = ("rope_theta", "rope_type", "type", PARTIAL)
 
 
 def settle(config: dict[str, Any], record: Family) -> dict[str, Any]:
-    """`rope_theta`, `rope_scaling` and `rope_parameters` that say the same, and how much of each
-    head is turned, `partial_rotary_factor`.
+    """`rope_theta`, `rope_scaling` and `rope_parameters` that agree, and `partial_rotary_factor`.
 
-    What is stated twice is read as transformers 5 reads it: a `rope_scaling` that is there stands
-    in the place of `rope_parameters`; what stands in it comes before what stands at the top, but
-    for `original_max_position_embeddings`, which counts at the top first.
+    A value that is given twice is read as transformers 5 reads it: `rope_scaling` replaces
+    `rope_parameters`, and keys in it override keys at the top, except
+    `original_max_position_embeddings`, which is read at the top first.
 
     Raises:
         ValueError: a value is not of the type that every reader expects; says which.
@@ -59,12 +58,12 @@ def settle(config: dict[str, Any], record: Family) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and no truth value."""
+    """Whether it is a finite number, and not true or false."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def _kind(stated: dict[str, Any], record: Family) -> str:
-    """The kind of rope, by the newest name; `su` is an older one of longrope."""
+    """The kind of rope, by its newest name; `su` is an older name of longrope."""
     kind = stated.get("rope_type") or stated.get("type") or "default"
     if isinstance(kind, str):
         kind = {"su": "longrope", **record.rope_names}.get(kind, kind)
@@ -75,8 +74,8 @@ def _kind(stated: dict[str, Any], record: Family) -> str:
 
 
 def _trained(config: dict[str, Any], rest: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The length that a model was trained with first, and how much longer it is now; version 4
-    wants to be told all that version 5 works out."""
+    """The length that the model was first trained with, and the factor by which it is longer now;
+    version 4 needs keys that version 5 computes."""
     length = config["max_position_embeddings"]
     trained = config.get(TRAINED) or rest.get(TRAINED) or length
     if not is_number(trained) or not trained > 0:
@@ -86,7 +85,7 @@ def _trained(config: dict[str, Any], rest: dict[str, Any], kind: str) -> dict[st
 
 
 def _part(config: dict[str, Any], stated: dict[str, Any]) -> float:
-    """The part of each head that is turned."""
+    """The part of each head that rope turns."""
     part, head = stated.get(PARTIAL, config.get(PARTIAL)), config["head_dim"]
     part = 1.0 if part is None else part
     turned = int(head * part) if is_number(part) and 0 < part <= 1 else 0
@@ -99,7 +98,7 @@ def _part(config: dict[str, Any], stated: dict[str, Any]) -> float:
 
 
 def _check(rest: dict[str, Any], kind: str, turned: int) -> None:
-    """Refuse numbers that are none, and lists of factors that are not one for each pair."""
+    """Refuse values that are not numbers, and lists of factors without one for each pair."""
     for key in (*_NEEDS[kind], *(key for key in _MAY if key in rest and key not in _NEEDS[kind])):
         value: Any = rest.get(key)
         if key in _LISTS:

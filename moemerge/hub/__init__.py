@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: what is asked, downloaded, read by ranges, and written there."""
+"""The Hugging Face Hub: questions, downloads, reads by byte range, and uploads."""
 
 from moemerge.hub import download
 from moemerge.hub.client import FEW_TRIES, NOWHERE, HubError

@@ -1,4 +1,4 @@
-"""What every question to the Hub has in common: errors in words, waits, bars."""
+"""What all requests to the Hub share: errors in words, retries, and progress bars."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from contextlib import contextmanager
 TIMEOUT = 10  # seconds, as huggingface_hub's own for a file's metadata
 TRIES = 8
 FEW_TRIES = 3
-"""Where somebody waits for the answer, or something else can serve."""
+"""Seconds to wait if a person waits for the answer, or if something else can serve."""
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds
 _PASSING = (408, 409, 412, 429)
-"""Statuses that another try may change, beside those from 500 on."""
+"""HTTP statuses for which another try may help, beside those from 500 on."""
 
 NOWHERE = "is neither a directory nor"
-"""How the errors begin that tell of a source that is not to be found."""
+"""The beginnings of errors that tell that a source was not found."""
 
 
 class HubError(Exception):
-    """A repository that cannot be had: `what` is wrong and how to `fix` it."""
+    """A repository that cannot be used: `what` is wrong, and how to `fix` it."""
 
     def __init__(self, what: str, fix: str):
         super().__init__(what)
@@ -29,9 +29,9 @@ class HubError(Exception):
 
 
 class Patience:
-    """How often one question is asked in vain: `tries` times, each after a longer wait.
+    """How often one request is repeated: `tries` times, each after a longer wait.
 
-    An answer that brought something, if not all, is not in vain: see `began_anew`.
+    A try that brought a part of the answer does not count: see `began_anew`.
     """
 
     def __init__(self, tries: int = TRIES):
@@ -42,9 +42,9 @@ class Patience:
         self.failures = 0
 
     def again(self, error: Exception) -> bool:
-        """Whether to ask once more after this error; True comes after the wait.
+        """Whether to try again after this error; True is returned after the wait.
 
-        The wait is as long as the Hub says, or twice as long each time.
+        The wait is what the Hub asks for, otherwise twice the wait before.
         """
         self.failures += 1
         if self.failures >= self.tries or not _is_passing(error):
@@ -56,7 +56,8 @@ class Patience:
 
 
 def explain(error: Exception) -> tuple[str, str] | None:
-    """What and fix for an answer that the Hub gave; None where it gave none."""
+    """(what is wrong, the fix) for an error that the Hub answered with; None if it did not
+    answer."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -80,12 +81,12 @@ def explain(error: Exception) -> tuple[str, str] | None:
 
 
 def status(error: Exception) -> int | None:
-    """The HTTP status that an error is about, if any."""
+    """The HTTP status of an error, if it has one."""
     return getattr(getattr(_cause(error), "response", None), "status_code", None)
 
 
 def why(error: Exception) -> str:
-    """What went wrong, in one line without addresses, which may carry signatures."""
+    """The error in one line, without addresses, because these may carry signatures."""
     cause, refused = _cause(error), status(error)
     if refused is None:
         return re.sub(r"https?://\S+", "the Hub", shortened(cause))
@@ -94,7 +95,7 @@ def why(error: Exception) -> str:
 
 
 def shortened(error: Exception) -> str:
-    """An HTTP library's message, which can be a page, as the beginning of one line."""
+    """The beginning of an HTTP library's message, on one line; the message may be a whole page."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else f"{text[:160]}..."
 
@@ -102,7 +103,7 @@ def shortened(error: Exception) -> str:
 def _is_passing(error: Exception) -> bool:
     """Whether the Hub is busy or the network failed.
 
-    requests' errors of connections are OSErrors of no file; httpx has its own.
+    Connection errors of requests are OSErrors without a file; httpx has its own class.
     """
     refused = status(error)
     if refused is not None:
@@ -113,14 +114,14 @@ def _is_passing(error: Exception) -> bool:
 
 
 def _retry_after(error: Exception) -> float:
-    """How long the Hub asks to wait, in seconds; 0 where it does not say."""
+    """The seconds that the Hub asks to wait; 0 if it does not say."""
     headers = getattr(getattr(_cause(error), "response", None), "headers", {})
     value = headers.get("retry-after", "")
     return min(float(value), _LONGEST_WAIT) if value.isdigit() else 0.0
 
 
 def _cause(error: Exception) -> Exception:
-    """The error that tells: the first with an answer, otherwise the innermost."""
+    """The error with the most information: the first with an answer, otherwise the innermost."""
     while getattr(error, "response", None) is None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error
@@ -128,7 +129,7 @@ def _cause(error: Exception) -> Exception:
 
 @contextmanager
 def progress_bars(wanted: bool) -> Iterator[None]:
-    """huggingface_hub's progress bars, only where `wanted`; it draws them into log files too."""
+    """Show huggingface_hub's progress bars only if `wanted`; it draws them into log files too."""
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,

@@ -1,4 +1,4 @@
-"""The Hub's door: a model's small files and headers first, its weights when they are needed."""
+"""Downloads from the Hub: small files and headers first, weights when they are needed."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ SMALL_FILES = [
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository's cached folder at one commit; `files` is what the Hub lists, if it answered.
+    """A repository's cached folder at one commit.
 
-    `note` says why the cache had to serve where the Hub was asked.
+    `files` are what the Hub lists, if it answered. `note` says why the cache was used although the
+    Hub was asked.
     """
 
     directory: Path
@@ -50,11 +51,11 @@ class Snapshot:
 def open_snapshot(
     repo: str, revision: str | None, cache_dir: str | Path | None, known: dict[str, Path]
 ) -> Snapshot:
-    """The repository's cached folder, its small files downloaded, at the commit it stands at now.
+    """The repository's cached folder at its present commit, with its small files downloaded.
 
-    Those of its `VOCABULARIES` whose etag is in `known` are taken from there; its own are added.
-    Offline (`HF_HUB_OFFLINE=1`, or the Hub does not answer) it is what the cache holds, however
-    little that is; finding it loads no HTTP library.
+    Files of `VOCABULARIES` whose etag is in `known` are taken from there, and new ones are added to
+    `known`. Without a network (`HF_HUB_OFFLINE=1`, or the Hub does not answer), it is what the
+    cache holds, however little; then no HTTP library is loaded.
 
     Raises:
         HubError: no such repository or revision, no access, or neither network nor cache.
@@ -79,7 +80,7 @@ def open_snapshot(
             f"{NOWHERE} in the Hub's cache, and {reason}",
             "check the name, or download it where there is a network",
         ) from failure
-    note = f"{reason}, so what the cache holds of it is used" if failure else ""
+    note = f"{reason}, so the files in the cache are used" if failure else ""
     return Snapshot(folder, folder.name, {}, note)
 
 
@@ -88,12 +89,12 @@ def fetch(
 ) -> None:
     """Download files of one repository at one commit into the cache.
 
-    Their sizes and digests are checked, which huggingface_hub does not do: a resumed download may
-    have been given other bytes than it asked for.
+    Their sizes and digests are checked. huggingface_hub does not do that, and a server may resume a
+    download with other bytes.
 
     Raises:
-        ReadError: the download failed; what came is kept, so a new run goes on from there. Or it
-            came damaged; then it is removed.
+        ReadError: the download failed; what came is kept, so that a new run continues it. Or a file
+            came damaged; it is removed.
     """
     from huggingface_hub import snapshot_download
 
@@ -111,7 +112,7 @@ def fetch(
             )
     except Exception as error:
         raise _failed(repo, why(error)) from error
-    with reporter.progress(f"checking what came of {repo}", total, "B") as advance:
+    with reporter.progress(f"checking the download of {repo}", total, "B") as advance:
         for file in wanted:  # without a network, some versions return what the cache holds
             path = Path(folder) / file
             if not path.exists():
@@ -125,9 +126,9 @@ def fetch(
 
 @contextmanager
 def _watched(folder: Path, advance: Callable[[int], object]) -> Iterator[None]:
-    """Tell how much more the files of a folder hold, now and then, until the block ends.
+    """Report the growth of the files in a folder now and then, until the block ends.
 
-    So the bytes that come are counted whichever way a version of huggingface_hub gets them.
+    This counts the bytes whichever way a version of huggingface_hub downloads them.
     """
 
     def held() -> int:
@@ -155,7 +156,7 @@ def _watched(folder: Path, advance: Callable[[int], object]) -> Iterator[None]:
 
 
 def _is_whole(path: Path, remote: Remote) -> bool:
-    """Whether a download has its size and, for large files, whose etag that is, its sha256."""
+    """Whether a download has its size and, for a large file, its sha256 (its etag)."""
     if remote.size and path.stat().st_size != remote.size:
         return False
     if len(remote.etag) != 64:
@@ -176,8 +177,8 @@ def _download_small_files(
 ) -> Snapshot:
     """Ask the Hub for the commit and its files, and download the small ones.
 
-    The download is by the revision's name, not the commit's: so the cache learns what the name
-    stands for, and a run without a network finds it.
+    The download names the revision, not the commit. So the cache keeps which commit the revision
+    is, and a run without a network finds it.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -209,7 +210,7 @@ def _download_small_files(
 
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-"""Megabytes each, and the fine-tunes of one base have the same: the cache has them once."""
+"""Files of some megabytes that all fine-tunes of one base share: the cache has them once."""
 
 
 def _listed(repo: str, info: Any) -> list[Remote]:
@@ -227,10 +228,10 @@ def _listed(repo: str, info: Any) -> list[Remote]:
 
 
 def measured(snapshot: Snapshot, files: Iterable[str]) -> Snapshot:
-    """The same with the sizes of `files` that are not here, where an endpoint lists names alone.
+    """The snapshot with the sizes of `files`, for an endpoint that lists only names.
 
     Raises:
-        HubError: it does not say them file by file either.
+        HubError: the endpoint does not tell the size of a file either.
     """
     found = dict(snapshot.files)
     for file in files:
@@ -249,9 +250,11 @@ def measured(snapshot: Snapshot, files: Iterable[str]) -> Snapshot:
 
 
 def _repository(repo: str, cache_dir: str | Path | None) -> Path:
-    """The repository's folder in the cache, by its documented layout
-    (https://huggingface.co/docs/huggingface_hub/guides/manage-cache): `refs` has the commit that a
-    name stands for, `blobs` each content by its etag, `snapshots` links to these by name.
+    """The repository's folder in the cache.
+
+    The layout is documented (https://huggingface.co/docs/huggingface_hub/guides/manage-cache):
+    `refs` has the commit of each revision, `blobs` each content by its etag, `snapshots` links to
+    these by file name.
     """
     from huggingface_hub import constants
 
@@ -262,12 +265,14 @@ def _repository(repo: str, cache_dir: str | Path | None) -> Path:
 def _cached(repo: str, revision: str | None, cache_dir: str | Path | None) -> Path | None:
     """The snapshot that the cache holds, complete or not.
 
-    `snapshot_download(local_files_only=True)` refuses one with a file missing, and a merge
+    `snapshot_download(local_files_only=True)` refuses a snapshot with a missing file, but a merge
     downloads only the shards that it reads.
     """
     repository = _repository(repo, cache_dir)
     commit = revision = revision or "main"
-    with suppress(OSError, UnicodeDecodeError):  # else it is a commit, or the cache has nothing
+    with suppress(
+        OSError, UnicodeDecodeError
+    ):  # otherwise it is a commit, or the cache has nothing
         commit = (repository / "refs" / revision).read_text(encoding="utf-8").strip()
     folder = repository / "snapshots" / commit
     return folder if re.fullmatch("[0-9a-f]{40}", commit) and folder.is_dir() else None
@@ -276,7 +281,7 @@ def _cached(repo: str, revision: str | None, cache_dir: str | Path | None) -> Pa
 def _with_help(
     repo: str, revision: str | None, error: Exception, explained: tuple[str, str]
 ) -> tuple[str, str]:
-    """What `explain` said, with the page to go to, or the revision that was probably meant."""
+    """The result of `explain` with the page to open, or the revision that was probably meant."""
     from huggingface_hub import HfApi, constants, errors
 
     what, fix = explained

@@ -1,4 +1,4 @@
-"""A file on the Hub: its bytes, range by range, and what the Hub means by an error."""
+"""A file on the Hub: its bytes, read range by range."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _BLOCK = 1 << 16
 
 @dataclass(frozen=True)
 class Remote:
-    """A file on the Hub at one commit: its `size` in bytes, and `etag`, its content's digest.
+    """A file on the Hub at one commit: its `size` in bytes, and its `etag`, a digest of its
+    content.
 
-    An endpoint that is not the Hub's own may say neither: then they are 0 and empty.
+    An endpoint other than the Hub's own may tell neither: then they are 0 and empty.
     """
 
     repo: str
@@ -57,13 +58,13 @@ class _RemoteFile(io.RawIOBase):
 
 
 def read_range(remote: Remote, start: int, view: memoryview) -> None:
-    """Fill `view` with the remote file's bytes from `start`, over as many requests as it takes.
+    """Fill `view` with the remote file's bytes from `start`, with as many requests as needed.
 
-    What came before a connection broke is kept. A busy or failing Hub is asked again, after as long
-    as it says or twice as long each time.
+    Bytes that came before a connection broke are kept. A busy or failing Hub is asked again, after
+    the wait that it asks for, otherwise twice the wait before.
 
     Raises:
-        HubError: it may not be read, is no longer what it was, or does not come.
+        HubError: the file may not be read, has changed, or does not come.
     """
     done, patience = 0, Patience()
     while done < len(view):
@@ -87,7 +88,7 @@ def read_range(remote: Remote, start: int, view: memoryview) -> None:
 
 
 def _range(remote: Remote, start: int, end: int) -> Iterator[bytes]:
-    """The bytes from `start` to `end` as they come, once the answer is known to be about them."""
+    """The bytes from `start` to `end` as they come, after a check that the answer is about them."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported lazily
         build_hf_headers,
@@ -122,7 +123,7 @@ def _range(remote: Remote, start: int, end: int) -> Iterator[bytes]:
 
 @contextmanager
 def _get(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Iterator[bytes]]]:
-    """An answer and its body in pieces, from httpx or from requests, whichever the library uses."""
+    """An answer and its body in pieces, from httpx or requests, whichever huggingface_hub uses."""
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     session: Any = get_session()

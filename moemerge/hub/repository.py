@@ -1,4 +1,4 @@
-"""A model repository on the Hub as whoever is logged in may use it: asked, made, committed to."""
+"""A model repository on the Hub, with the rights of the user who is logged in."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from moemerge.hub.client import TRIES, Patience, progress_bars, status, why
 
 T = TypeVar("T")
 Content = Path | bytes
-"""What a file on the Hub is to hold: that of a file here, or these bytes."""
+"""The content of a file for the Hub: the path of a local file, or bytes."""
 
 SHARD = re.compile(rf"model-\d{{5}}-of-\d{{5}}{re.escape(WEIGHTS_SUFFIX)}")
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the Hub: its size in bytes, and its sha256 (`lfs`) or Git's id."""
+    """A file on the Hub: its size in bytes, and its sha256 (`lfs`) or its Git id."""
 
     nbytes: int
     digest: str
@@ -34,10 +34,10 @@ class RemoteFile:
 
 
 class Repository:
-    """A model repository as whoever is logged in may use it. All questions are asked again while
-    the Hub is busy or the network fails.
+    """A model repository, with the rights of the user who is logged in.
 
-    Every method raises RunError with one line where that does not help.
+    Each request is repeated while the Hub is busy or the network fails. If that does not help,
+    every method raises RunError with one line.
     """
 
     def __init__(self, repo: str, bars: bool = False, tries: int = TRIES):
@@ -49,11 +49,11 @@ class Repository:
         self.api = HfApi(token=get_token())
 
     def whoami(self) -> dict[str, Any] | None:
-        """What the Hub says of the token's holder; None if it does not know the token."""
+        """The Hub's entry of the token's user; None if it does not know the token."""
         return self._ask("asking who you are", self.api.whoami, missing=(401,))
 
     def info(self) -> Any:
-        """The repository's entry on the Hub; None if it is not there, or hidden."""
+        """The repository's entry on the Hub; None if there is none, or it is hidden."""
         return self._ask(
             "looking at it",
             lambda: self.api.model_info(self.repo, files_metadata=True),
@@ -61,7 +61,7 @@ class Repository:
         )
 
     def files(self) -> dict[str, RemoteFile]:
-        """What the repository holds; nothing if it does not exist."""
+        """The repository's files; empty if it does not exist."""
         info = self.info()
         return {
             one.rfilename: RemoteFile(
@@ -71,9 +71,10 @@ class Repository:
         }
 
     def may_write(self) -> bool:
-        """Whether a commit would be taken: the question that comes before one, and no more.
+        """Whether the Hub would accept a commit: this sends the request before a commit, and no
+        commit.
 
-        That `create_repo` succeeds would say nothing: it does for whatever exists.
+        A successful `create_repo` proves nothing: it succeeds for every repository that exists.
         """
         from huggingface_hub import constants
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -92,7 +93,7 @@ class Repository:
             hf_raise_for_status(answer)
             return True
 
-        return bool(self._ask("asking for leave to write", ask, missing=(401, 403)))
+        return bool(self._ask("asking for permission to write", ask, missing=(401, 403)))
 
     def create(self, private: bool) -> None:
         """Make the repository, unless it exists."""
@@ -110,10 +111,10 @@ class Repository:
         advance: Callable[[int], object] = lambda nbytes: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> dict[str, str]:
-        """Upload files and commit them, with what is to be deleted; return each one's sha256.
+        """Upload files, delete others, and commit; returns each uploaded file's sha256.
 
         Objects that the Hub has already are not sent again. `advance` is called with each file's
-        size; once `stopped`, nothing is committed.
+        size. After `stopped` is set, nothing is committed.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -147,10 +148,10 @@ class Repository:
         return {one.path_in_repo: one.upload_info.sha256.hex() for one in additions}
 
     def check(self, content: Mapping[str, Content | int]) -> None:
-        """See that everything is there; a `.gitignore` keeps files out without a word.
+        """Check that every file is there, because a `.gitignore` keeps files out without an error.
 
         Raises:
-            RunError: a file is not.
+            RunError: a file is not there.
         """
         there = self.files()
         for name, what in content.items():
@@ -162,10 +163,10 @@ class Repository:
                 )
 
     def _ask(self, what: str, ask: Callable[[], T], missing: Collection[int] = ()) -> T | None:
-        """An answer of the Hub, asked for again while that may help; None for `missing` statuses.
+        """The Hub's answer, with retries while they may help; None for a status in `missing`.
 
         Raises:
-            RunError: it does not help.
+            RunError: retries do not help.
         """
         patience = Patience(self.tries)
         while True:
@@ -187,7 +188,7 @@ class Repository:
 
 
 def holds(content: Content, there: RemoteFile | None) -> bool:
-    """Whether a file on the Hub holds this content."""
+    """Whether a file on the Hub has this content."""
     if there is None or there.nbytes != size_of(content):
         return False
     if there.lfs:
@@ -207,13 +208,13 @@ def _sha256(content: Content) -> str:
 
 
 def size_of(content: Content) -> int:
-    """How many bytes it has."""
+    """The size of a content in bytes."""
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what huggingface_hub logs of each failed try: addresses that carry signatures."""
+    """Hide huggingface_hub's log of failed tries: their addresses carry signatures."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.level
     logger.setLevel(logging.ERROR)

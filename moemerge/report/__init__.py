@@ -1,4 +1,4 @@
-"""What people look at: the page of a routing report, and the picture of router strengths."""
+"""Reports for people to look at: the page of a routing report, and the heat map of routers."""
 
 from moemerge.report import heat_map, page
 from moemerge.report.data import (

@@ -1,4 +1,4 @@
-"""What a routing report and an evaluation hold, as plain data that JSON can say."""
+"""The contents of a routing report and an evaluation, as plain data for JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any, TypedDict
 
 
 class Collision(TypedDict):
-    """Two experts of which the second takes a `share` of the first's tokens, and texts of those."""
+    """Two experts: a `share` of the first expert's tokens is routed to the second. With such
+    texts."""
 
     experts: list[int]
     share: float
@@ -16,10 +17,10 @@ class Collision(TypedDict):
 class TextRouting(TypedDict, total=False):
     """How one text is routed.
 
-    `first`, `load` and `weight` are (L, E): how often an expert comes first, its share of the
-    places in the top k, and its mean weight. `t1` and `t2` are the shares of tokens whose own
-    `expert` comes first, or among the first two; None if the text is no expert's. `perplexity` is
-    by model: `moe`, the sources, and `experts` by name.
+    `first`, `load` and `weight` are (L, E): how often an expert comes first, its share of the top
+    k, and its mean weight. `t1` and `t2` are the shares of tokens whose own `expert` comes first,
+    or among the first two; None if the text belongs to no expert. `perplexity` is by model: `moe`,
+    the sources, and `experts` by name.
     """
 
     name: str
@@ -34,11 +35,11 @@ class TextRouting(TypedDict, total=False):
 
 
 class RoutingSummary(TypedDict, total=False):
-    """What all texts come to; empty without any.
+    """The summary of all texts; empty without any.
 
-    `layer_t1` is `t1` by layer. `confusion[i][j]` is the share of expert i's tokens that expert j
-    gets first. `load` is each expert's share of the places in the top k, and `entropy` the load's,
-    as a part of log E. `texts` are kept where the routers' picture is drawn from them.
+    `layer_t1` is `t1` by layer. `confusion[i][j]` is the share of expert i's tokens for which
+    expert j comes first. `load` is each expert's share of the top k, and `entropy` is the load's
+    entropy as a part of log E. `texts` are kept if the heat map is drawn from them.
     """
 
     tokens: int
@@ -56,8 +57,8 @@ class RoutingSummary(TypedDict, total=False):
 
 
 class PassageRouting(TypedDict):
-    """A passage of the text of that number: its tokens, and the softmax of every layer's router
-    over the experts, (L, T, E) in bytes, as base64."""
+    """A passage of text number `text`: its tokens, and the softmax of every layer's router over the
+    experts, (L, T, E) as bytes in base64."""
 
     text: int
     tokens: list[str]
@@ -65,7 +66,7 @@ class PassageRouting(TypedDict):
 
 
 class RoutingPicture(TypedDict):
-    """What the heat map draws, under the title `model`."""
+    """The content of the heat map, with the title `model`."""
 
     model: str
     experts: list[str]
@@ -73,7 +74,7 @@ class RoutingPicture(TypedDict):
 
 
 class RoutingReport(RoutingPicture):
-    """How a mixture routes: `by_experts_per_token` is its perplexity for other values of k."""
+    """How a mixture routes. `by_experts_per_token` is its perplexity for other values of k."""
 
     experts_per_token: int
     layers: int
@@ -85,7 +86,7 @@ class RoutingReport(RoutingPicture):
 
 
 class EvaluationRow(TypedDict, total=False):
-    """A text's perplexity or a task's metric, with a value for each column, None without one."""
+    """A text's perplexity or a task's metric: a value for each column, None if there is none."""
 
     kind: str
     name: str
@@ -99,10 +100,11 @@ class EvaluationRow(TypedDict, total=False):
 
 
 class Evaluation(TypedDict):
-    """A mixture beside what it was made of; `columns` are the models, the mixture first.
+    """A mixture compared with its sources.
 
-    `length` is the tokens in a piece of text, `limit` the documents of each task that were read;
-    `versions` those of the libraries that measured.
+    `columns` are the models, the mixture first. `length` is the number of tokens in a piece of
+    text. `limit` is the number of documents of each task. `versions` are those of the libraries
+    that measured.
     """
 
     model: str

@@ -10,16 +10,17 @@ from pathlib import Path
 from moemerge.report.data import RoutingReport
 
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}
-"""What could end the script element or begin markup, as JSON writes it; the rest is ASCII."""
+"""Characters that could end the script element or begin markup, as JSON escapes; all else is ASCII.
+"""
 
 
 def render(report: RoutingReport) -> str:
-    """The page that shows a report of `routing`; nothing in the report is taken for markup.
+    """The page of a report of `routing`; nothing in the report is taken for markup.
 
     The page's policy allows its own script and style, by digest, and forbids all else.
 
     Raises:
-        ValueError: a number of the report is not finite, which JSON cannot say.
+        ValueError: a number of the report is not finite, which JSON cannot hold.
     """
     style, script = _beside("page.css"), _beside("page.js")
     policy = (
@@ -39,5 +40,5 @@ def _beside(name: str) -> str:
 
 
 def _digest(content: str) -> str:
-    """The content as a Content-Security-Policy names it."""
+    """The digest of a content in the words of a Content-Security-Policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

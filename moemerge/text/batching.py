@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     import torch
 
 BATCH_TOKENS = 2048
-"""The most tokens a batch holds, padding included: bounds what activations cost."""
+"""The most tokens in a batch, with padding: this bounds the memory for activations."""
 
 _MOST_LOSS = 700.0
-"""A mean loss (nats) from which on no float holds the perplexity."""
+"""The largest mean loss (nats) whose perplexity a float can hold."""
 
 
 def batches(lengths: Sequence[int]) -> list[list[int]]:
-    """The numbers of texts with these lengths in batches of like length, the longest first.
+    """The numbers of the texts with these lengths, in batches of similar length, the longest first.
 
     A text longer than `BATCH_TOKENS` is a batch of its own.
     """
@@ -53,7 +53,7 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 def losses(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The loss (nats) of each of the `ids` (B, T) but the first: (B, T - 1).
+    """The loss (nats) of each of the `ids` (B, T) except the first: (B, T - 1).
 
     `scores` are `log_probabilities`.
     """
@@ -61,10 +61,10 @@ def losses(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_loss(mean: float, what: str = "the loss", fix: str = "the model is broken") -> float:
-    """A mean loss, given back.
+    """Return a mean loss after a check.
 
     Raises:
-        RunError: it is no number, or too large to be the loss of a language model.
+        RunError: it is NaN, or too large for the loss of a language model.
     """
     if not mean < _MOST_LOSS:
         raise RunError(f"{what} came out as {mean:g}; {fix}")

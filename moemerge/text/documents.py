@@ -16,16 +16,16 @@ _COLUMNS = ("text", "content", "messages", "conversations")
 
 
 def texts_of(path: Path) -> list[str]:
-    """The documents of a file: one a line of a jsonl, else the whole.
+    """The documents of a file: each line of a jsonl, otherwise the whole file.
 
     Raises:
-        ValueError: it cannot be read, or a line is no JSON object with text; says which.
+        ValueError: it cannot be read, or a line is not a JSON object with text; says which.
     """
     return list(_texts(rows_of(path), str(path)))
 
 
 def rows_of(path: Path) -> list[Any]:
-    """The rows of a jsonl as they stand, or of any other file one, its text as a `text` column.
+    """The rows of a jsonl; any other file is one row, with its text in the column `text`.
 
     Raises:
         ValueError: it cannot be read; says why.
@@ -46,7 +46,8 @@ def rows_of(path: Path) -> list[Any]:
 
 
 def documents_of(named: str, beside: Path | None) -> list[str]:
-    """The documents of a file, a directory or a dataset on the Hub; a path may be `beside` it.
+    """The documents of a file, a directory or a dataset on the Hub; a relative path may be in
+    `beside`.
 
     Raises:
         ValueError: it cannot be read; says why.
@@ -72,7 +73,8 @@ def documents_of(named: str, beside: Path | None) -> list[str]:
 
 
 def find(named: str, beside: Path | None) -> Path | None:
-    """The file or directory of that name, or `beside` the config; None where there is none.
+    """The file or directory of that name, otherwise of that name in `beside`; None if there is
+    none.
 
     Raises:
         OSError: no disk takes such a name.

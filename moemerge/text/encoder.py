@@ -1,4 +1,4 @@
-"""A tokenizer that encodes: prompts in chat templates, and pieces of documents."""
+"""A tokenizer that encodes prompts, and pieces of documents."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ if TYPE_CHECKING:
 
 
 CALIBRATION_TOKENS = 1 << 14
-"""What is read of an expert's calibration texts."""
+"""How many tokens of an expert's calibration texts are read."""
 
 PIECE_TOKENS = 256
-"""The longest piece of them that a model reads at once."""
+"""The longest piece, in tokens, that a model reads at once."""
 
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's `ids`; those from `own` on are its own, those before are what models see first."""
+    """A prompt's token ids. The ids from `own` on are the prompt's own; those before it are what
+    the model was trained to see first."""
 
     ids: tuple[int, ...]
     own: int
 
 
 def open_encoder(vocabulary: Vocabulary, findings: Findings) -> Encoder | None:
-    """The mixture's tokenizer; None, with a problem recorded, where it cannot be read."""
+    """The mixture's tokenizer; None, with a problem recorded, if it cannot be read."""
     try:
         return Encoder(vocabulary.directory, vocabulary.written)
     except ValueError as error:
@@ -44,10 +45,10 @@ def open_encoder(vocabulary: Vocabulary, findings: Findings) -> Encoder | None:
 
 
 class Encoder:
-    """A tokenizer, read without running anything of the repository."""
+    """A tokenizer, read without running any code of its repository."""
 
     def __init__(self, directory: Path, written: Mapping[str, bytes] | None = None):
-        """Open the tokenizer of a model directory; what is `written` of it counts instead.
+        """Open the tokenizer of a model directory; files that are in `written` count instead.
 
         Raises:
             ValueError: there is none that can be read.
@@ -58,10 +59,10 @@ class Encoder:
         self.fallback = _first_seen(self.tokenizer, directory)
 
     def encode(self, text: str) -> Prompt:
-        """Encode one prompt; special tokens written in it are parsed as such.
+        """Encode one prompt; special tokens in its text are parsed as such.
 
-        Before it stands what the tokenizer's post-processor adds, else the token that the model was
-        trained to see first (see `_first_seen`), unless the text itself begins with that.
+        First come the tokens that the tokenizer's post-processor adds, otherwise the token that the
+        model was trained to see first (see `_first_seen`), unless the text begins with that token.
         """
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         whole = self.tokenizer.encode(text, add_special_tokens=True).ids
@@ -72,7 +73,7 @@ class Encoder:
         return Prompt(tuple(ids if written else prefix + ids), len(prefix))
 
     def start(self) -> Prompt:
-        """What stands before every text, alone; its `ids` may be empty."""
+        """The tokens that come before every text; its `ids` may be empty."""
         some = self.encode("a")
         return Prompt(some.ids[: some.own], some.own)
 
@@ -82,7 +83,7 @@ class Encoder:
         return sorted(number for number, token in added.items() if token.special)
 
     def spelled(self, ids: Iterable[int]) -> list[str]:
-        """Each token as text; of a character that several make up, the last has it all."""
+        """The text of each token; a character of several tokens is given to the last of them."""
         texts, whole, before = [], list(ids), ""
         for end in range(1, len(whole) + 1):
             now = self.tokenizer.decode(whole[:end], skip_special_tokens=False)
@@ -96,11 +97,9 @@ class Encoder:
     def pieces(
         self, documents: Iterable[str], longest: int, most: int | None = None
     ) -> tuple[Prompt, ...]:
-        """The first `most` tokens of some documents in pieces of at most `longest`.
+        """The first `most` tokens of some documents, in pieces of at most `longest` tokens.
 
-        Without `most` those that count of an expert's calibration texts.
-
-        Tokens beyond the base model's vocabulary are the tokenizer's error and found with prompts.
+        Without `most`, it is as many tokens as count of an expert's calibration texts.
         """
         pieces: list[Prompt] = []
         left = CALIBRATION_TOKENS if most is None else most
@@ -119,9 +118,9 @@ class Encoder:
 def _first_seen(tokenizer: Tokenizer, directory: Path) -> list[int]:
     """The document separator or bos_token, whichever the model was trained to see first.
 
-    A vocabulary lists the special tokens of pre-training before those that chat tuning added, so
-    of the two it is the one with the lower id: SmolLM2-Instruct names `<|im_start|>` (1) as its
-    bos_token, but each document of its training began with `<|endoftext|>` (0).
+    A vocabulary lists the special tokens of pre-training before those that chat tuning added. So it
+    is the one with the lower id: SmolLM2-Instruct names `<|im_start|>` (1) as its bos_token, but
+    each document of its training began with `<|endoftext|>` (0).
     """
     path = directory / "tokenizer_config.json"
     config: Any = {}

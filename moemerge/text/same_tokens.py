@@ -1,4 +1,4 @@
-"""Which ids, and so which rows of embedding and head, are the same tokens' in two models."""
+"""The ids, and so the rows of embedding and head, that mean the same token in two models."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from moemerge.tokenizer import (
 )
 
 _MOST_STRETCHES = 1 << 10
-"""More than any renamed tokens make: what agrees here and there is another tokenizer."""
+"""More differing ids than renamed tokens explain: it is another tokenizer, although some ids agree.
+"""
 
 
 @dataclass(frozen=True)
 class Shared:
     """The rows of a base model's embedding and head that an expert has for the same tokens.
 
-    `left` says what of its own is then no part of a mean, and why; empty if that is nothing.
+    `left` says which of the expert's rows are not part of a mean, and why; empty if there are none.
     """
 
     rows: tuple[range, ...]
@@ -37,7 +38,7 @@ class Shared:
 
 
 def shared_rows(base: Donor, expert: Donor) -> Shared:
-    """Compare each id. Where tokens cannot be compared, no row is shared."""
+    """Compare each id. If the tokens cannot be compared, no row is shared."""
     tied, ties = (bool(d.model.config.get("tie_word_embeddings")) for d in (base, expert))
     if tied != ties:
         its, the = ("a", "none") if tied else ("no", "one")
@@ -75,7 +76,8 @@ def _none(why: str) -> Shared:
 
 
 def other_ids(vocabulary: Vocabulary, donor: Donor) -> frozenset[int]:
-    """The ids that are another token in the donor than in the mixture, or a token in one alone.
+    """The ids that mean another token in the donor than in the mixture, or exist in only one of
+    them.
 
     Raises:
         ValueError: one of the tokenizers cannot be read.
@@ -87,7 +89,8 @@ def other_ids(vocabulary: Vocabulary, donor: Donor) -> frozenset[int]:
 
 
 def ids_apart(ours: Tokens, theirs: Tokens) -> list[int]:
-    """The ids, in order, that are not the same token in both; a token is what it is in a text."""
+    """The ids, in order, that do not mean the same token in both; tokens are compared by their
+    text."""
     if ours is theirs:
         return []
     alike, here, there = ours.spelling == theirs.spelling, _by_id(ours), _by_id(theirs)
@@ -102,13 +105,15 @@ def ids_apart(ours: Tokens, theirs: Tokens) -> list[int]:
 
 
 def _directory(donor: Donor) -> Path:
-    """Where the tokenizer is that it was trained with: an adapter may have one of its own."""
+    """The directory of the tokenizer that the donor was trained with: an adapter may have its
+    own."""
     own = donor.adapter.checkpoint.directory if donor.adapter else None
     return own if own and (own / TOKENIZER_FILE).is_file() else donor.model.directory
 
 
 def _read(donor: Donor) -> Tokens:
-    """Its tokens by all its files: a program that adds tokens may tell of them in another.
+    """The tokens of a directory by all its files, because a program may name added tokens in
+    another file.
 
     Raises:
         ValueError: they cannot be read.

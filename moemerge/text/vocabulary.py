@@ -1,4 +1,4 @@
-"""The mixture's vocabulary: whose tokenizer it has, and whose rows its embedding and head have."""
+"""The mixture's vocabulary: its tokenizer, and the origin of the rows of its embedding and head."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class MeanRow:
-    """One row, the mean of some of a donor's."""
+    """One row, the mean of some of a donor's rows."""
 
     donor: Donor
     rows: tuple[int, ...]
@@ -33,10 +33,11 @@ class MeanRow:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer's files, those in `directory` but for the `written` ones, and what follows.
+    """A tokenizer's files, and the rows that go with it.
 
-    `rows` are the embedding's and the head's, in order; without any, both are the base model's.
-    `config` is what config.json says of it.
+    The files are those in `directory`, except that `written` ones count instead. `rows` are those
+    of embedding and head, in order; without any, both are the base model's. `config` holds the keys
+    of config.json that the vocabulary decides.
     """
 
     base: Donor
@@ -47,7 +48,7 @@ class Vocabulary:
 
     @property
     def speaker(self) -> Donor:
-        """The base model with a config that speaks of this vocabulary."""
+        """The base model with its config changed for this vocabulary."""
         config = {**self.base.model.config, **self.config}
         return replace(self.base, model=replace(self.base.model, config=config))
 
@@ -66,7 +67,7 @@ class Vocabulary:
 
     @property
     def summary(self) -> str:
-        """Whose rows there are, for a person; empty where all are the base model's own."""
+        """The origins of the rows, for a person; empty if all are the base model's own."""
         counts: Counter[str] = Counter()
         for part in self.rows:
             if isinstance(part, Rows):
@@ -77,11 +78,11 @@ class Vocabulary:
         return f"{counts.total()} rows: {told}" if counts else ""
 
     def has_rows_of(self, donor: Donor) -> bool:
-        """Whether some row is the donor's."""
+        """Whether some row is from the donor."""
         return any(part.donor is donor for part in self.rows)
 
     def needs(self) -> Iterator[tuple[Donor, dict[str, tuple[int, ...]]]]:
-        """What is read of other models than the base: names with their shapes."""
+        """The tensors that are read of other models than the base: names and shapes."""
         tied = self.base.model.config.get("tie_word_embeddings")
         names = (EMBEDDING,) if tied else (EMBEDDING, HEAD)
         for donor in {id(part.donor): part.donor for part in self.rows}.values():
@@ -90,7 +91,8 @@ class Vocabulary:
                 yield donor, {_name_in(donor, name): shape for name in names}
 
     def recipe(self, tensor: str, whole: Recipe) -> Recipe:
-        """How the embedding or the head is made, where `whole` is the base model's part in it."""
+        """The recipe of the embedding or the head; `whole` is the recipe of the base model's
+        tensor."""
         if not self.rows:
             return whole
         parts = tuple(self._part(part, tensor, whole) for part in self.rows)
@@ -106,12 +108,12 @@ class Vocabulary:
 
 
 def size_of(donor: Donor) -> int:
-    """The rows of a donor's embedding; none where its config.json is not to be trusted."""
+    """The number of rows of a donor's embedding; 0 if its config.json gives none that can be."""
     size = donor.model.config.get("vocab_size")
     return size if type(size) is int else 0
 
 
 def _name_in(donor: Donor, tensor: str) -> str:
-    """A donor's head is its embedding where it has none of its own."""
+    """The name of a donor's head: its embedding if it has no head of its own."""
     tied = bool(donor.model.config.get("tie_word_embeddings"))
     return EMBEDDING if tensor == HEAD and tied else tensor

@@ -1,4 +1,4 @@
-"""Tokenizer files as data: vocabularies compared and rewritten, with no tokenizer run."""
+"""Tokenizer files as data: vocabularies are compared and rewritten; no tokenizer runs."""
 
 from moemerge.tokenizer.files import (
     GENERATION_FILE,

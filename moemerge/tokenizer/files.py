@@ -23,7 +23,8 @@ _KNOWN = frozenset(
         "Qwen2", "Roberta", "Siglip", "T5", "XGLM", "XLMRoberta",
     )
 ) | {"MistralCommonBackend", "PythonBackend", "TokenizersBackend"}  # fmt: skip
-"""Tokenizers of transformers that models of the families here go with, without their `Fast`."""
+"""Tokenizer classes of transformers for models of the families here, without their suffix `Fast`.
+"""
 
 _MAP_FILE = "special_tokens_map.json"
 _CHECKED = (
@@ -34,21 +35,25 @@ _CHECKED = (
     "!!!!!!?????? I've been 'told he's there, 'RE you sure? "
     "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
 )  # fmt: skip
-"""What llama.cpp's converter (`CHK_TXT` in convert_hf_to_gguf_update.py) knows a byte-level BPE
-tokenizer by: it must read this as the tokenizer did that llama.cpp was taught."""
+"""The text by which llama.cpp's converter identifies a byte-level BPE tokenizer.
+
+It is `CHK_TXT` in convert_hf_to_gguf_update.py. The tokenizer must read this text as a tokenizer
+that llama.cpp knows.
+"""
 
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 
 def with_added_tokens(directory: Path, tokens: Tokens, more: Sequence[Token]) -> dict[str, bytes]:
-    """The files of `directory` that must tell of the tokens `more`, which `tokens` has at its end.
+    """The files of `directory` that must list the tokens `more`, which are at the end of `tokens`:
+    contents by file name.
 
-    transformers 5 and mlx-lm read tokenizer.json; transformers 4 also what tokenizer_config.json
-    says of added tokens, and so does llama.cpp's converter where there is a tokenizer.model, which
-    knows none of them.
+    transformers 5 and mlx-lm read tokenizer.json. transformers 4 also reads the added tokens in
+    tokenizer_config.json. llama.cpp's converter reads these too if there is a tokenizer.model,
+    because that file does not have them.
 
     Raises:
-        ValueError: one of them is no JSON object.
+        ValueError: one of the files is not a JSON object.
     """
     files = {TOKENIZER_FILE: tokens.data}
     special = [token.text for token in more if token.special]
@@ -68,17 +73,17 @@ def with_added_tokens(directory: Path, tokens: Tokens, more: Sequence[Token]) ->
 
 
 def unknown_to_converter(tokens: Tokens, more: Sequence[Token]) -> list[str]:
-    """Which of the tokens `more` keep llama.cpp's converter from knowing the tokenizer."""
+    """The tokens of `more` that keep llama.cpp's converter from identifying the tokenizer."""
     return [token.text for token in more if tokens.spelling == "bytes" and token.text in _CHECKED]
 
 
 def with_template(
     directory: Path, written: Mapping[str, bytes], template: Any, ends: Sequence[int]
 ) -> dict[str, bytes]:
-    """The same with another model's chat template, whose texts end with one of the tokens `ends`.
+    """The files with another model's chat template, whose texts end with one of the tokens `ends`.
 
     Raises:
-        ValueError: a file that must tell of it is no JSON object.
+        ValueError: a file that must change is not a JSON object.
     """
     config = _current(directory, written, CONFIG_FILE)
     generation = _current(directory, written, GENERATION_FILE)
@@ -93,10 +98,10 @@ def with_template(
 
 
 def portable(name: str, content: bytes, fast: bool, rows: int) -> tuple[bytes, list[str]]:
-    """A carried file in words that every reader of the mixture knows, and what a person should know
-    of what was changed; any other file stays as it is.
+    """A carried file in a form that every reader of the mixture knows, and notes on what changed.
 
-    `fast` tells that a tokenizer.json goes along, `rows` how many ids the embeddings know.
+    Other files are returned unchanged. `fast` says that the output has a tokenizer.json. `rows` is
+    the number of rows of the embeddings.
     """
     change = {CONFIG_FILE: partial(_without_code, fast=fast), GENERATION_FILE: partial(_ids, rows)}
     try:
@@ -109,18 +114,19 @@ def portable(name: str, content: bytes, fast: bool, rows: int) -> tuple[bytes, l
 
 
 def within(said: Any, rows: int) -> Any:
-    """An id, or a list of ids, as far as it is one of `rows`; anything else stays as it is."""
+    """The ids that are below `rows`, of one id or a list; any other value is returned unchanged."""
     if isinstance(said, list):
         return [one for one in said if within(one, rows) is not None] or None
     return None if type(said) is int and not 0 <= said < rows else said
 
 
 def _without_code(config: dict[str, Any], fast: bool) -> Iterator[str]:
-    """A tokenizer whose class is code that does not go along becomes the generic fast one.
+    """A tokenizer's config without program code that is not copied.
 
-    So does transformers 5's `TokenizersBackend`, which is version 4's `PreTrainedTokenizerFast`;
-    that gives token_type_ids, which no decoder takes, unless told the model's inputs. A list of
-    `extra_special_tokens` is its `additional_special_tokens`.
+    A class that needs such code becomes the generic fast tokenizer. So does transformers 5's
+    `TokenizersBackend`, which is `PreTrainedTokenizerFast` in version 4; that class returns
+    token_type_ids, which no decoder takes, unless the config names the model's inputs. A list of
+    `extra_special_tokens` becomes `additional_special_tokens`.
     """
     own, code = config.get("tokenizer_class"), config.get("auto_map")
     classes = code.get("AutoTokenizer") if isinstance(code, dict) else code
@@ -143,7 +149,7 @@ def _without_code(config: dict[str, Any], fast: bool) -> Iterator[str]:
 
 
 def _ids(rows: int, config: dict[str, Any]) -> Iterator[str]:
-    """Without ids that the embeddings have no row for."""
+    """The config without ids for which the embeddings have no row."""
     for key in IDS:
         said = config.get(key)
         kept = within(said, rows)
@@ -155,9 +161,10 @@ def _ids(rows: int, config: dict[str, Any]) -> Iterator[str]:
 
 
 def chat_template(directory: Path, written: Mapping[str, bytes] | None = None) -> Any:
-    """A model's chat template, one text or several by name; None if there is none to be read.
+    """A model's chat template: one text, or several by name; None if there is none that can be
+    read.
 
-    Of the files in `directory`, those that are `written` count instead.
+    Files that are in `written` count instead of those in `directory`.
     """
     try:
         if (directory / "chat_template.jinja").is_file():
@@ -174,7 +181,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON file's object; an empty one if there is no such file.
 
     Raises:
-        ValueError: it holds something else, or cannot be read.
+        ValueError: the file holds something else, or cannot be read.
     """
     if not path.is_file():
         return {}
@@ -204,7 +211,8 @@ def _object(content: bytes, name: str) -> dict[str, Any]:
 
 
 def _with_special(config: dict[str, Any], special: Sequence[str]) -> dict[str, Any]:
-    """With more special tokens where it lists those without a role, under either version's name."""
+    """The config with more special tokens in its list of those without a role, under the name of
+    either version."""
     listed = isinstance(config.get("extra_special_tokens"), list)
     key = "extra_special_tokens" if listed else "additional_special_tokens"
     known = config.get(key) or []

@@ -1,4 +1,4 @@
-"""A tokenizer's tokens: read from its tokenizer.json, compared one by one, and added to."""
+"""A tokenizer's tokens: read from its tokenizer.json, compared, and added to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Token:
-    """A token to be added: its text, and how it is found in text and shown."""
+    """A token to add: its text, and the flags that say how it is matched and shown."""
 
     text: str
     special: bool = False
@@ -37,10 +37,11 @@ class Token:
 class Tokens:
     """The tokens of a tokenizer.json, whose content is `data`.
 
-    `ids` are by the token's spelling in the file; `added` are those that stand beside the model's
-    own pieces. A piece `spelling` its text by "bytes" writes each byte as a letter (Radford et al.
-    2019, GPT-2's encoder.py), by "sentencepiece" a space as U+2581 and maybe a byte as `<0x0A>`
-    (Kudo & Richardson 2018, https://arxiv.org/abs/1808.06226); a "plain" one is its text.
+    `ids` are by the token's spelling in the file. `added` are the tokens outside the model's own
+    pieces. `spelling` says how a piece stands for its text: with "bytes", each byte is a letter
+    (Radford et al. 2019, GPT-2's encoder.py); with "sentencepiece", a space is U+2581 and a byte
+    may be `<0x0A>` (Kudo & Richardson 2018, https://arxiv.org/abs/1808.06226); with "plain", a
+    piece is its text.
     """
 
     data: dict[str, Any]
@@ -59,7 +60,7 @@ class Tokens:
         return sorted(self.ids.items(), key=lambda item: (item[1], item[0]))
 
     def bytes_of(self, token: str) -> bytes:
-        """What a token is in a text, in UTF-8; of a piece, this may be part of a character."""
+        """A token's text in UTF-8; a piece may be a part of a character."""
         if token in self.added or self.spelling == "plain":
             return token.encode("utf-8", "surrogatepass")
         if self.spelling == "bytes":
@@ -73,16 +74,17 @@ class Tokens:
         return token.encode("utf-8", "surrogatepass")
 
     def text_of(self, token: str) -> str | None:
-        """What a token is in a text; None if that is no whole number of characters."""
+        """A token's text; None if it is not a whole number of characters."""
         try:
             return self.bytes_of(token).decode()
         except UnicodeDecodeError:
             return None
 
     def find(self, other: Tokens, token: str) -> int | None:
-        """The id here of another tokenizer's token, by its spelling, else by what it is in a text.
+        """This tokenizer's id for another tokenizer's token: by its spelling, otherwise by its
+        text.
 
-        Where pieces are spelled alike, the same spelling is the same token.
+        If both tokenizers spell pieces alike, the same spelling is the same token.
         """
         added = token in self.added
         alike = added or self.spelling == other.spelling
@@ -91,19 +93,18 @@ class Tokens:
         return self._by_bytes.get(other.bytes_of(token))
 
     def has(self, text: str) -> bool:
-        """Whether some token is this text."""
+        """Whether a token has this text."""
         return text in self.added or text.encode("utf-8", "surrogatepass") in self._by_bytes
 
     @cached_property
     def _by_bytes(self) -> dict[bytes, int]:
-        """The first token that is these bytes in a text; one that is a character before one that
-        stands for its byte.
-        """
+        """The first token with these bytes. A token that is a character comes before one that
+        stands for its byte."""
         last = sorted(self.ids.items(), key=lambda item: (not self.is_byte(item[0]), -item[1]))
         return {self.bytes_of(token): number for token, number in last}
 
     def is_byte(self, token: str) -> bool:
-        """Whether a piece, as `<0x0A>`, stands for one byte of what has no piece of its own."""
+        """Whether a piece, such as `<0x0A>`, stands for one byte of text that no piece covers."""
         digits = token[3:5] if len(token) == 6 and token[:3] == "<0x" and token[5] == ">" else ""
         bare = self.spelling == "sentencepiece" and token not in self.added
         return bare and len(digits) == 2 and all(d in "0123456789ABCDEFabcdef" for d in digits)
@@ -111,10 +112,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tokenizer beside another, token by token, by their spelling in the files.
+    """The differences between two tokenizers, by tokens' spelling in the files.
 
-    `moved` have another id, `more` are tokens that the other has alone, `fewer` those that it
-    lacks, `marked` are special, or found in a text, in another way.
+    `moved` tokens have another id. `more` tokens are only in the other, `fewer` only in the first.
+    `marked` tokens have other flags.
     """
 
     alike: int = 0
@@ -141,16 +142,16 @@ def read_tokens(directory: Path) -> Tokens:
     """The tokens of a model directory's tokenizer.json.
 
     Raises:
-        ValueError: there is none, or it is none that the `tokenizers` library writes; says which.
+        ValueError: there is no such file, or the `tokenizers` library did not write it; says which.
     """
     return parse_tokens(read_content(directory))
 
 
 def read_content(directory: Path) -> bytes:
-    """A model directory's tokenizer.json as it is.
+    """The bytes of a model directory's tokenizer.json.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: there is no such file, or it cannot be read.
     """
     path = directory / TOKENIZER_FILE
     if not path.is_file():
@@ -166,7 +167,7 @@ def parse_tokens(content: bytes) -> Tokens:
     """The tokens of a tokenizer.json.
 
     Raises:
-        ValueError: it is none that the `tokenizers` library writes.
+        ValueError: the `tokenizers` library did not write it.
     """
     try:
         data = json.loads(content)
@@ -184,16 +185,16 @@ def parse_tokens(content: bytes) -> Tokens:
 
 
 def compare_contents(ours: bytes, theirs: bytes) -> Comparison:
-    """Another tokenizer.json beside ours; one that is the same is not read.
+    """Compare another tokenizer.json with ours; equal content is not parsed.
 
     Raises:
-        ValueError: one of them is none that the `tokenizers` library writes.
+        ValueError: the `tokenizers` library did not write one of them.
     """
     return Comparison() if ours == theirs else compare_tokens(*map(parse_tokens, (ours, theirs)))
 
 
 def compare_tokens(ours: Tokens, theirs: Tokens) -> Comparison:
-    """Another tokenizer beside ours, token by token."""
+    """Compare another tokenizer with ours, token by token."""
     both = [token for token, _ in theirs.ordered if token in ours.ids]
     moved = {token for token in both if ours.ids[token] != theirs.ids[token]}
     marked = {token for token in both if ours.added.get(token) != theirs.added.get(token)}
@@ -207,11 +208,11 @@ def compare_tokens(ours: Tokens, theirs: Tokens) -> Comparison:
 
 
 def missing(tokens: Tokens, other: Tokens) -> tuple[list[Token], set[bytes]]:
-    """The tokens of `other` that `tokens` has not, by id, and those of them that it cannot have.
+    """The tokens of `other` that `tokens` lacks, by id, and those of them that cannot be added.
 
-    Added ones keep their flags. A piece becomes a token that is no special one and is looked for in
-    the text as it is, which cannot be where it is a part of a character, or its text is how a piece
-    of `tokens` is spelled.
+    Added tokens keep their flags. A piece becomes a token that is not special and is matched as
+    text. That is impossible if it is a part of a character, or if a piece of `tokens` is spelled
+    like its text.
     """
     found: dict[str, Token] = {}
     unfit = set()
@@ -227,7 +228,8 @@ def missing(tokens: Tokens, other: Tokens) -> tuple[list[Token], set[bytes]]:
 
 
 def with_added(tokens: Tokens, more: Sequence[Token]) -> Tokens:
-    """The tokenizer with tokens added at its end, numbered as the `tokenizers` library does.
+    """The tokenizer with tokens added at its end, numbered as the `tokenizers` library numbers
+    them.
 
     Raises:
         ValueError: its ids have holes, which that library would fill.
@@ -250,7 +252,7 @@ def with_added(tokens: Tokens, more: Sequence[Token]) -> Tokens:
 
 
 def open_tokenizer(tokens: Tokens) -> Tokenizer:
-    """The tokenizer, to be run.
+    """The tokenizer, ready to run.
 
     Raises:
         ValueError: the `tokenizers` library refuses it.
@@ -267,17 +269,17 @@ def open_tokenizer(tokens: Tokens) -> Tokenizer:
 
 
 def pieces(tokenizer: Tokenizer, tokens: Tokens, text: str) -> list[int]:
-    """The ids that a tokenizer without the token `text` reads it as; no space before it counts."""
+    """The ids into which a tokenizer without the token `text` splits it, without a leading
+    space."""
     read = tokenizer.encode(text, add_special_tokens=False)
     bare = tokens.spelling == "sentencepiece" and text[:1] != " " and read.tokens[:1] == ["\u2581"]
     return list(read.ids[1:] if bare and len(read.ids) > 1 else read.ids)
 
 
 def unreadable(tokens: Tokens, only: Sequence[Token]) -> list[str]:
-    """Which of the added tokens `only` are not read as one token from their text, or not shown
-    as it.
+    """The added tokens of `only` that are not read as one token, or whose text is not shown.
 
-    Some decoders take the first space from every text.
+    Some decoders remove the first space of every text.
 
     Raises:
         ValueError: the `tokenizers` library refuses the tokenizer.
@@ -293,8 +295,8 @@ def unreadable(tokens: Tokens, only: Sequence[Token]) -> list[str]:
 
 
 def cut_by(before: Tokens, after: Tokens) -> dict[str, list[str]]:
-    """The texts that `before` reads as one token, and `after`, which has more tokens, does not;
-    each with what of these is read in it.
+    """The texts that are one token in `before` and several in `after`, which has more tokens: each
+    with the added token that cuts it.
 
     Raises:
         ValueError: the `tokenizers` library refuses one of them.
@@ -336,7 +338,7 @@ def _spelling(data: dict[str, Any]) -> str:
 
 
 def _kinds(part: Any) -> Iterator[str]:
-    """The types of a pipeline's steps, and the U+2581 that one replaces or writes."""
+    """The types of a pipeline's steps, and the U+2581 that a step replaces or writes."""
     if isinstance(part, dict):
         yield str(part.get("type"))
         yield from ("\u2581" for value in part.values() if value == "\u2581")
@@ -347,7 +349,7 @@ def _kinds(part: Any) -> Iterator[str]:
 
 @lru_cache(maxsize=1)
 def _byte_letters() -> dict[str, int]:
-    """The letter that stands for each byte: itself where it is visible, else one from U+0100 on."""
+    """The letter for each byte: the byte itself if it is visible, otherwise one from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     letters = {chr(byte): byte for byte in visible}

@@ -13,50 +13,50 @@ from moemerge.architectures.slots import Mixture, Slot
 
 
 class Architecture(Protocol):
-    """What a file of this folder defines, in functions of the base's normalised config.
+    """What a file of this folder defines, with functions of the base's normalised config.
 
-    A frozen dataclass `Settings` too if it has options: a field is a key of the config's
-    `architecture_options:`, and its method `problems(mixture)` yields (key, what, fix) for values
-    that cannot be.
+    An architecture with options also defines a frozen dataclass `Settings`: each field is a key of
+    the config's `architecture_options:`, and its method `problems(mixture)` yields (key, what, fix)
+    for values that cannot be.
     """
 
     HOLDS: Holds
-    """What of a dense model's body it has a place for; which families it reproduces follows."""
+    """The parts of a dense model's body for which it has a place; this decides its families."""
 
     READING: Reading
-    """How a mixture of this class is read, also one that another program wrote."""
+    """How a mixture of this class is read, even if another program wrote it."""
 
     SHARED: str
-    """Its experts that are always on: none (empty), `always` at full weight, `gated` by a sigmoid
-    gate."""
+    """Its shared experts: none (empty), `always` on at full weight, or `gated` by a sigmoid gate.
+    """
 
     SCORES: str
     """How its router scores experts: `softmax`, or `sigmoid` with a bias for selection alone."""
 
     READERS: tuple[str, ...]
-    """The programs that load it, and compute what transformers does but for `caveats`."""
+    """The programs that load it and compute what transformers does, except for `caveats`."""
 
     ALIASES: tuple[str, ...]
-    """What else a config may call it."""
+    """Other names for it in a config."""
 
     TRAINING: Mapping[str, Any]
-    """The keys of a config's `training:`, with what they are when nothing is said."""
+    """The keys of a config's `training:`, with their defaults."""
 
     def refusals(self, config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-        """What of this dense model it cannot express: (what, what could or what to do)."""
+        """Why it cannot hold this dense model: (what, the fix or a class that could)."""
 
     def caveats(self, config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-        """Which reader drops a feature of this model: (reader, line); one is no reader's."""
+        """Features of this model that a reader drops: (reader, line). The reader may be empty."""
 
     def slots(self, config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
-        """Every tensor in the order of writing, the routers among them, one a layer."""
+        """Every tensor in the order of writing, one router for each layer among them."""
 
     def output_config(self, config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
-        """The config.json to write; `dtype` by its long name."""
+        """The config.json to write; `dtype` has its long name."""
 
 
 def names() -> list[str]:
-    """The architectures there are."""
+    """The names of all architectures."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
@@ -70,8 +70,11 @@ ONLY_READ = {"olmoe": Reading(counts=("num_experts",))}
 
 
 def reading_of(family: object, tensors: Iterable[str]) -> Reading | None:
-    """How a mixture of that model_type is read; of a class that is not known, by the names that its
-    `tensors` go by. None if these are not known either."""
+    """How a mixture of that model_type is read.
+
+    A class that is not known is recognised by the names of its `tensors`; None if these are not
+    known either.
+    """
     if isinstance(family, str) and family in ONLY_READ:
         return ONLY_READ[family]
     if family in names():
@@ -84,12 +87,12 @@ def reading_of(family: object, tensors: Iterable[str]) -> Reading | None:
 _READINGS = (*(find(name).READING for name in names()), *ONLY_READ.values())
 
 COUNTS = tuple(dict.fromkeys(key for one in _READINGS for key in one.counts))
-"""The keys by which configs say how many experts there are; some say it twice."""
+"""The keys for the number of experts in configs; some configs have two."""
 
 ROUTING = frozenset(name for one in _READINGS for name in one.names.routing)
-"""The last parts of the names of modules that route."""
+"""The last parts of the names of routing modules."""
 
 
 def count_of(config: Mapping[str, Any]) -> object:
-    """What a config says of how many experts there are."""
+    """The number of experts in a config, unchecked; None if it has none."""
     return next((config[key] for key in COUNTS if key in config), None)

@@ -30,7 +30,8 @@ Settings = glm4_moe.Settings
 
 
 def _windows(config: Mapping[str, Any]) -> Any:
-    """In layers from `max_window_layers` on, unless each layer's kind is named."""
+    """Windows in layers from `max_window_layers` on, unless `layer_types` names each layer's
+    kind."""
     types, first = config.get("layer_types"), config.get("max_window_layers")
     first = first if type(first) is int else 0
     return windows_where(config, lambda layer: layer >= first) if types is None else types
@@ -40,7 +41,7 @@ READING = replace(glm4_moe.READING, windows=_windows, turned=1.0)
 
 
 def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """One kind of attention in all layers, no expert alone."""
+    """One kind of attention in all layers, and two experts or more."""
     yield from lonely(mixture, "dots1")
     yield from one_kind(config)
 
@@ -57,7 +58,7 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
 
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
-    """The same as a glm4_moe's."""
+    """The slots of a glm4_moe."""
     return whole(config, lambda layer: glm4_moe.experts(config, mixture, layer))
 
 

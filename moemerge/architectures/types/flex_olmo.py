@@ -25,7 +25,7 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """None that is known."""
+    """No caveat is known."""
     yield from ()
 
 

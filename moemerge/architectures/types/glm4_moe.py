@@ -1,8 +1,8 @@
 """glm4_moe: DeepSeek-V3's routing in the body of a Llama, Qwen2 or Qwen3.
 
-Scores are sigmoids; a bias that counts for selection alone spreads the load (DeepSeek-AI 2024,
-https://arxiv.org/abs/2412.19437). Shared experts are always on; without any, one of zeros stands
-in their place, for the class has no other way.
+Scores are sigmoids. A bias that counts only for the selection balances the load (DeepSeek-AI 2024,
+https://arxiv.org/abs/2412.19437). Shared experts are always on. The class cannot be without one, so
+a mixture without them has one of zeros.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ TRAINING: dict[str, Any] = {}
 
 @dataclass(frozen=True)
 class Settings:
-    """`groups` of experts, of which `groups_per_token` may serve a token, each judged by its best
-    two; `routed_scaling_factor` multiplies what the chosen experts add."""
+    """`groups` of experts, of which `groups_per_token` may serve a token; a group's score is the
+    sum of its best two. `routed_scaling_factor` multiplies the output of the chosen experts."""
 
     groups: int = 1
     groups_per_token: int = 1
     routed_scaling_factor: float = 1.0
 
     def problems(self, mixture: Mixture) -> Iterator[tuple[str, str, str]]:
-        """What cannot be."""
+        """Settings that cannot be."""
         experts, groups, chosen = mixture.experts, self.groups, self.groups_per_token
         if groups < 1 or experts % groups or (groups > 1 and experts // groups < 2):
             fix = "groups must divide the experts into equal parts of two or more"
@@ -60,7 +60,7 @@ class Settings:
 
 
 def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """No sliding window, no expert alone; a part of each head may be turned."""
+    """No sliding window, two experts or more; partial rotary embeddings are allowed."""
     yield from no_window(config, "glm4_moe")
     yield from lonely(mixture, "glm4_moe")
     yield from one_kind(config, in_part=True)
@@ -95,8 +95,8 @@ def experts(config: dict[str, Any], mixture: Mixture, layer: int) -> Iterator[Sl
 
 
 def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
-    """Every layer is a mixture, and no extra token is predicted; how much of a head is turned
-    stands wherever a program looks for it."""
+    """Every layer is a mixture, and there is no layer for multi-token prediction. The partial
+    rotary factor is written under every key where a program looks for it."""
     part = {PARTIAL: config[PARTIAL]}
     scaling = config["rope_scaling"]
     return {
@@ -112,7 +112,7 @@ def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[
 
 
 def routing(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
-    """What is common to the classes that route so."""
+    """The keys that are common to classes with this routing."""
     own = mixture.settings or Settings()
     return {
         **common(config, mixture, dtype, TRAINING),

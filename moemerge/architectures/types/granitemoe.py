@@ -1,6 +1,6 @@
 """granitemoe: softmax over the chosen top k, in the body of a Granite with its multipliers.
 
-Experts lie in three-dimensional tensors, which is this class's format in every reader.
+Experts are in three-dimensional tensors, which is this class's format in every reader.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
 
 
 def caveats_of_llama_cpp(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Rope that its granite graph has not."""
+    """Kinds of rope that its granite graph lacks."""
     if (config["rope_scaling"] or {}).get("rope_type") == "llama3":
         yield "llama.cpp", "llama.cpp cannot convert it: its granite has no rope of type llama3"
     yield from other_rope(config, "llama.cpp", LLAMA_CPP_ROPE | {"llama3"})
@@ -98,7 +98,7 @@ def experts(config: dict[str, Any], mixture: Mixture, layer: int) -> Iterator[Sl
 
 
 def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
-    """A Granite's own multipliers; in other families the ones that change nothing."""
+    """A Granite's own multipliers; in other families, values that change nothing."""
     own = config if RECORDS[config["model_type"]].multipliers else {}
     plain = {**MULTIPLIERS, "attention_multiplier": config["head_dim"] ** -0.5}
     return {

@@ -1,6 +1,6 @@
-"""granitemoehybrid: a granitemoeshared of Granite 4's class, all of whose layers are attention.
+"""granitemoehybrid: a granitemoeshared in Granite 4's class, with attention in all layers.
 
-More programs know this class. It has a shared MLP always: without shared experts, one of zeros.
+More programs know this class. It always has a shared MLP: without shared experts, one of zeros.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ ALIASES = ("deepseek",)
 TRAINING = granitemoe.TRAINING
 
 _IDLE = 256
-"""Neurons of a shared MLP of zeros; quantised formats want their blocks full."""
+"""Neurons of a shared MLP of zeros; the blocks of quantised formats must be full."""
 
 _OLDER = {"full_attention": "attention", "linear_attention": "mamba"}
 
 
 def _attends(config: Mapping[str, Any]) -> bool:
-    """Where nothing is said, all layers are Mamba."""
+    """Without `layer_types`, all layers are Mamba."""
     types = config.get("layer_types")
     return isinstance(types, list) and {_OLDER.get(str(k), k) for k in types} == {"attention"}
 
@@ -44,7 +44,7 @@ refusals = granitemoe.refusals
 
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """A granitemoe's in llama.cpp; mlx-lm's granitemoehybrid.py was measured, November 2026."""
+    """A granitemoe's in llama.cpp; mlx-lm's granitemoehybrid.py was measured in November 2026."""
     yield from granitemoe.caveats_of_llama_cpp(config)
     yield from long_factors(config, "vLLM")
     if config["rope_scaling"]:
@@ -53,7 +53,7 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
 
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
-    """A granitemoeshared's, or zeros in the place of its shared MLP."""
+    """A granitemoeshared's slots; zeros for its shared MLP if there are no shared experts."""
     hidden, width = config["hidden_size"], _width(mixture)
     for slot in granitemoeshared.slots(config, mixture):
         yield slot
@@ -65,7 +65,8 @@ def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
 
 
 def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
-    """A granitemoeshared's; what says of Mamba layers is there to be valid, for there are none."""
+    """A granitemoeshared's config; the keys of Mamba layers only make it valid, because no layer is
+    one."""
     return {
         **granitemoeshared.output_config(config, mixture, dtype),
         "architectures": ["GraniteMoeHybridForCausalLM"],

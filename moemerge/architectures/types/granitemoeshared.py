@@ -25,14 +25,14 @@ refusals = granitemoe.refusals
 
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """A granitemoe's, of the readers that it has."""
+    """A granitemoe's caveats, of its own readers."""
     yield from granitemoe.caveats_of_llama_cpp(config)
     yield from drops_biases(config, "granitemoeshared", "vLLM")
     yield from long_factors(config, "vLLM")
 
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
-    """A granitemoe's, and a shared MLP: input (2S, D) of gate and up, output (D, S)."""
+    """A granitemoe's slots, and a shared MLP: input (2S, D) of gate and up, output (D, S)."""
 
     def mlp(layer: int) -> Iterator[Slot]:
         yield from granitemoe.experts(config, mixture, layer)
@@ -46,7 +46,7 @@ def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
 
 
 def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:
-    """A granitemoe's, and the width of all shared experts together."""
+    """A granitemoe's config, and the width of all shared experts together."""
     return {
         **granitemoe.output_config(config, mixture, dtype),
         "architectures": ["GraniteMoeSharedForCausalLM"],

@@ -1,8 +1,8 @@
-"""qwen2_moe: softmax top-k experts, one more that a sigmoid gate scales, biases on q, k and v.
+"""qwen2_moe: softmax top-k experts, a shared one with a sigmoid gate, biases on q, k and v.
 
-Without shared experts that one is zeros. Where no prompts gate it, its gate is all but zero, which
-is sigmoid's half, and its down projection is doubled: always on, at full weight, exactly (in
-float16, whose least number is 6e-8, to some millionths).
+Without shared experts, the shared one is zeros. If no prompts make its gate, the gate's weights are
+almost zero, its sigmoid is 1/2, and the down projection is doubled: the shared expert is always on,
+at full weight, exactly (in float16, whose smallest number is 6e-8, up to some millionths).
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ ALIASES = ("qwen", "qwen2")
 TRAINING = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
 
 _HALF = 1e-12
-"""A gate's weights whose sigmoid is a half, exactly: llama.cpp makes NaN of a logit of zero."""
+"""A gate's weights for which the sigmoid is exactly 1/2; llama.cpp gives NaN for a logit of zero.
+"""
 
 _IDLE = 256
-"""Neurons of a shared expert of zeros; quantised formats want their blocks full."""
+"""Neurons of a shared expert of zeros; the blocks of quantised formats must be full."""
 
 
 def _windows(config: Mapping[str, Any]) -> Any:
-    """In every other layer below `max_window_layers`, unless each layer's kind is named."""
+    """Windows in every other layer below `max_window_layers`, unless `layer_types` names each
+    layer's kind."""
     types, end = config.get("layer_types"), config.get("max_window_layers")
     end = end if type(end) is int else 0
     if types is None:

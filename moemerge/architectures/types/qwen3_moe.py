@@ -28,7 +28,7 @@ TRAINING = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
 
 
 def _windows(config: Mapping[str, Any]) -> list[str] | None:
-    """In all layers or in none, whatever kind is named."""
+    """Windows in all layers or in none; `layer_types` does not matter."""
     every = windows_where(config, lambda _: True)
     return every if config.get("use_sliding_window") else None
 

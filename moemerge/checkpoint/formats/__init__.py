@@ -1,4 +1,4 @@
-"""Source formats, one file each: what a weights file says of its tensors."""
+"""Source formats, one file each: what a weights file says about its tensors."""
 
 from __future__ import annotations
 
@@ -12,30 +12,33 @@ from moemerge.checkpoint.location import Location
 
 
 class Format(Protocol):
-    """What a file of this folder defines. One whose name begins with `_` belongs to another."""
+    """What a file of this folder defines. A file whose name begins with `_` is a helper of
+    another."""
 
     SUFFIXES: tuple[str, ...]
-    """How the names of its files end."""
+    """The suffix of its files' names."""
 
     MODEL: str
     ADAPTER: str
-    """The names of the file that holds a whole model, and of one that holds an adapter, as
-    patterns (`*.npz`); a file of that name and `.index.json` lists the shards of larger ones."""
+    """The names of the file that holds a whole model, and of the file that holds an adapter, as
+    patterns (`*.npz`). A file with that name plus `.index.json` lists the shards of a larger one.
+    """
 
     ORDER: int
-    """Which format is read where a folder holds weights in several: that of the lowest number."""
+    """If a folder holds weights in several formats, the one with the lowest number is read."""
 
     STREAMS: bool
-    """Whether a header that was read on the Hub says where each tensor lies, so that a tensor can
-    be read there alone. Otherwise files are downloaded whole, even with --stream."""
+    """Whether a header that was read on the Hub says where each tensor is, so that one tensor can
+    be read there. Otherwise files are downloaded whole, even with --stream."""
 
     FIX: str
-    """What to do about a file that cannot be read."""
+    """The fix for a file that cannot be read."""
 
     def read_header(self, path: Path, remote: BinaryIO | None = None) -> dict[str, Location]:
-        """The tensors of a file by name, without their values; nothing in it is believed unchecked.
+        """The tensors of a file by name, without their values; nothing in the file is believed
+        unchecked.
 
-        With `remote`, the file is read there and `path` is where it will be.
+        With `remote`, the file is read there, and `path` is where it will be.
 
         Raises:
             ValueError: the file is damaged or claims what cannot be; says which.
@@ -44,7 +47,7 @@ class Format(Protocol):
 
 
 def names() -> list[str]:
-    """The formats there are."""
+    """The names of all formats."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
     return sorted(name for name in found if not name.startswith("_"))
 
@@ -55,17 +58,17 @@ def find(name: str) -> Format:
 
 
 def in_order() -> list[Format]:
-    """The formats, the one that wins first."""
+    """The formats in their order; the first wins."""
     return sorted(map(find, names()), key=lambda one: one.ORDER)
 
 
 def weight_suffixes() -> tuple[str, ...]:
-    """How the names of weight files end, in any format."""
+    """The suffixes of weight files in all formats."""
     return tuple(suffix for one in in_order() for suffix in one.SUFFIXES)
 
 
 def suffix_pattern() -> str:
-    """The same as a regular expression."""
+    """The suffixes as a regular expression."""
     return f"({'|'.join(map(re.escape, weight_suffixes()))})"
 
 
@@ -73,7 +76,7 @@ def format_of(file: str) -> Format:
     """The format of a file, by its name.
 
     Raises:
-        ValueError: it is of none.
+        ValueError: no format has its suffix.
     """
     for one in in_order():
         if file.endswith(one.SUFFIXES):

@@ -1,9 +1,9 @@
-"""The pickle in a `.bin`: what it says of tensors, with nothing of it run.
+"""The pickle in a `.bin`: its description of tensors, read without running anything.
 
-Python's own unpickler is never used: the few instructions that a state dict needs are followed
-here, with the names in `_CALLS` and `_global`, and build dicts, tuples and descriptions of tensors.
-What is understood is what `torch.load(weights_only=True)` reads; the Python attributes of a tensor
-are passed over.
+Python's own unpickler is never used. The few instructions that a state dict needs are followed
+here, with the names in `_CALLS` and `_global`; they build dicts, tuples and descriptions of
+tensors. What `torch.load(weights_only=True)` reads is understood. Python attributes of a tensor are
+ignored.
 """
 
 from __future__ import annotations
@@ -62,14 +62,15 @@ class _Dtype:
 
 @dataclass(frozen=True)
 class _Other:
-    """What only a tensor's attributes may be: a type, a set, bytes."""
+    """A value that only a tensor's attributes may have: a type, a set, bytes."""
 
 
 def unpickle(data: bytes) -> object:
     """Follow a pickle's instructions as far as a state dict needs them.
 
     Raises:
-        ValueError: it holds what no state dict does; says what. A hostile one can raise anything.
+        ValueError: it holds what no state dict does; says what. A hostile pickle can raise
+            anything.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -176,7 +177,7 @@ def _rebuild_tensor_v3(
     dtype: object,
     metadata: object = None,
 ) -> Tensor:
-    """A tensor whose dtype no storage class has; its storage is bytes."""
+    """A tensor whose dtype has no storage class; its storage is bytes."""
     if not isinstance(storage, Storage) or not isinstance(dtype, _Dtype):
         raise ValueError("its pickle describes a malformed tensor")
     return _tensor(storage, dtype.name, start, shape, stride, metadata)
@@ -209,14 +210,14 @@ def _rebuild_parameter(
 
 
 def _rebuild_from_type(call: object, _type: object, arguments: object, state: object) -> object:
-    """A tensor with attributes: as another function makes it."""
+    """A tensor with attributes; they are ignored."""
     if not isinstance(call, _Call) or not isinstance(arguments, tuple):
         raise ValueError("its pickle describes a malformed tensor")
     return _rebuild_parameter(_CALLS[call.name](*arguments), state=state)
 
 
 def _from_other_device(data: object, dtype: object, *_: object) -> object:
-    """A TPU's tensor, as it was on the CPU."""
+    """A tensor of a TPU, as a tensor of the CPU."""
     if isinstance(data, Tensor) and dtype == _Dtype(data.dtype):
         return data
     raise ValueError("its pickle describes a tensor of one dtype that is to be another")

@@ -1,4 +1,4 @@
-"""A safetensors file's header, believed only after every claim in it is checked.
+"""A safetensors file's header; every claim in it is checked.
 
 The format (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length
 N, N bytes of JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`, then the data, to which the
@@ -48,7 +48,7 @@ def read_header(path: Path, remote: BinaryIO | None = None) -> dict[str, Locatio
 
 
 def parse_header(text: bytes) -> dict[str, Any]:
-    """The header's JSON as a dict; names that stand twice are refused."""
+    """The header's JSON as a dict; a name that appears twice is refused."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -70,7 +70,7 @@ def parse_header(text: bytes) -> dict[str, Any]:
 def check_header(
     header: dict[str, Any], path: Path, file_bytes: int, data_start: int
 ) -> dict[str, Location]:
-    """Turn a parsed header into locations, after checking each claim against the file's size."""
+    """Make locations from a parsed header; each claim is checked against the file's size."""
     spans = []
     tensors = {}
     for name, entry in header.items():

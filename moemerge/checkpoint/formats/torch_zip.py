@@ -1,7 +1,7 @@
-"""A `.bin` shard's tensors, located without torch and without running anything it holds.
+"""A `.bin` shard's tensors, located without torch and without running anything in the file.
 
 `torch.save` writes an uncompressed zip: `data.pkl` describes the tensors, `data/KEY` holds each
-storage's bytes. What `_torch_pickle` finds described is checked like a safetensors header.
+storage's bytes. The tensors that `_torch_pickle` finds are checked like a safetensors header.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ SUFFIXES = (".bin", ".pt", ".pth")
 MODEL, ADAPTER = "pytorch_model.bin", "adapter_model.bin"
 ORDER = 1
 STREAMS = False
-"""A zip states each tensor's place beside its data, which would cost a request a tensor."""
+"""The place of a tensor is beside its data in a zip, so that finding it would cost a request for
+each tensor."""
 
 FIX = (
     "download it again if it is damaged, or save the model as safetensors: "
@@ -29,7 +30,7 @@ FIX = (
 )
 
 MAX_PICKLE_BYTES = 10_000_000
-"""Ten times what the largest model's shard needs; bounds memory and time."""
+"""Ten times what the largest model's shard needs; it bounds memory and time."""
 
 
 def read_header(path: Path, remote: BinaryIO | None = None) -> dict[str, Location]:
@@ -80,7 +81,7 @@ def _read_zip(path: Path, remote: BinaryIO | None) -> dict[str, Location]:
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
-    """A small member of the zip; torch compresses none, so none can swell."""
+    """A small member of the zip. torch compresses none, so none can grow."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"its {info.filename} is compressed, which torch.save never does")
     if info.file_size > most:

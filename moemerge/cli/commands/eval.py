@@ -36,8 +36,8 @@ def evaluate(
             "--tasks",
             metavar="NAME|FILE",
             show_default=False,
-            help="A task of lm-eval, or task files: a .yaml, or a directory of them; again for "
-            "more. Needs moemerge[eval].",
+            help="A task of lm-eval, a task file (.yaml), or a directory of them. Give the option "
+            "again for more. Needs moemerge[eval].",
         ),
     ] = None,
     length: Annotated[
@@ -50,18 +50,23 @@ def evaluate(
     num_fewshot: Annotated[
         int | None,
         typer.Option(
-            "--num-fewshot", min=0, show_default=False, help="Examples before each, if not its own."
+            "--num-fewshot",
+            min=0,
+            show_default=False,
+            help="Examples before each question.  [default: the task's own number]",
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Of lm-eval: requests at once.")
+        int, typer.Option("--batch-size", min=1, help="Requests at once, for lm-eval.")
     ] = 1,
     card: Annotated[
-        bool, typer.Option("--card", help="Tell the results in OUT's README.md.")
+        bool, typer.Option("--card", help="Write the results into OUT's README.md.")
     ] = False,
     file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", show_default=False, help="Write them as JSON."),
+        typer.Option(
+            "--json", metavar="FILE", show_default=False, help="Write the results as JSON."
+        ),
     ] = None,
 ) -> None:
     """Compare the mixture in OUT with its sources: perplexity of texts, and lm-eval's tasks."""

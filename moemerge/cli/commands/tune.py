@@ -47,27 +47,41 @@ Data = Annotated[
         "--data",
         metavar="FILE",
         show_default=False,
-        help="Text to learn from, plain or jsonl; again for more.",
+        help="A training text, plain or jsonl. Give the option again for more files.",
     ),
 ]
-Steps = Annotated[int, typer.Option("--steps", help="At most so many.")]
-Batch = Annotated[int, typer.Option("--batch", help="Passages a step.")]
+Steps = Annotated[int, typer.Option("--steps", help="The most training steps.")]
+Batch = Annotated[int, typer.Option("--batch", help="Passages per step.")]
 Length = Annotated[
     int | None,
     typer.Option(
         "--length",
         show_default=False,
-        help="Tokens a passage, at most.  [default: 256, or the model's context if less]",
+        help="The most tokens per passage.  [default: 256, or the model's context if shorter]",
     ),
 ]
-Rate = Annotated[float, typer.Option("--learning-rate", help="Its highest; then a cosine.")]
-HeldOut = Annotated[
-    float, typer.Option("--held-out", help="The share of the data never trained on.")
+Rate = Annotated[
+    float,
+    typer.Option(
+        "--learning-rate", help="The highest learning rate; it then falls along a cosine."
+    ),
 ]
+HeldOut = Annotated[
+    float,
+    typer.Option("--held-out", help="The share of the data that is used only to measure the loss."),
+]
+
+
+_HELPS = {
+    "seed": "Seed of the order of the data and of new weights.",
+    "device": "Device to train on.",
+    "load_in_4bit": "Hold the frozen weights in 4 bits (bitsandbytes).",
+}
+"""Help of shared options, in the words of training."""
 
 
 @tuning.command()
-@with_options("seed", "device", "cuda", "load_in_4bit", *TRAINING)
+@with_options("seed", "device", "cuda", "load_in_4bit", *TRAINING, **_HELPS)
 def routers(
     out: Out,
     options: Options,
@@ -83,15 +97,15 @@ def routers(
         typer.Option(
             "--balance",
             show_default=False,
-            help="The weight of the load-balancing loss, if not as config.json says.",
+            help="The weight of the load-balancing loss.  [default: as in config.json]",
         ),
     ] = None,
     distil: Annotated[
         float,
         typer.Option(
             "--distil",
-            help="The share of the loss that is the distance to what the best "
-            "expert for each passage says alone.",
+            help="The share of distillation in the loss: the distance to the output of the "
+            "expert that is best for each passage alone.",
         ),
     ] = 0.0,
 ) -> None:
@@ -109,11 +123,11 @@ def routers(
 
 
 @tuning.command()
-@with_options("seed", "device", "cuda", *TRAINING)
+@with_options("seed", "device", "cuda", *TRAINING, **_HELPS)
 def lora(
     out: Annotated[str, typer.Argument(metavar="OUT", help="The mixture.")],
     adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="Where the adapter is written.")
+        Path, typer.Argument(metavar="ADAPTER", help="The directory for the adapter.")
     ],
     options: Options,
     terminal: Terminal,
@@ -121,7 +135,7 @@ def lora(
     qlora: Annotated[
         bool,
         typer.Option(
-            "--qlora", "--load-in-4bit", help="Hold what is frozen in 4 bits (bitsandbytes)."
+            "--qlora", "--load-in-4bit", help="Hold the frozen weights in 4 bits (bitsandbytes)."
         ),
     ] = False,
     steps: Steps = 100,
@@ -129,37 +143,46 @@ def lora(
     length: Length = None,
     learning_rate: Rate = 2e-4,
     held_out: HeldOut = 0.1,
-    rank: Annotated[int, typer.Option("--rank", help="The adapter's.")] = 16,
-    alpha: Annotated[float, typer.Option("--alpha", help="Its scale times its rank.")] = 32,
+    rank: Annotated[int, typer.Option("--rank", help="The LoRA rank.")] = 16,
+    alpha: Annotated[
+        float, typer.Option("--alpha", help="LoRA alpha: the adapter is scaled by alpha / rank.")
+    ] = 32,
     packing: Annotated[
         bool,
-        typer.Option("--packing/--no-packing", help="Put short texts side by side in a row."),
+        typer.Option("--packing/--no-packing", help="Pack several short texts into one sequence."),
     ] = True,
     checkpointing: Annotated[
         bool,
         typer.Option(
             "--gradient-checkpointing/--no-gradient-checkpointing",
-            help="Compute each layer twice, and hold less in memory.",
+            help="Save memory: compute each layer's activations twice.",
         ),
     ] = True,
-    save_every: Annotated[int, typer.Option("--save-every", help="Steps to a checkpoint.")] = 50,
+    save_every: Annotated[
+        int, typer.Option("--save-every", help="Steps between two checkpoints.")
+    ] = 50,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from ADAPTER's last checkpoint.")
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in ADAPTER.")
     ] = False,
     embeddings: Annotated[
         bool,
-        typer.Option("--embeddings", help="Train embeddings and head too, whole, in the adapter."),
+        typer.Option(
+            "--embeddings", help="Also train the full embeddings and head; the adapter holds them."
+        ),
     ] = False,
     first_row: Annotated[
         int,
-        typer.Option("--first-row", help="Of these, train the rows from here on: new tokens'."),
+        typer.Option(
+            "--first-row",
+            help="With --embeddings, train only the rows from this one on (new tokens).",
+        ),
     ] = 0,
     embedding_rate: Annotated[
         float | None,
         typer.Option(
             "--embedding-rate",
             show_default=False,
-            help="Their learning rate, if not --learning-rate.",
+            help="The learning rate of embeddings and head.  [default: --learning-rate]",
         ),
     ] = None,
 ) -> None:
