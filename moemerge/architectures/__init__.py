@@ -1,7 +1,15 @@
 """Output architectures: the slots of each class, and what a class cannot hold."""
 
 from moemerge.architectures.limits import Holds
-from moemerge.architectures.reading import LAYER, MLP, SEGMENTS, SPLIT_FACTOR, Names, Reading
+from moemerge.architectures.reading import (
+    LAYER,
+    MLP,
+    SEGMENTS,
+    SPLIT_FACTOR,
+    Names,
+    Reading,
+    RouterInput,
+)
 from moemerge.architectures.slots import (
     Constant,
     FromBody,
@@ -10,14 +18,22 @@ from moemerge.architectures.slots import (
     Made,
     Mixture,
     Slot,
+    Transposed,
+    as_file,
     dense_shapes,
+    in_files,
+    turned_rows,
+    width_of,
 )
 from moemerge.architectures.types import (
     COUNTS,
+    PER_TOKEN,
     ROUTING,
     Architecture,
     count_of,
     find,
+    language_part,
+    name_of,
     names,
     reading_of,
 )
@@ -26,6 +42,7 @@ __all__ = [
     "COUNTS",
     "LAYER",
     "MLP",
+    "PER_TOKEN",
     "ROUTING",
     "SEGMENTS",
     "SPLIT_FACTOR",
@@ -39,10 +56,18 @@ __all__ = [
     "Mixture",
     "Names",
     "Reading",
+    "RouterInput",
     "Slot",
+    "Transposed",
+    "as_file",
     "count_of",
     "dense_shapes",
     "find",
+    "in_files",
+    "language_part",
+    "name_of",
     "names",
     "reading_of",
+    "turned_rows",
+    "width_of",
 ]

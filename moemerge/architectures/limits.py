@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moemerge.architectures.slots import Mixture
-from moemerge.families import PARTIAL, RECORDS, Family
+from moemerge.families import ATTENTION, PARTIAL, RECORDS, Family, record_of
 
 _CARRIED = (
     "attention_dropout", "bos_token_id", "eos_token_id", "head_dim", "hidden_act", "hidden_size",
@@ -41,12 +41,52 @@ def common(
     }
 
 
+def as_said(
+    config: dict[str, Any],
+    mixture: Mixture,
+    dtype: str,
+    training: Mapping[str, Any],
+    own: Mapping[str, Any],
+    name: str,
+    classes: tuple[str, str],
+    without: Collection[str] = (),
+) -> dict[str, Any]:
+    """The config.json of a class whose body is another kind's: the base's keys as they are.
+
+    `own` are the class's keys, `without` the base's that it does not have. `classes` are
+    transformers' classes for text alone, and with the rest of a model that also sees or hears; in
+    that case the keys are inside `text_config`, and the model_type is the name without `_text`.
+    """
+    kept = (key for key in config["said"] if key not in without)
+    text = {
+        **{key: config[key] for key in kept},
+        **own,
+        **training,
+        **dict(mixture.training),
+        **dict(mixture.told),
+        "architectures": [classes[0]],
+        "model_type": name,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    wrapper = config.get("wrapper")
+    if wrapper is None:
+        return text
+    outer = {"model_type": name.removesuffix("_text"), "architectures": [classes[1]]}
+    outer |= {key: text[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings")}
+    del text["architectures"]
+    return {**wrapper, **outer, "text_config": text}
+
+
 @dataclass(frozen=True)
 class Holds:
     """The parts of a dense model's body for which a class has a place.
 
     `qk_norms` are the norms of queries and keys that it may have, as in `Family`. With `post_norm`,
-    norms are after attention and MLP, and nowhere else.
+    norms are after attention and MLP, and nowhere else. With `turns_in_part`, rope may turn a part
+    of each head. `layers` are the kinds of layers, as in
+    `Family`; of these, `qk_norms` and the other fields describe attention.
     """
 
     qk_norms: tuple[str | None, ...] = (None,)
@@ -54,6 +94,8 @@ class Holds:
     qkv_bias: bool = False
     o_bias: bool = False
     multipliers: bool = False
+    turns_in_part: bool = False
+    layers: tuple[str, ...] = (ATTENTION,)
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -61,12 +103,16 @@ class Holds:
         return tuple(name for name, record in RECORDS.items() if self._suits(record))
 
     def _suits(self, record: Family) -> bool:
+        if record.layers != ATTENTION:
+            return record.layers in self.layers
         biases = (record.usually(record.qkv_bias), record.usually(record.o_bias))
         return (
-            not record.body
+            ATTENTION in self.layers
+            and not record.body
             and record.qk_norm in self.qk_norms
             and record.post_norm == self.post_norm
             and (self.multipliers or not record.multipliers)
+            and (self.turns_in_part or record.defaults.get(PARTIAL, 1) == 1)
             and all(own or not said for own, said in zip(self._biases, biases, strict=True))
         )
 
@@ -87,10 +133,10 @@ class Holds:
 def one_kind(config: dict[str, Any], in_part: bool = False) -> Iterator[tuple[str, str]]:
     """Refusals of what no architecture holds: biases in MLPs, attention that differs by layer, and
     partial rotary embeddings unless `in_part`."""
-    part, family = config[PARTIAL], config.get("saved_as", config["model_type"])
-    if part != 1 and not RECORDS[family].turns_in_part:
+    part, record = config[PARTIAL], record_of(config)
+    if part != 1 and record and not record.turns_in_part:
         what = f"says partial_rotary_factor: {part:g}, which programs read differently in a"
-        yield f"{what} {family}", "use a model that turns whole heads"
+        yield f"{what} {record.name}", "use a model that turns whole heads"
     elif part != 1 and not in_part:
         what = f"turns a part of each head (partial_rotary_factor: {part:g})"
         yield what, "a glm4_moe could hold it"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-LAYER = re.compile(r"(model\.layers\.(\d+)\.)(.+)")
+LAYER = re.compile(r"(model\.(?:language_model\.)?layers\.(\d+)\.)(.+)")
 """A tensor of a layer: the layer's prefix, its number, and the tensor's name within it."""
 
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -29,9 +29,11 @@ class Names:
     `matrices` are an expert's, in the order of `MLP`. Some writers store all experts in two
     tensors, gate above up (E, 2F, D) and down (E, D, F), with names of `uppers` and `lowers`. If
     readers know only these, the class is `stacked`, the first name of each is theirs, and
-    `matrices` are names that only moemerge uses. `routers` are other names of the `router`. Names
-    that only some readers know are those of transformers 5 in memory. A selection bias's name ends
-    in `bias`. Names of shared experts and their gate begin with one of `shared`.
+    `matrices` are names that only moemerge uses. If the two are `transposed`, (E, D, 2F) and
+    (E, F, D), moemerge cannot take them apart. `routers` are other names of the `router`. Names
+    that only some readers know are those of transformers 5 in memory. The name of a tensor with one
+    number for each expert ends in `bias`. Names of shared experts and their gate begin with one of
+    `shared`.
     """
 
     expert: str = "mlp.experts."
@@ -41,6 +43,7 @@ class Names:
     uppers: tuple[str, ...] = ("mlp.experts.gate_up_proj",)
     lowers: tuple[str, ...] = ("mlp.experts.down_proj",)
     stacked: bool = False
+    transposed: bool = False
     bias: str = "e_score_correction_bias"
     shared: tuple[str, ...] = ("mlp.shared_expert", "shared_mlp.")
     shared_gate: str = "mlp.shared_expert_gate.weight"
@@ -78,8 +81,25 @@ def no_windows(_: Mapping[str, Any]) -> None:
     """For a class whose layers attend to everything."""
 
 
-def _always(_: Mapping[str, Any]) -> bool:
-    return True
+def dense_of(
+    family: str, without: Collection[str], own: Mapping[str, Any] | None = None
+) -> Callable[[Mapping[str, Any], int], dict[str, Any]]:
+    """A function for `Reading.dense`: the mixture's config of that family, without some keys."""
+
+    def made(config: Mapping[str, Any], inner: int) -> dict[str, Any]:
+        kept = {key: value for key, value in config.items() if key not in without}
+        return {**kept, "intermediate_size": inner, **(own or {}), "model_type": family}
+
+    return made
+
+
+@dataclass(frozen=True)
+class RouterInput:
+    """What a class's router sees: the input of a `module` of the dense model's layer, by its usual
+    name. If `unit`, each token's input is divided by its root mean square."""
+
+    module: str = "mlp"
+    unit: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +111,19 @@ class Reading:
     counts: tuple[str, ...] = ()
     """The keys of config.json for the number of experts; each is needed by some reader."""
 
+    per_token: str = "num_experts_per_tok"
+    """The key of config.json for the number of experts a token."""
+
+    model_types: tuple[str, ...] = ()
+    """Further model_types of the class, beside the file's name."""
+
+    dense: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
+    """The config.json of a dense model with the same body, by the mixture's config and the
+    intermediate size of its experts; None if the body has attention as usual in all layers."""
+
+    sees: RouterInput = field(default_factory=RouterInput)
+    """What its router sees."""
+
     windows: Callable[[Mapping[str, Any]], Any] = windows_by_type
     """The `layer_types` of a dense model with the same windows, for a config.json with a
     `sliding_window`; None if there are no windows."""
@@ -100,12 +133,6 @@ class Reading:
 
     older_kinds: Mapping[str, str] = field(default_factory=dict)
     """Names in `layer_types` that transformers 4 writes differently, with its name for each."""
-
-    attends: Callable[[Mapping[str, Any]], bool] = _always
-    """Whether all layers are attention, by config.json."""
-
-    has_positions: Callable[[Mapping[str, Any]], bool] = _always
-    """Whether attention has positions (rope), by config.json."""
 
     factor: str = ""
     """The key of config.json, and of the class's `Settings`, for a factor of the chosen experts'

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint import is_hub_id, last_part
-from moemerge.config import Expert, MergeConfig, parse_config
+from moemerge.config import Expert, MergeConfig, Picture, PromptText, parse_config
 from moemerge.output import Manifest
 from moemerge.plan import Plan
 from moemerge.text import find
@@ -84,11 +84,19 @@ def shareable_config(config: MergeConfig, plan: Plan) -> MergeConfig:
             return named
         return f"./{last_part(named)}"
 
+    def prompts(said: tuple[PromptText, ...]) -> tuple[PromptText, ...]:
+        return tuple(
+            Picture(f"./{last_part(one.image)}", one.text) if isinstance(one, Picture) else one
+            for one in said
+        )
+
     def expert(one: Expert) -> Expert:
         return dataclasses.replace(
             one,
             source_model=source(one.source_model),
             calibration=texts(one.calibration),
+            positive_prompts=prompts(one.positive_prompts),
+            negative_prompts=prompts(one.negative_prompts),
         )
 
     public = dataclasses.replace(

@@ -19,6 +19,7 @@ from moemerge.card.slots import (
     slot,
 )
 from moemerge.checkpoint import is_hub_id, last_part
+from moemerge.config import PromptText
 from moemerge.gates import Prompts, verdict
 from moemerge.prepare import Claims, Prepared
 from moemerge.report import Collision, RoutingSummary
@@ -269,6 +270,8 @@ def _calibration(named: str, folder: Path | None) -> str:
     return f"[{shown(named)}]({HUB}/datasets/{named})"
 
 
-def _prompts(prompts: tuple[str, ...]) -> str:
+def _prompts(prompts: tuple[PromptText, ...]) -> str:
     more = len(prompts) - _MOST_PROMPTS
-    return "<br>".join(map(shown, prompts[:_MOST_PROMPTS])) + f"<br>and {more} more" * (more > 0)
+    return "<br>".join(map(shown, map(str, prompts[:_MOST_PROMPTS]))) + f"<br>and {more} more" * (
+        more > 0
+    )

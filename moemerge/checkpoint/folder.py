@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from moemerge.checkpoint.formats import in_order, suffix_pattern, weight_suffixes
@@ -233,6 +233,6 @@ def _is_plain_name(file: object) -> bool:
     return (
         isinstance(file, str)
         and file not in ("", ".", "..")
-        and "\0" not in file
-        and PurePosixPath(file).name == file == PureWindowsPath(file).name
+        and not any(sign in file for sign in "/\\\0")
+        and file[1:2] != ":"  # a drive of Windows
     )

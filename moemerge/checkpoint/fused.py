@@ -17,7 +17,7 @@ from typing import Any
 
 from moemerge.architectures import LAYER, MLP, Names, count_of, reading_of
 from moemerge.checkpoint.location import Location
-from moemerge.families import RECORDS, Family
+from moemerge.families import Family, record_of
 
 MAX_PARTS = 1 << 19
 """Ten times what any model has; it bounds the cost of a hostile header."""
@@ -63,7 +63,7 @@ def views_of(
     prefix = _prefix(tensors)
     own = {name.removeprefix(prefix): at for name, at in tensors.items()}
     parts: Iterable[tuple[str, View]] = ()
-    record = RECORDS.get(family) if isinstance(family, str) else None
+    record = record_of(config)
     if record and record.fused:
         parts = _parts_of_family(own, record, config)
     elif reading := reading_of(family, own):
@@ -175,6 +175,8 @@ def _parts_of_moe(
 def _stacked(inside: str, names: Names) -> tuple[int, ...]:
     """The places in `MLP` of the matrices that a stacked tensor holds; empty if it is not
     stacked."""
+    if names.transposed:
+        return ()
     if inside in names.uppers:
         return (0, 1)
     found = _APART.fullmatch(inside)

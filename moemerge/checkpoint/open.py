@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from moemerge.architectures import reading_of
+from moemerge.architectures import language_part, reading_of
 from moemerge.checkpoint import claims, fingerprint, formats
 from moemerge.checkpoint.folder import IN_REPOSITORY, POINTER, Folder, is_pointer, read_json
 from moemerge.checkpoint.fused import View, rows_named, views_of, with_views
@@ -18,7 +18,7 @@ from moemerge.checkpoint.not_a_model import GATHER, ORIGINALS, SourceProblem
 from moemerge.checkpoint.prefixes import usual
 from moemerge.checkpoint.reference import Reference, nearest_directory
 from moemerge.errors import ReadError
-from moemerge.families import EMBEDDING, HEAD, RECORDS, normalise
+from moemerge.families import EMBEDDING, HEAD, normalise, record_of
 from moemerge.hub import NOWHERE, HubError, Remote, open_remote
 from moemerge.hub import download as hub
 from moemerge.reporting import Reporter, listener
@@ -214,6 +214,8 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     if not adapter:
         try:
             config = normalise(config)
+            config = language_part(config) or config
+            family = config.get("saved_as", config.get("model_type"))
         except ValueError as error:
             raise SourceProblem(f"config.json: {error}", "repair it") from error
     weights = folder.weights(adapter, said.get("transformers_weights"))
@@ -224,7 +226,7 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     notes = [snapshot.note if snapshot else "", weights.note, weights.compare(headers)]
     renamed: dict[str, str] = {}
     if not adapter:
-        renamed, told = usual(tensors)
+        renamed, told = usual(tensors, "wrapper" in config)
         tensors = {renamed.get(name, name): at for name, at in tensors.items()}
         notes.append(told)
     if not adapter and sum(0 in at.shape for at in tensors.values()) * 2 > len(tensors):
@@ -238,7 +240,7 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         except ValueError as error:
             raise SourceProblem(str(error), ORIGINALS) from error
     layers, count = config.get("num_hidden_layers"), max(len(tensors), len(weights.index or ()))
-    known = family in RECORDS or reading_of(family, tensors)
+    known = record_of(config) or reading_of(family, tensors)
     if known and isinstance(layers, int) and layers > count:  # to go on would cost memory
         raise SourceProblem(
             f"config.json: num_hidden_layers is {layers}, its weights are {count} tensors",

@@ -10,17 +10,23 @@ _WRAPPERS = re.compile(
 )
 """Names that torch.compile, FSDP, activation checkpointing and DeepSpeed put around modules."""
 
+_INSIDE = re.compile(r"(?:model\.)?language_model\.(model\.|lm_head\.)?")
+"""The language part within a model that sees: as transformers 5 names it, and version 4."""
+
 _BARE = ("layers.0.", "embed_tokens.")
 
 
-def usual(names: Iterable[str]) -> tuple[dict[str, str], str]:
+def usual(names: Iterable[str], inside: bool = False) -> tuple[dict[str, str], str]:
     """New names of a model's tensors by the names in its files, and a note for a person.
 
     Names of wrappers are removed, and so is one prefix that all names share; the head may lack the
     prefix. The names of a body without its head get the prefix `model.`. If two names would become
-    equal, nothing is renamed.
+    equal, nothing is renamed. If the language part is `inside` a model that sees or hears, its
+    names become those of a model of its own; the other names stay.
     """
     listed = list(names)
+    if inside:
+        return {name: _INSIDE.sub(_of_text, name) for name in listed if _INSIDE.match(name)}, ""
     made = [_WRAPPERS.sub("", name) for name in listed]
     wrapped = sorted({found[1] for name in listed for found in _WRAPPERS.finditer(name)})
     told = [f"without {wrapper}." for wrapper in wrapped]
@@ -43,3 +49,7 @@ def _shared(names: list[str]) -> str:
     prefix = min(prefixes, default="")
     all_have = all(name.startswith((prefix, "lm_head.")) for name in names)
     return prefix if len(prefixes) == 1 and all_have else ""
+
+
+def _of_text(found: re.Match[str]) -> str:
+    return found[1] or "model."

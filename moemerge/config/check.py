@@ -63,7 +63,7 @@ def check_values(config: MergeConfig, findings: Findings) -> None:
         names.setdefault(expert.name, at)
         for kind in ("positive_prompts", "negative_prompts"):
             for number, prompt in enumerate(getattr(expert, kind)):
-                if not prompt.strip():
+                if not str(prompt).strip():
                     findings.problem(
                         config.where(f"{at}.{kind}[{number}]"), "is empty", "write a prompt"
                     )

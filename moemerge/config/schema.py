@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from moemerge.config.values import Choices, FileOrTexts, SourceText, Values
+from moemerge.config.values import Choices, FileOrTexts, Picture, PromptText, SourceText, Values
 from moemerge.config.yaml_nodes import Reader, compose, spoken
 from moemerge.errors import Findings, InputError
 
@@ -23,15 +23,15 @@ class Expert:
 
     `noise_scale` is the standard deviation of Gaussian noise that is added to its MLPs.
     `residual_scale` multiplies its down projections, and so everything it adds to the residual
-    stream. `calibration` names a text or jsonl file, a directory or a dataset on the Hub; its
-    documents count as prompts. `body_weight` is its weight if the body is the experts' average.
-    `renew` is the share of its neurons that are drawn again at random, for training
-    (Drop-Upcycling).
+    stream. A prompt is text, or a `Picture` for a base that sees. `calibration` names a text or
+    jsonl file, a directory or a dataset on the Hub; its documents count as prompts. `body_weight`
+    is its weight if the body is the experts' average. `renew` is the share of its neurons that are
+    drawn again at random, for training (Drop-Upcycling).
     """
 
     source_model: SourceText
-    positive_prompts: tuple[str, ...] = ()
-    negative_prompts: tuple[str, ...] = ()
+    positive_prompts: tuple[PromptText, ...] = ()
+    negative_prompts: tuple[PromptText, ...] = ()
     noise_scale: float = 0.0
     residual_scale: float = 1.0
     name: str = ""
@@ -50,7 +50,8 @@ class MergeConfig:
     `text` is the YAML of `file` in `folder`; relative paths of sources are looked for there too.
     `lines` are line numbers by key. `dtype` None is the base model's dtype. `experts_per_token`
     None is 2, or 1 for a single expert. `gate` holds the gate mode's own options, and `mode`, for
-    which `gate_mode` is short. `body` says where attention, norms and embeddings come from: the
+    which `gate_mode` is short. `family` is the known one as which models of an unknown model_type
+    are read. `body` says where attention, norms and embeddings come from: the
     `base` model, or the `average` of the experts. `architecture` None is the one that fits.
     `architecture_options` are its own options, and `training` holds training keys of its
     config.json. Each expert is cut into `segments`; `split` cuts the base model's MLPs into experts
@@ -62,6 +63,7 @@ class MergeConfig:
     experts: tuple[Expert, ...] = ()
     gate_mode: str | None = None
     gate: Choices = field(default_factory=dict)
+    family: str | None = None
     body: str = "base"
     dtype: str | None = None
     experts_per_token: int | None = None
@@ -149,13 +151,15 @@ def _hold_types(record: Expert | MergeConfig) -> None:
     values.findings.refuse()
 
 
-def _changed(record: Expert | MergeConfig) -> dict[str, Any]:
+def _changed(record: Expert | MergeConfig | Picture) -> dict[str, Any]:
     """The fields that differ from the defaults, as plain data."""
     found = {}
     for f in spoken(record):
         value = getattr(record, f.name)
         if isinstance(value, tuple):
-            value = [_changed(item) if isinstance(item, Expert) else item for item in value]
+            value = [
+                _changed(item) if isinstance(item, Expert | Picture) else item for item in value
+            ]
         default = {} if f.default is MISSING else f.default
         if value != (list(default) if isinstance(default, tuple) else default):
             found[f.name] = value

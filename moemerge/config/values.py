@@ -7,6 +7,8 @@ import os
 import typing
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from moemerge.errors import Findings
@@ -16,6 +18,21 @@ SourceText: TypeAlias = Annotated[str, "source"]
 
 FileOrTexts: TypeAlias = Annotated[str | tuple[str, ...], "file or texts"]
 """A file's name, or a list of texts."""
+
+
+@dataclass(frozen=True, order=True)
+class Picture:
+    """A prompt with a picture: the file of the image, and the text after it."""
+
+    image: str
+    text: str = ""
+
+    def __str__(self) -> str:
+        return f"[{Path(self.image).name}] {self.text}".rstrip()
+
+
+PromptText: TypeAlias = Annotated[str | Picture, "prompt"]
+"""A prompt: text, or a mapping with the keys of a `Picture`."""
 
 Choices: TypeAlias = Annotated[dict[str, Any], "choices"]
 """A mapping of plain values. The part of the program that uses them declares and checks the keys.
@@ -46,6 +63,8 @@ class Values:
             return self.source(given, at)
         if hint == FileOrTexts:
             return self.file_or_texts(given, at)
+        if hint == PromptText:
+            return self.prompt(given, at)
         if hint == Choices:
             return self.choices(given, at)
         if hint in (int, float):
@@ -70,6 +89,10 @@ class Values:
         """A file's name, or a tuple of texts."""
         is_file = isinstance(given, str | os.PathLike)
         return self.source(given, at) if is_file else self.sequence(given, str, at)
+
+    def prompt(self, given: Any, at: str) -> Any:
+        """Text, or a picture with text."""
+        return given if isinstance(given, Picture) else self.text(given, at)
 
     def choices(self, given: Any, at: str) -> Any:
         """A dict without the keys that have no value."""

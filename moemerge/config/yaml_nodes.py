@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from moemerge.config.values import NUMBERS, Values
+from moemerge.config.values import NUMBERS, Picture, Values
 from moemerge.errors import Findings, InputError, Problem, nearest
 
 
@@ -130,6 +130,12 @@ class Reader(Values):
         """A file's name, or a list of texts."""
         listed = isinstance(node, yaml.SequenceNode)
         return self.sequence(node, str, at) if listed else self.text(node, at)
+
+    def prompt(self, node: yaml.Node, at: str) -> Any:
+        """Text, or a mapping with an `image`; another mapping is text that lacks quotes."""
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        is_picture = any(key.value == "image" for key, _ in pairs)
+        return self.record(node, Picture, at) if is_picture else self.text(node, at)
 
     def choices(self, node: yaml.Node, at: str) -> dict[str, Any]:
         """A mapping of scalars as YAML reads them, except that text such as `1e-3` becomes a

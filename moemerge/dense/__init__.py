@@ -2,7 +2,8 @@
 
 from moemerge.dense.body import VOCABULARY, Body
 from moemerge.dense.generate import write_texts
-from moemerge.dense.inputs import Passage, embed, layer_inputs, router_inputs
+from moemerge.dense.inputs import ROUTER, Passage, embed, layer_inputs, router_inputs
+from moemerge.dense.probe import differs_by
 from moemerge.dense.run import (
     Streamed,
     available_memory,
@@ -13,12 +14,14 @@ from moemerge.dense.run import (
 )
 
 __all__ = [
+    "ROUTER",
     "VOCABULARY",
     "Body",
     "Passage",
     "Streamed",
     "available_memory",
     "compute_dtype",
+    "differs_by",
     "embed",
     "layer_inputs",
     "model_bytes",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from moemerge.architectures import RouterInput
 from moemerge.checkpoint import Donor
 from moemerge.families import EMBEDDING, HEAD
 from moemerge.plan import Cut, Join, Mean, Recipe, of_donor
@@ -25,7 +26,7 @@ class Body:
     lacks a tensor or has it in another shape, the base model's tensor is used. Each row of the
     embeddings and the head is the mean of the experts that have this row for the same token; an
     expert's `rows` list these rows. A row that no expert shares is the base model's. If the mixture
-    has its own `vocabulary`, the vocabulary decides the rows.
+    has its own `vocabulary`, the vocabulary decides the rows. The mixture's routers see `sees`.
     """
 
     base: Donor
@@ -33,6 +34,7 @@ class Body:
     weights: tuple[float, ...] = ()
     rows: tuple[tuple[range, ...], ...] = ()
     vocabulary: Vocabulary | None = None
+    sees: RouterInput = field(default_factory=RouterInput)
 
     @property
     def config(self) -> dict[str, Any]:

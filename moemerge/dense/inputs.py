@@ -1,25 +1,37 @@
 """The routers' inputs at each layer, while a model with the mixture's body reads texts.
 
-A router's input is the output of the layer's post-attention norm. All texts go through one layer
-before the next layer, so that each weight is read once and memory for one layer is enough. Neither
-the head nor logits are computed.
+A router's input is what its class declares (`Body.sees`), mostly the MLP's input. All texts go
+through one layer before the next layer, so that each weight is read once and memory for one layer
+is enough. Neither the head nor logits are computed.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from moemerge.architectures import RouterInput
 from moemerge.checkpoint import Donor
 from moemerge.dense.body import Body
-from moemerge.dense.run import compute_dtype, load_tensors, one_layer, pick_device, quantise
+from moemerge.dense.calls import Calls, calls_of
+from moemerge.dense.run import (
+    body_of,
+    compute_dtype,
+    family_of,
+    load_tensors,
+    pick_device,
+    quantise,
+    whole_body_of,
+)
 from moemerge.errors import ReadError, RunError
-from moemerge.families import EMBEDDING, LAYER
+from moemerge.families import EMBEDDING, LAYER, Family
 from moemerge.options import RunOptions
-from moemerge.plan import Recipe, Sources, load_rows, recipe
+from moemerge.plan import Read, Recipe, Sources, load_rows, recipe
 from moemerge.reporting import Reporter
 from moemerge.text import Prompt, batching
 
@@ -30,7 +42,12 @@ if TYPE_CHECKING:
     Matrix = np.ndarray[Any, np.dtype[np.float32]]
     Weights = dict[str, torch.Tensor]
 
+ROUTER = "router"
+"""In place of a module's name: what the mixture's router sees."""
+
 _MLP = "mlp."
+_LOOKED_UP = "model.embed_tokens"
+"""What the names of tensors with a row for each token begin with."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +66,8 @@ def router_inputs(
     reporter: Reporter,
 ) -> Iterator[list[Matrix]]:
     """Yield for each layer the router's inputs at each passage's own tokens: a list of (T, D)."""
-    for seen in layer_inputs(("mlp",), body, sources, passages, options, reporter):
-        yield seen["mlp"]
+    for seen in layer_inputs((ROUTER,), body, sources, passages, options, reporter):
+        yield seen[ROUTER]
 
 
 def layer_inputs(
@@ -63,8 +80,9 @@ def layer_inputs(
 ) -> Iterator[dict[str, list[Matrix]]]:
     """Yield for each layer the inputs of each of its `modules`: a list by module name.
 
-    Each list has one matrix per passage, with the rows of the passage's own tokens. The input of
-    `mlp` is the router's input (T, D). The input of `mlp.down_proj` is the activations (T, F).
+    Each list has one matrix per passage, with the rows of the passage's own tokens. A module has
+    its usual name; `ROUTER` is the router's input (T, D). The input of `mlp.down_proj` is the
+    activations (T, F). A layer without an MLP yields nothing.
 
     With `options.lazy` the weights of one layer are in memory at a time. Otherwise there are two
     layers, because the next one is read while one computes. The values are the same, bit for bit.
@@ -78,23 +96,33 @@ def layer_inputs(
 
     device = pick_device(options.device)
     config = body.base.model.config
+    record = family_of(config)
     dtype = compute_dtype(body.recipe(EMBEDDING), sources, device)
     donors = list({id(passage.mlps): passage.mlps for passage in passages}.values())
     batches = [(donor, batch) for donor in donors for batch in _batches(passages, donor)]
-    states = _embed(body, sources, passages, [batch for _, batch in batches], dtype, device)
+    sees = any(passage.prompt.seen for passage in passages)
+    outer, model = whole_body_of(config) if sees else (body_of(config),) * 2
+    calls = _calls(outer, model, body, sources, passages, [b for _, b in batches], dtype, device)
+    del outer
+    states = [call.state for call in calls]
     layers = range(config["num_hidden_layers"])
-    names = one_layer(config).layers[0].state_dict().keys()
-    mlp = [name for name in names if name.startswith(_MLP)]
-    rest = [name for name in names if not name.startswith(_MLP)]
     # Memory of finished layers, used again for later layers.
     memory: list[Weights] = [{}] if options.lazy else [{}, {}]
     several = len(donors) > 1  # then each donor's MLPs are read in turn
+    of_mlp_prefix = f"{record.path('mlp')}."
+
+    def names_of(layer: int, mlp: bool) -> list[str]:
+        names = model.layers[layer].state_dict().keys()
+        return [name for name in names if name.startswith(of_mlp_prefix) == mlp]
+
+    named = [(names_of(layer, False), names_of(layer, True)) for layer in layers]
 
     def load(layer: int) -> Weights:
-        names_now = rest if several else [*rest, *mlp]
-        recipe_of = _through(body, donors[0])
+        rest, mlp = named[layer]
+        wanted = rest if several else [*rest, *mlp]
+        prefix, recipe_of = LAYER.format(layer=layer), _through(body, donors[0])
         again = memory[layer % len(memory)]
-        return load_tensors(names_now, LAYER.format(layer=layer), recipe_of, sources, dtype, again)
+        return load_tensors(wanted, prefix, recipe_of, sources, dtype, record, again)
 
     total = len(layers) * sum(len(batch) for _, batch in batches)
     with (
@@ -107,32 +135,38 @@ def layer_inputs(
             for donor in donors:
                 if several:
                     prefix, recipe_of = LAYER.format(layer=number), _through(body, donor)
-                    weights |= load_tensors(mlp, prefix, recipe_of, sources, dtype, of_mlp)
-                layer = _ready_layer(config, weights, device, options)
-                for (whose, batch), state in zip(batches, states, strict=True):
+                    mlp = named[number][1]
+                    weights |= load_tensors(mlp, prefix, recipe_of, sources, dtype, record, of_mlp)
+                layer = copy.deepcopy(model.layers[number])
+                _fill(layer, weights, device, options)
+                for at, (whose, batch) in enumerate(batches):
                     if whose is donor:
-                        _run(layer, passages, batch, state, seen)
-                        if not state.isfinite().all():
-                            given = seen.get("mlp", {})
+                        with _noted(layer, record, body.sees, passages, batch, seen):
+                            states[at] = calls[at].run(number, layer, states[at])
+                        if not states[at].isfinite().all():
+                            given = seen.get(ROUTER, {})
                             own = all(np.isfinite(given[n]).all() for n in batch if n in given)
                             raise _overflow(donor if donor and own else body.base, number)
                         advance(len(batch))
                 del layer  # free it before the next one is read
             weights.clear()
-            yield {
-                module: [found[at] for at in range(len(passages))] for module, found in seen.items()
-            }
+            if record.width(config, number):
+                yield {
+                    module: [found[at] for at in range(len(passages))]
+                    for module, found in seen.items()
+                }
 
 
-def embed(body: Body, sources: Sources, ids: list[int]) -> dict[int, Any]:
-    """The embedding (D) of each token id; only these rows are read.
+def embed(body: Body, sources: Sources, ids: list[int], tensor: str = EMBEDDING) -> dict[int, Any]:
+    """The row of each token id in the embeddings (D), or in another `tensor` with a row for each
+    token; only these rows are read.
 
     Raises:
         ReadError: a row holds NaN or Inf, or the source changed.
     """
     import numpy as np
 
-    made = body.recipe(EMBEDDING)
+    made = body.recipe(tensor)
     rows = load_rows(made, ids, sources)
     for token, row in zip(ids, rows, strict=True):
         if not np.isfinite(row).all():
@@ -160,34 +194,96 @@ def _through(body: Body, donor: Donor | None) -> Callable[[str], Recipe]:
 
 
 def _batches(passages: Sequence[Passage], donor: Donor | None) -> list[list[int]]:
-    """The numbers of the passages that pass the donor's MLPs, in batches."""
+    """The numbers of the passages that pass the donor's MLPs, in batches; one with a picture is a
+    batch of its own."""
     own = [number for number, passage in enumerate(passages) if passage.mlps is donor]
+    alone = [[number] for number in own if passages[number].prompt.seen]
+    own = [number for number in own if not passages[number].prompt.seen]
     lengths = [len(passages[number].prompt.ids) for number in own]
-    return [[own[at] for at in batch] for batch in batching.batches(lengths)]
+    return [*([own[at] for at in batch] for batch in batching.batches(lengths)), *alone]
 
 
-def _embed(
+def _calls(
+    outer: Any,
+    model: Any,
     body: Body,
     sources: Sources,
     passages: Sequence[Passage],
     batches: list[list[int]],
     dtype: torch.dtype,
     device: str,
-) -> list[torch.Tensor]:
-    """The embeddings before the first layer: (B, T, D) per batch, padded on the right."""
+) -> list[Calls]:
+    """How each batch, padded on the right, enters the layers of `model`.
+
+    Of the embeddings, only the rows of the texts' tokens are read. `outer` is the model that sees,
+    of which `model` is the language part; without pictures, it is `model` itself.
+    """
     import torch
 
-    width = body.base.model.config["hidden_size"]
-    rows = embed(body, sources, sorted({i for passage in passages for i in passage.prompt.ids}))
-    states = []
-    for batch in batches:
-        length = len(passages[batch[0]].prompt.ids)
-        state = torch.zeros(len(batch), length, width, dtype=dtype)
-        for row, number in enumerate(batch):
-            for at, token in enumerate(passages[number].prompt.ids):
-                state[row, at] = torch.from_numpy(rows[token])
-        states.append(state.to(device))
-    return states
+    config = body.base.model.config
+    record = family_of(config)
+    ids = sorted({one for passage in passages for one in passage.prompt.ids})
+    if outer is not model:  # which may embed this token in place of a picture's
+        ids = sorted({*ids, config.get("pad_token_id") or 0})
+    places = torch.zeros(max(ids) + 1, dtype=torch.long, device=device)
+    places[ids] = torch.arange(len(ids), device=device)
+    beside = [EMBEDDING, *record.top(config)]
+    looked_up = [name for name in beside if name.startswith(_LOOKED_UP)]
+    whole = [name for name in beside if name not in looked_up]
+    weights = load_tensors(whole, "", body.recipe, sources, dtype, record)
+    for name in looked_up:
+        rows = embed(body, sources, ids, name)
+        weights[name] = torch.stack([torch.from_numpy(rows[one]) for one in ids]).to(dtype)
+    for name, weight in weights.items():
+        module, _, leaf = name.removeprefix("model.").rpartition(".")
+        owner = model.get_submodule(module)
+        setattr(owner, leaf, torch.nn.Parameter(weight.to(device), requires_grad=False))
+        if name in looked_up:
+            owner.forward = partial(_look_up, owner.forward, places)
+    if outer is not model:
+        _open_eyes(outer, model, body, sources, dtype, device)
+    found = []
+    with torch.inference_mode():
+        for batch in batches:
+            prompts = [passages[number].prompt for number in batch]
+            mask = batching.mask(len(prompt.ids) for prompt in prompts).to(device)
+            tokens = batching.padded((prompt.ids for prompt in prompts), ids[0]).to(device)
+            seen = prompts[0].seen.given if prompts[0].seen else {}
+            given = {
+                name: value.to(device, dtype if value.is_floating_point() else None)
+                for name, value in seen.items()
+            }
+            start = outer if given else model
+            found.append(
+                calls_of(start, model.layers, input_ids=tokens, attention_mask=mask, **given)
+            )
+    return found
+
+
+def _look_up(forward: Callable[..., Any], places: torch.Tensor, ids: torch.Tensor) -> Any:
+    """An embedding's forward, whose weight has only the rows that `places` names."""
+    return forward(places[ids])
+
+
+def _open_eyes(
+    outer: Any, model: Any, body: Body, sources: Sources, dtype: torch.dtype, device: str
+) -> None:
+    """Give the parts of `outer` beside its language part `model` their weights."""
+    base = body.base.model.reference.text
+    for part, module in list(outer.named_children()):
+        if module is model:
+            continue
+        if hasattr(module, "config"):  # built again: no file holds some of its buffers
+            module = type(module)._from_config(module.config)
+            setattr(outer, part, module)
+        names = list(module.state_dict())
+
+        def recipe_of(name: str, part: str = part) -> Recipe:
+            return Read(base, f"model.{part}.{name}")
+
+        made = load_tensors(names, "", recipe_of, sources, dtype, family_of(body.base.model.config))
+        module.load_state_dict(made, assign=True)
+        module.to(device).eval()
 
 
 def _in_turn(load: Callable[[int], Weights], layers: range, lazy: bool) -> Iterator[Weights]:
@@ -204,39 +300,50 @@ def _in_turn(load: Callable[[int], Weights], layers: range, lazy: bool) -> Itera
             yield weights
 
 
-def _ready_layer(config: dict[str, Any], weights: Weights, device: str, options: RunOptions) -> Any:
-    """A one-layer body with these weights, quantised if asked, on the device."""
-    body = one_layer(config)
-    body.layers[0].load_state_dict(weights, assign=True)
+def _fill(layer: Any, weights: Weights, device: str, options: RunOptions) -> None:
+    """Give a layer its weights on the device, quantised if asked."""
+    layer.load_state_dict(weights, assign=True)
     if options.load_in_4bit or options.load_in_8bit:
-        quantise(body.layers[0], options.load_in_4bit)
-    return body.to(device)
+        quantise(layer, options.load_in_4bit)
+    layer.to(device)
 
 
-def _run(
-    body: Any,
+@contextmanager
+def _noted(
+    layer: Any,
+    record: Family,
+    sees: RouterInput,
     passages: Sequence[Passage],
     batch: list[int],
-    state: torch.Tensor,
     seen: dict[str, dict[int, Matrix]],
-) -> None:
-    """Run a batch through the layer, in place; add the inputs of `seen`'s modules to `seen`."""
-    mask = batching.mask(len(passages[number].prompt.ids) for number in batch).to(state.device)
+) -> Iterator[None]:
+    """Add the inputs of `seen`'s modules to `seen` while a batch runs through the layer."""
 
-    def note(found: dict[int, Matrix], module: object, args: tuple[torch.Tensor, ...]) -> None:
-        inputs = args[0].float().cpu().numpy()
+    def note(
+        found: dict[int, Matrix], unit: bool, module: object, args: tuple[torch.Tensor, ...]
+    ) -> None:
+        inputs = args[0].float()
+        if unit:
+            inputs = inputs * inputs.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+        made = inputs.cpu().numpy()
         for row, number in enumerate(batch):
             prompt = passages[number].prompt
-            found[number] = inputs[row, prompt.own : len(prompt.ids)].copy()
+            found[number] = made[row, prompt.own : len(prompt.ids)].copy()
 
-    hooks = [
-        body.layers[0].get_submodule(module).register_forward_pre_hook(partial(note, found))
-        for module, found in seen.items()
-    ]
+    hooks = []
+    for name, found in seen.items():
+        module = record.path(sees.module if name == ROUTER else name)
+        unit = sees.unit and name == ROUTER
+        if _has(layer, module):
+            noted = partial(note, found, unit)
+            hooks.append(layer.get_submodule(module).register_forward_pre_hook(noted))
     try:
-        state.copy_(
-            body(inputs_embeds=state, attention_mask=mask, use_cache=False).last_hidden_state
-        )
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _has(layer: Any, module: str) -> bool:
+    """Whether the layer has the module; a layer without an MLP lacks some."""
+    return any(name == module for name, _ in layer.named_modules())

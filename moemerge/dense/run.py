@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moemerge.checkpoint import PLAIN, Location
-from moemerge.families import EMBEDDING, HEAD, LAYER, PARTIAL, RECORDS, TRAINED
+from moemerge.families import ATTENTION, EMBEDDING, HEAD, LAYER, PARTIAL, TRAINED, Family, record_of
 from moemerge.options import RunOptions
 from moemerge.plan import Recipe, Sources, arithmetic, recipe
 
@@ -20,12 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 
-NORM = "model.norm.weight"
-
 _BEYOND_DEFAULTS = (
     "model_type", "head_dim", "rope_scaling", "rope_parameters", TRAINED, PARTIAL
 )  # fmt: skip
-_FUSED = {whole: parts for record in RECORDS.values() for whole, parts in record.fused.items()}
 
 
 def available_memory() -> int | None:
@@ -75,44 +72,59 @@ def load_tensors(
     recipe_of: Callable[[str], Recipe],
     sources: Sources,
     dtype: torch.dtype,
+    record: Family,
     memory: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Load the tensors `prefix + name` in `dtype`; returns them by name, without the prefix.
 
-    `memory` holds the tensors of an earlier call for a layer of the same shapes; their memory is
-    used again.
+    Names are those of the class of the family `record`. `memory` holds the tensors of an earlier
+    call for a layer of the same shapes; their memory is used again.
 
     Raises:
         ReadError: a source is truncated or changed, or a value is NaN or Inf.
     """
     memory = {} if memory is None else memory
     for name in names:
-        made = _recipe(prefix + name, recipe_of)
+        made = _recipe(prefix + name, recipe_of, record)
         shape = recipe.shape_of(made, sources)
         memory[name] = arithmetic.load(prefix + name, shape, made, sources, into=memory.get(name))
     return {name: memory[name].to(dtype) for name in names}
 
 
-def _recipe(name: str, recipe_of: Callable[[str], Recipe]) -> Recipe:
+def _recipe(name: str, recipe_of: Callable[[str], Recipe], record: Family) -> Recipe:
     """The recipe of a tensor of transformers' class; a fused tensor is joined from its parts."""
     head, _, leaf = name.rpartition(".")
-    for whole, parts in _FUSED.items():
-        if head.endswith(whole):
+    for whole, parts in record.fused.items():
+        if head.endswith(f".{whole}"):
             own = (f"{head.removesuffix(whole)}{part}.{leaf}" for part in parts)
-            return recipe.Join(tuple(recipe_of(one) for one in own))
+            made = tuple(recipe_of(one) for one in own)
+            return recipe.Join(made) if len(made) > 1 else made[0]
     return recipe_of(name)
 
 
-def one_layer(config: dict[str, Any]) -> Any:
-    """Transformers' body with one decoder layer, without memory, and without the final norm."""
-    import torch
+def family_of(config: dict[str, Any]) -> Family:
+    """The record of the family whose class `body_of` and `whole_model` build."""
+    record = record_of(config)
+    assert record  # a donor's model is of a known family
+    return record
+
+
+def body_of(config: dict[str, Any]) -> Any:
+    """Transformers' body, of which nothing has memory except the rotary embedding."""
     from transformers import AutoModel
 
-    settings = _settings(config) | {"num_hidden_layers": 1, "vocab_size": 1}
-    body = _on_meta(AutoModel, settings)
-    body.norm = torch.nn.Identity()
-    body.embed_tokens = torch.nn.Identity()
-    return body
+    return _on_meta(AutoModel, settings_of(config))
+
+
+def whole_body_of(config: dict[str, Any]) -> tuple[Any, Any]:
+    """Transformers' body of a model that sees, and its language part; see `body_of`."""
+    from transformers import AutoModel
+
+    wrapper = dict(config["wrapper"])
+    for key in ("dtype", "torch_dtype"):
+        wrapper.pop(key, None)
+    outer = _on_meta(AutoModel, {**wrapper, "text_config": settings_of(config)})
+    return outer, outer.language_model
 
 
 def whole_model(
@@ -132,10 +144,11 @@ def whole_model(
 
     device = pick_device(options.device)
     dtype = compute_dtype(recipe_of(EMBEDDING), sources, device)
-    model = _on_meta(AutoModelForCausalLM, _settings(config) | {"vocab_size": config["vocab_size"]})
+    model = _on_meta(AutoModelForCausalLM, settings_of(config))
+    record = family_of(config)
 
     def load(names: Collection[str], prefix: str = "") -> dict[str, torch.Tensor]:
-        made = load_tensors(names, prefix, recipe_of, sources, dtype)
+        made = load_tensors(names, prefix, recipe_of, sources, dtype, record)
         return {name: tensor.to(device) for name, tensor in made.items()}
 
     def fill(number: int, layer: Any) -> None:
@@ -143,9 +156,10 @@ def whole_model(
         layer.load_state_dict(made, assign=True)
 
     tied = config["tie_word_embeddings"]
-    top = load([EMBEDDING, NORM] if tied else [EMBEDDING, NORM, HEAD])
+    beside = [EMBEDDING, *record.top(config), *([] if tied else [HEAD])]
+    top = load(beside)
     model.load_state_dict(top | ({HEAD: top[EMBEDDING]} if tied else {}), assign=True, strict=False)
-    model.model.rotary_emb.to(device)
+    _place_buffers(model.model, device)
     for number, layer in enumerate(model.model.layers):
         if options.lazy:
             Streamed(layer, partial(fill, number))
@@ -185,20 +199,26 @@ class Streamed:
             return forward(*args, **named)
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a config.json that describe the model, without those of its training."""
-    known = (*RECORDS[config["model_type"]].defaults, *_BEYOND_DEFAULTS)
-    settings = {key: config[key] for key in known if key in config}
-    if config[PARTIAL] != 1:  # a mistral has no partial rotary embedding
+    record = family_of(config)
+    without = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if record.layers != ATTENTION:
+        return {key: config[key] for key in config["said"]} | without | {"model_type": record.name}
+    settings = {key: config[key] for key in (*record.defaults, *_BEYOND_DEFAULTS) if key in config}
+    settings["vocab_size"] = config["vocab_size"]
+    if record.interleaved:
+        settings["model_type"] = record.name
+    elif config[PARTIAL] != 1:  # a mistral has no partial rotary embedding
         settings["model_type"] = config["saved_as"]
         if scaling := settings["rope_scaling"]:  # phi3 in transformers 4: three keys only
             factors = {key: scaling[key] for key in scaling if key.endswith("_factor")}
             settings["rope_scaling"] = {"type": scaling["rope_type"], **factors}
-    return settings | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return settings | without
 
 
 def _on_meta(kind: Any, settings: dict[str, Any]) -> Any:
-    """A model without memory, except the rotary embedding: no file holds its buffers."""
+    """A model without memory, except buffers that no file holds: those of the rotary embedding."""
     import torch
     from transformers import AutoConfig
 
@@ -206,8 +226,23 @@ def _on_meta(kind: Any, settings: dict[str, Any]) -> Any:
     with torch.device("meta"):
         model = kind.from_config(config)
     body = getattr(model, "model", model)
-    body.rotary_emb = type(body.rotary_emb)(config=config)
+    if hasattr(body, "language_model"):
+        body, config = body.language_model, config.text_config
+    names = [name for name, _ in body.named_children() if name in ("rotary_emb", "pos_emb")]
+    for name in names:
+        setattr(body, name, type(getattr(body, name))(config=config))
+    for module in body.children():  # a scaled embedding's factor
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)
     return model.eval()
+
+
+def _place_buffers(body: Any, device: str) -> None:
+    """Move the body's buffers that no file holds to the device."""
+    for module in body.children():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if not buffer.is_meta:
+                setattr(module, name, buffer.to(device))
 
 
 def quantise(module: torch.nn.Module, four_bits: bool) -> None:

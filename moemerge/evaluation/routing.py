@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moemerge.architectures import COUNTS
+from moemerge.architectures import COUNTS, PER_TOKEN
 from moemerge.errors import Findings, InputError, Problem
 from moemerge.evaluation.loss import (
     Passages,
@@ -23,7 +23,7 @@ from moemerge.evaluation.sources import prepared, sources_of
 from moemerge.gates import Routed, check_device_is_here
 from moemerge.gates import statistics as routing_stats
 from moemerge.merging import run_gate
-from moemerge.mixture import PER_TOKEN, config_of, encoder_of, load_mixture, portions
+from moemerge.mixture import config_of, encoder_of, load_mixture, portions
 from moemerge.options import Options
 from moemerge.output import MANIFEST_FILE, Manifest, manifest_of
 from moemerge.prepare import fetch

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from moemerge.families import rope
-from moemerge.families.records import RECORDS, Family
-from moemerge.families.rope import is_number
+from moemerge.families.family import ATTENTION, Family
+from moemerge.families.rope import PARTIAL, is_number
+from moemerge.families.types import RECORDS, record_of
 
 _WHOLE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -19,6 +20,16 @@ _NUMBERS = (
 _FLAGS = (
     "tie_word_embeddings", "attention_bias", "mlp_bias", "attention_out_bias", "use_sliding_window"
 )  # fmt: skip
+_OUTSIDE = ("tie_word_embeddings", "dtype", "torch_dtype")
+"""Keys beside `text_config` that count for the language part too."""
+
+_COUNTED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_PARAMETERS = ("rope_parameters", "rope_scaling")
+_ABSENT: dict[str, Any] = {
+    "qkv_bias": False, "o_bias": False, "qk_norm": None, "post_norm": False, "mlp_bias": False,
+    "attention_bias": False, "rope_scaling": None, "rope_parameters": None, "rope_theta": 10000.0,
+    "sliding_window": None, "hidden_act": "silu", PARTIAL: 1.0,
+}  # fmt: skip
 _OLDER = {"attention": "full_attention"}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -34,19 +45,27 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
     family equals another under a different name, `model_type` is that other, and `saved_as` is its
     own name. The config of a family without a record is returned unchanged.
 
+    Of a model that also sees or hears, only the language part (`text_config`) is read; the rest of
+    its config is `wrapper`. The keys of a family with other kinds of layers are kept as they are:
+    `said` lists them, the usual names are added, and rope stays as it is.
+
     Raises:
         ValueError: a value is not of the type that every reader expects; says which.
     """
     family = raw.get("model_type")
     if not isinstance(family, str):
         raise ValueError(f"model_type is {family!r}, not text")
-    record = RECORDS.get(family)
+    if text := _language_part(raw):
+        return text
+    record = record_of(raw)
     if record is None:
         return dict(raw)
+    if record.layers != ATTENTION:
+        return _as_said(raw, record)
     config = {**record.defaults, **raw}
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
-    for key in (*_NUMBERS, *_FLAGS, "rope_theta", "max_window_layers"):
+    for key in (*_NUMBERS, *_FLAGS, "rope_theta", "max_window_layers", PARTIAL):
         if config.get(key) is None and key in record.defaults:
             config[key] = record.defaults[key]
     if isinstance(config.get("layer_types"), list):  # an older name
@@ -63,6 +82,48 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
     config["qk_norm"], config["post_norm"] = record.qk_norm, record.post_norm
     if record.body:
         config["model_type"], config["saved_as"] = record.body, family
+    return config
+
+
+def _language_part(raw: dict[str, Any]) -> dict[str, Any]:
+    """The normalised language part of a model that also sees or hears; empty if it is not one."""
+    text = raw.get("text_config")
+    kind = text.get("model_type") if isinstance(text, dict) else None
+    record = RECORDS.get(kind) if isinstance(kind, str) else None
+    if record is None or raw["model_type"] not in record.inside or record.is_mixture(text or {}):
+        return {}
+    shared = {key: raw[key] for key in _OUTSIDE if key in raw}
+    return {
+        **normalise({**(text or {}), **shared}),
+        "wrapper": {key: value for key, value in raw.items() if key != "text_config"},
+    }
+
+
+def _as_said(raw: dict[str, Any], record: Family) -> dict[str, Any]:
+    """The config of a family with other kinds of layers than attention; see `normalise`."""
+    said = {**record.defaults, **raw}
+    for key in _COUNTED:  # `settle` computes with these
+        if type(said.get(key)) is not int or said[key] < 1:
+            raise ValueError(f"{key} is {said.get(key)!r}, not a positive whole number")
+    said = record.settle(said)
+    usual = {key: said[own] for key, own in record.usual.items()}
+    config = {**_ABSENT, **said, **usual, "said": tuple(said)}
+    for key in (*_WHOLE, *record.numbers):
+        if type(config.get(key)) is not int or config[key] < 1:
+            own = record.usual.get(key, key)
+            raise ValueError(f"{own} is {config.get(key)!r}, not a positive whole number")
+    layers, types = config["num_hidden_layers"], config.get("layer_types")
+    one_each = isinstance(types, list) and len(types) == layers
+    if record.kinds and not (one_each and all(kind in record.kinds for kind in types or ())):
+        raise ValueError(f"layer_types is not one of {' or '.join(record.kinds)} for each layer")
+    if not isinstance(config["tie_word_embeddings"], bool):
+        raise ValueError(
+            f"tie_word_embeddings is {config['tie_word_embeddings']!r}, not true or false"
+        )
+    for key in _PARAMETERS:
+        if not isinstance(config.get(key) or {}, dict):
+            raise ValueError(f"{key} is {config[key]!r}, not a mapping")
+    config["dtype"] = config["torch_dtype"] = raw.get("dtype") or raw.get("torch_dtype")
     return config
 
 

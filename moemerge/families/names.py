@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 LAYER = "model.layers.{layer}."
+TEXT_PREFIX = "model.language_model."
+"""In place of `model.` in models that also see or hear."""
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moemerge.families.records import Family
+from moemerge.families.family import Family
 
 PARTIAL = "partial_rotary_factor"
 TRAINED = "original_max_position_embeddings"
@@ -55,6 +55,24 @@ def settle(config: dict[str, Any], record: Family) -> dict[str, Any]:
         "rope_scaling": None if kind == "default" else {"rope_type": kind, **rest},
         "rope_parameters": {"rope_type": kind, "rope_theta": theta, **rest},
     }
+
+
+def both_forms(said: dict[str, Any], theta: float) -> dict[str, Any]:
+    """Keys with rope as transformers 4 and 5 write it, otherwise unchanged; `theta` is the default.
+
+    Raises:
+        ValueError: a form is not a mapping.
+    """
+    scaling, stated = said.get("rope_scaling"), said.get("rope_parameters")
+    for key, value in (("rope_scaling", scaling), ("rope_parameters", stated)):
+        if not isinstance(value or {}, dict):
+            raise ValueError(f"{key} is {value!r}, not a mapping")
+    own = scaling or stated or {}
+    found = {"rope_theta": own.get("rope_theta", said.get("rope_theta", theta))}
+    if PARTIAL in said or PARTIAL in own:
+        found[PARTIAL] = own.get(PARTIAL, said.get(PARTIAL))
+    kind = {"rope_type": own.get("rope_type", own.get("type", "default"))}
+    return {**found, "rope_parameters": {**own, **kind, **found}}
 
 
 def is_number(value: Any) -> bool:

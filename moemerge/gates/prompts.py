@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint import Donor
-from moemerge.config import MergeConfig
+from moemerge.config import MergeConfig, Picture
 from moemerge.errors import Findings
-from moemerge.text import PIECE_TOKENS, Encoder, Prompt, documents_of
+from moemerge.text import PIECE_TOKENS, Encoder, Pictures, Prompt, documents_of
 
 
 def read_documents(config: MergeConfig, findings: Findings) -> list[list[str]]:
@@ -77,7 +78,7 @@ def _check_apart(
     seen: dict[tuple[tuple[Any, ...], tuple[Any, ...]], int] = {}
     for index, (positive, negative) in enumerate(experts):
         where = config.where(f"experts[{index}]")
-        both = tuple(sorted(positive)), tuple(sorted(negative))
+        both = tuple(sorted(positive, key=repr)), tuple(sorted(negative, key=repr))
         if not both[0]:
             continue  # this problem is recorded already
         if both[0] == both[1]:
@@ -91,6 +92,29 @@ def _check_apart(
                 "give each expert its own, or use gate_mode: random",
             )
         seen.setdefault(both, index)
+
+
+def _pictures(config: MergeConfig, base: Donor, findings: Findings) -> Pictures | None:
+    """The base's processor if a prompt has a picture; None, with a problem, if it has none."""
+    found = [
+        config.where(f"{at}.{key}[{number}]")
+        for at, expert in config.every_expert
+        for key in ("positive_prompts", "negative_prompts")
+        for number, prompt in enumerate(getattr(expert, key))
+        if isinstance(prompt, Picture)
+    ]
+    if not found:
+        return None
+    if "wrapper" not in base.model.config:
+        what, fix = "has a picture, and the base model reads text alone", "name one that sees"
+        findings.problem(found[0], what, fix)
+        return None
+    try:
+        return Pictures(base.model.directory)
+    except ValueError as error:
+        fix = "add its processor_config.json and preprocessor_config.json"
+        findings.problem(found[0], f"has a picture: {error}", fix)
+        return None
 
 
 def encode_prompts(
@@ -108,9 +132,24 @@ def encode_prompts(
     """
     limits = base.model.config.get("max_position_embeddings"), base.model.config.get("vocab_size")
 
-    def encode(texts: tuple[str, ...], key: str) -> Iterator[Prompt]:
+    pictures = _pictures(config, base, findings)
+
+    def read(text: str | Picture, where: str) -> Prompt | None:
+        if not isinstance(text, Picture):
+            return encoder.encode(text)
+        try:
+            file = (config.folder or Path()) / text.image
+            return pictures.encode(file, text.text) if pictures else None
+        except ValueError as error:
+            findings.problem(where, str(error), "name the file of a picture")
+            return None
+
+    def encode(texts: tuple[str | Picture, ...], key: str) -> Iterator[Prompt]:
         for number, text in enumerate(texts):
-            prompt, where = encoder.encode(text), config.where(f"{key}[{number}]")
+            where = config.where(f"{key}[{number}]")
+            prompt = read(text, where)
+            if prompt is None:
+                continue
             longest, vocabulary = (limit if isinstance(limit, int) else 2**63 for limit in limits)
             if len(prompt.ids) == prompt.own:
                 findings.problem(where, "has no tokens", "write another prompt")
@@ -133,6 +172,9 @@ def encode_prompts(
         for index, expert in enumerate(config.experts)
     )
     if len(findings.problems) == refused:  # otherwise prompts with problems are left out here
-        ids = (([p.ids for p in e.own], [p.ids for p in e.negative]) for e in encoded)
+        ids = (
+            ([(p.ids, p.seen) for p in e.own], [(p.ids, p.seen) for p in e.negative])
+            for e in encoded
+        )
         _check_apart(config, ids, findings, apart)
     return encoded

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from moemerge.checkpoint import Donor
-from moemerge.config import MergeConfig, read_settings
+from moemerge.config import MergeConfig, Picture, read_settings
 from moemerge.dense import available_memory, model_bytes
 from moemerge.errors import Findings, nearest
 from moemerge.gates import modes
@@ -19,7 +20,7 @@ from moemerge.options import RunOptions
 from moemerge.plan import digest_of
 from moemerge.reporting import size
 from moemerge.split import Cutting, Split
-from moemerge.text import Encoder, Vocabulary, open_encoder, other_ids
+from moemerge.text import Encoder, Prompt, Vocabulary, open_encoder, other_ids
 from moemerge.tokenizer import shown
 
 
@@ -158,12 +159,23 @@ def read_prompts(
                     "has no positive_prompts, and the tokenizer has no token that texts begin with",
                     "add some prompts",
                 )
+    _check_pictures(config, gate, findings)
     apart = not gate.needs.expert_models  # two models continue the same prompt differently
     prompts = encode_prompts(config, encoder, base, documents, findings, apart)
     if gate.needs.expert_models:
         _check_own_text(config, encoder, prompts, [base, *donors], gate.settings.passes(), findings)
         _check_beginnings(vocabulary, encoder, prompts, donors, findings)
     return encoder, prompts
+
+
+def _check_pictures(config: MergeConfig, gate: Gate, findings: Findings) -> None:
+    """Record a problem if prompts have pictures, and the gate mode runs no body that sees."""
+    prompts = (p for e in config.experts for p in (*e.positive_prompts, *e.negative_prompts))
+    if any(isinstance(prompt, Picture) for prompt in prompts) and (
+        gate.needs.expert_models or not gate.needs.body_pass
+    ):
+        what = f"{config.mode} cannot use prompts with pictures"
+        findings.problem(config.where("gate_mode"), what, "use ridge or hidden")
 
 
 def _check_own_text(
@@ -243,6 +255,12 @@ def check_room(
         )
 
 
+def _plain(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as plain data, with the digest of what is seen in it."""
+    seen = {"seen": prompt.seen.digest} if prompt.seen else {}
+    return {"ids": prompt.ids, "own": prompt.own, **seen}
+
+
 def digest_of_inputs(
     config: MergeConfig,
     options: RunOptions,
@@ -256,7 +274,10 @@ def digest_of_inputs(
         "mode": config.mode,
         "settings": dataclasses.asdict(gate.settings) or None,
         "body": [config.body, *(expert.body_weight for expert in config.experts)],
-        "prompts": [dataclasses.asdict(expert) for expert in prompts],
+        "prompts": [
+            {name: [_plain(one) for one in texts] for name, texts in vars(expert).items()}
+            for expert in prompts
+        ],
         "bits": bits if gate.needs.body_pass else None,
         "seed": options.seed if gate.needs.seed else None,
         "base": config.base_model,

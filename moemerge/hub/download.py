@@ -30,7 +30,7 @@ from moemerge.reporting import Reporter, listener
 SMALL_FILES = [
     "config.json", "generation_config.json", "*.index.json", "tokenizer*", "chat_template*",
     "additional_chat_templates/*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "adapter_config.json", "README.md",
+    "merges.txt", "adapter_config.json", "README.md", "*processor_config.json",
 ]  # fmt: skip
 
 

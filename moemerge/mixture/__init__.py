@@ -4,7 +4,7 @@ from moemerge.mixture.edit import add, drop, top_k
 from moemerge.mixture.edited_plan import Edit
 from moemerge.mixture.extraction import extract
 from moemerge.mixture.linear_experts import experts_of
-from moemerge.mixture.loading import PER_TOKEN, config_of, encoder_of, load_mixture
+from moemerge.mixture.loading import config_of, encoder_of, load_mixture
 from moemerge.mixture.open import Moe, open_moe, portions
 from moemerge.mixture.rebuild import EditResult, build
 from moemerge.mixture.repairing import repair
@@ -18,7 +18,6 @@ from moemerge.mixture.unfused import (
 )
 
 __all__ = [
-    "PER_TOKEN",
     "Edit",
     "EditResult",
     "Moe",

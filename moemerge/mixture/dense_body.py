@@ -9,13 +9,13 @@ from moemerge.architectures import (
     Reading,
     dense_shapes,
     find,
-    names,
+    name_of,
 )
 from moemerge.checkpoint import (
     Checkpoint,
 )
 from moemerge.errors import Findings
-from moemerge.families import PARTIAL, most_like, normalise
+from moemerge.families import ATTENTION, PARTIAL, most_like, normalise, record_of
 from moemerge.mixture.parts import Part
 
 _NEEDED = (
@@ -36,7 +36,17 @@ def dense_config_of(
     """The normalised config of a dense model with the mixture's body; see `normalise`."""
     config, windows = opened.config, _windows(opened.config, reading)
     family = config.get("model_type")
-    scaled = family in names() and find(str(family)).HOLDS.multipliers
+    name = name_of(family)
+    text_part = {key: value for key, value in config.items() if key != "wrapper"}
+    own_body = reading.dense(text_part, inner) if reading.dense and inner else None
+    if own_body and (record := record_of(own_body)) and record.layers != ATTENTION:
+        beside = {"wrapper": config["wrapper"]} if "wrapper" in config else {}
+        try:
+            return {**normalise(own_body), **beside}
+        except ValueError as error:
+            findings.problem(text, f"config.json: {error}", "repair it")
+            return {}
+    scaled = name is not None and find(name).HOLDS.multipliers
     record = most_like(opened.tensors, bool(windows.get("sliding_window")), scaled)
     if not inner:
         return {}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from moemerge.architectures import MLP, find, names
+from moemerge.architectures import MLP, find, name_of
 from moemerge.checkpoint import FLOATS, Donor, Opener
 from moemerge.config import Expert, MergeConfig, parse_config
 from moemerge.errors import Findings, InputError, Line, flag, no_effect
@@ -265,7 +265,8 @@ def _check_donor(moe: Moe, donor: Donor, options: Options, findings: Findings) -
 
 def is_made_of(moe: Moe, family: str) -> bool:
     """Whether the mixture's class computes models of that family exactly."""
-    return moe.family in names() and family in find(moe.family).HOLDS.families
+    name = name_of(moe.family)
+    return name is not None and family in find(name).HOLDS.families
 
 
 def _renumbered(part: Part, expert: int, moe: Moe) -> Part:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from moemerge.architectures import as_file, in_files, name_of
 from moemerge.checkpoint import Checkpoint, Donor
 from moemerge.mixture.open import Moe
 from moemerge.mixture.parts import Part, planned
@@ -59,7 +60,10 @@ def plan_of(edit: Edit, options: WriteOptions) -> tuple[Plan, tuple[Shard, ...]]
     Tensors stay in their files; routers come first, and new tensors last.
     """
     moe, before = edit.moe, edit.moe.manifest
-    tensors = list(planned(edit.parts, moe.tensors))
+    tensors = [
+        (file, replace(tensor, name=in_files(tensor.name, edit.config)))
+        for file, tensor in planned(edit.parts, moe.tensors)
+    ]
     limit = ShardSize.parse(options.shard_size).max_bytes(2)
     new = [tensor for file, tensor in tensors if not (file or tensor.made)]
     kept: dict[str, list[PlannedTensor]] = {}
@@ -81,14 +85,14 @@ def plan_of(edit: Edit, options: WriteOptions) -> tuple[Plan, tuple[Shard, ...]]
     inputs = before.plan.gate_inputs if before else ""
     shards = shards_of(said, sources, inputs)
     plan = Plan(
-        architecture=str(edit.config["model_type"]),
+        architecture=name_of(edit.config["model_type"]) or str(edit.config["model_type"]),
         gate_mode=before.plan.gate_mode if before else _GIVEN,
         gate_inputs=inputs,
         seed=before.plan.seed if before else 0,
         dtype=groups[-1][-1].dtype,
         experts=edit.experts,
         experts_per_token=edit.per_token // moe.segments,
-        config=edit.config,
+        config=as_file(edit.config),
         sources=sources,
         shards=shards,
     )
@@ -98,7 +102,8 @@ def plan_of(edit: Edit, options: WriteOptions) -> tuple[Plan, tuple[Shard, ...]]
 
 def _origins(moe: Moe) -> dict[str, PlannedTensor]:
     """Each tensor of the old manifest, and each expert's part of its stacked tensors."""
-    found = {one.name: one for one in moe.manifest.plan.tensors} if moe.manifest else {}
+    new_name, before = moe.checkpoint.renamed, moe.manifest.plan.tensors if moe.manifest else ()
+    found = {new_name.get(one.name, one.name): one for one in before}
     for name, view in moe.checkpoint.views.items():
         whole, values = found.get(view.of), math.prod(view.shape)
         if whole and isinstance(whole.recipe, Join):

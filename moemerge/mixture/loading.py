@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moemerge.architectures import COUNTS
+from moemerge.architectures import COUNTS, PER_TOKEN
 from moemerge.dense import available_memory, pick_device
 from moemerge.errors import Findings, InputError, Problem, first_line
 from moemerge.files import CONFIG_FILE, WEIGHTS_SUFFIX
@@ -16,9 +16,6 @@ from moemerge.mixture.unfused import dtype_of, load, refuse_weights
 from moemerge.options import RunOptions
 from moemerge.reporting import Reporter, size
 from moemerge.text import Encoder
-
-PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token")
-"""The keys by which configs say how many experts a token chooses."""
 
 
 def load_mixture(out: Path, options: RunOptions, reporter: Reporter) -> Any:
@@ -43,7 +40,7 @@ def load_mixture(out: Path, options: RunOptions, reporter: Reporter) -> Any:
     transformers.utils.logging.disable_progress_bar()
     with reporter.progress("loading the mixture", 1, "model"):
         try:
-            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            model, found = getattr(transformers, _auto_class(out)).from_pretrained(
                 out, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
             )
         except Exception as error:  # errors of many libraries reach this line
@@ -58,18 +55,25 @@ def load_mixture(out: Path, options: RunOptions, reporter: Reporter) -> Any:
     return model.eval().to(pick_device(options.device))
 
 
+def _auto_class(out: Path) -> str:
+    """The class of transformers that loads a mixture, which may see or hear."""
+    config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
+    return "AutoModelForImageTextToText" if "text_config" in config else "AutoModelForCausalLM"
+
+
 def config_of(out: Path) -> dict[str, Any]:
-    """The config.json of a mixture, with its numbers of experts.
+    """The config.json of a mixture, or of its language part, with its numbers of experts.
 
     Raises:
         InputError: the file is missing, or is no mixture's.
     """
     try:
-        config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
+        whole = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = whole.get("text_config", whole)
         numbers = [[config[key] for key in k if key in config] for k in (COUNTS, PER_TOKEN)]
         if all(of and isinstance(of[0], int) and of[0] > 0 for of in numbers):
             return dict(config)
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         pass
     fix = "name a directory that holds a mixture of experts"
     raise InputError([Problem(str(out), f"has no {CONFIG_FILE} of a mixture", fix)])

@@ -16,7 +16,8 @@ from moemerge.architectures import (
     Names,
     Reading,
     count_of,
-    names,
+    in_files,
+    name_of,
     reading_of,
 )
 from moemerge.checkpoint import (
@@ -32,8 +33,6 @@ from moemerge.mixture.dense_body import check_body, dense_config_of
 from moemerge.mixture.parts import Part, check_parts, parts_of
 from moemerge.output import MANIFEST_FILE, Manifest, is_shard, read_manifest, settle
 from moemerge.plan import reads
-
-PER_TOKEN = "num_experts_per_tok"
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,9 @@ class Moe:
     @property
     def is_misnamed(self) -> bool:
         """Whether a tensor has a name that some readers do not know."""
-        if self.checkpoint.renamed:
+        inside = "wrapper" in self.config
+        old = {in_files(new, self.config): old for old, new in self.checkpoint.renamed.items()}
+        if any(name != was for name, was in old.items()) or (inside and not old):
             return True
         own = self.tensors
         usual = (own.uppers[0], own.lowers[0]) if own.stacked else ()
@@ -125,8 +126,15 @@ def open_moe(named: str | Path, cache_dir: str | Path | None, notes: Findings) -
         what = f"is of type {family!r}, no mixture that is known"
         fix = "name a mixture whose experts go by usual names"
         raise InputError([Problem(text, what, fix)])
-    count, per_token = count_of(config), config.get(PER_TOKEN)
-    for key, value in (("the number of experts", count), (PER_TOKEN, per_token)):
+    if reading.names.transposed:
+        what = f"is a {family}, whose experts' matrices are stored transposed"
+        raise InputError([Problem(text, what, "merge anew: it cannot be taken apart or changed")])
+    chosen = reading.per_token
+    if reading.names.transposed:
+        what = f"is a {family}, whose experts' matrices are stored transposed"
+        raise InputError([Problem(text, what, "merge anew: it cannot be taken apart or changed")])
+    count, per_token = count_of(config), config.get(chosen)
+    for key, value in (("the number of experts", count), (chosen, per_token)):
         if type(value) is not int or value < 1:
             findings.problem(text, f"config.json: {key} is {value!r}", "write how many there are")
     if any(config[key] != count for key in COUNTS if key in config):
@@ -136,7 +144,7 @@ def open_moe(named: str | Path, cache_dir: str | Path | None, notes: Findings) -
     parts = tuple(parts_of(opened, reading.names))
     inner = check_parts(parts, count, config, text, findings)
     dense = dense_config_of(opened, reading, inner, text, findings)
-    if not findings.problems and family in names() and reading.attends(config):
+    if not findings.problems and name_of(family):
         check_body(parts, dense, text, findings)
     manifest = _manifest(opened.directory, text, findings)
     segments, factor = portions(config, manifest, count, per_token, text, findings)

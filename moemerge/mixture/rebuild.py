@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moemerge import output
+from moemerge.architectures import as_file
 from moemerge.card import files as card_files
 from moemerge.card import without_evaluation
 from moemerge.checkpoint import Donor, Location, check_unchanged, fetch
@@ -189,12 +190,12 @@ def build_in_place(edit: Edit, change: Change, reporter: Reporter) -> EditResult
     moe, before = edit.moe, edit.moe.manifest
     if before:
         chosen = edit.per_token // moe.segments
-        plan = replace(before.plan, config=edit.config, experts_per_token=chosen)
+        plan = replace(before.plan, config=as_file(edit.config), experts_per_token=chosen)
         made = replace(before, plan=plan, config=edit.text or before.config)
         change.write_json(output.MANIFEST_FILE, made.to_json())
     else:
         plan = plan_of(edit, Options())[0]
-    change.write_json(CONFIG_FILE, edit.config)
+    change.write_json(CONFIG_FILE, as_file(edit.config))
     card_files.drop_evaluation(change, reporter)
     change.commit()
     return EditResult(change.out, plan, 0, 0)

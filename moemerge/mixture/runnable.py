@@ -12,7 +12,7 @@ from moemerge.architectures import COUNTS, MLP, SPLIT_FACTOR
 from moemerge.checkpoint import FLOATS
 from moemerge.errors import Findings
 from moemerge.families import PARTIAL
-from moemerge.mixture.open import PER_TOKEN, Moe
+from moemerge.mixture.open import Moe
 from moemerge.mixture.parts import Part
 from moemerge.plan import Scale
 from moemerge.tokenizer import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILE, portable, read_object
@@ -48,6 +48,9 @@ def config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:
     long = config.get("dtype") or config.get("torch_dtype") or long_name(moe.parts[0].dtype)
     counts = (*moe.reading.counts, *(key for key in COUNTS if key in config))
     types, factor = _layer_kinds(moe), moe.reading.factor
+    numbers = {**dict.fromkeys(counts, experts), moe.reading.per_token: per_token}
+    if "said" in dense:  # a body of another kind: its keys are the class's own
+        return {**config, "dtype": long, "torch_dtype": long, **numbers}
     return {
         **config,
         "head_dim": dense["head_dim"],
@@ -57,7 +60,7 @@ def config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:
         **partial,
         "dtype": long,
         "torch_dtype": long,
-        **dict.fromkeys(counts, experts),
+        **numbers,
         **({"layer_types": types} if types else {}),
         **(
             {"sliding_window": config["sliding_window"] or None}
@@ -66,7 +69,6 @@ def config_of(moe: Moe, experts: int, per_token: int) -> dict[str, Any]:
         ),
         **({SPLIT_FACTOR: per_token} if moe.factor else {}),
         **({factor: config[factor] * per_token / moe.factor} if has_factor(moe) else {}),
-        PER_TOKEN: per_token,
     }
 
 

@@ -22,13 +22,27 @@ from moemerge.checkpoint import (
 from moemerge.errors import ReadError
 from moemerge.plan import blocks
 from moemerge.plan.blocks import WithStatistics, block_rows, evaluate, torch_dtype
-from moemerge.plan.recipe import Fill, Join, Read, Recipe, Sources, locate, reads, shape_of
+from moemerge.plan.recipe import (
+    Fill,
+    Halve,
+    Join,
+    Read,
+    Recipe,
+    Sources,
+    Transpose,
+    locate,
+    reads,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     _Bits = np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]
+
+_BAND_BYTES = 1 << 23
+"""The most bytes of a matrix that is being transposed in memory at a time."""
 
 _VOCABULARY = ("embed_tokens", "lm_head")
 
@@ -58,6 +72,10 @@ def fill(
         _refuse_what_is_broken(view, dtype, next(reads(recipe)))
     elif location:
         _convert(view, start, dtype, recipe, location)
+    elif isinstance(recipe, Halve) and (of := _plain(recipe.of, dtype, sources)):
+        _halve(view, start, dtype, recipe, of)
+    elif isinstance(recipe, Transpose):
+        _transpose(view, start, name, shape, dtype, recipe.of, sources)
     elif isinstance(recipe, Fill):
         np.frombuffer(view, numpy_dtype(dtype))[...] = recipe.value
     elif isinstance(recipe, Join) and recipe.axis == 0:
@@ -115,6 +133,61 @@ def load_rows(
         evaluate(recipe, "", 0, range(row, row + 1), sources, whole).float().numpy()[0]
         for row in rows
     ]
+
+
+def _plain(recipe: Recipe, dtype: str, sources: Sources) -> Location | None:
+    """Where the recipe's values lie in one piece in this dtype; None if they do not."""
+    location = locate(recipe, sources)
+    return location if location and location.is_plain(dtype) else None
+
+
+def _halve(view: memoryview, start: int, dtype: str, recipe: Halve, of: Location) -> None:
+    """Fill `view` with rows of heads in another order; each head is read once."""
+    row_bytes = PLAIN[dtype].nbytes(math.prod(of.shape[1:]))
+    head_bytes, at = row_bytes * recipe.head, start
+    raw = _scratch(head_bytes)
+    while at < start + len(view):
+        head = at // head_bytes
+        read_into(of, head * head_bytes, raw)
+        stop = min((head + 1) * head_bytes, start + len(view))
+        while at < stop:
+            row, within = divmod(at, row_bytes)
+            size = min(row_bytes - within, stop - at)
+            old = (recipe.old_row(row) - head * recipe.head) * row_bytes + within
+            view[at - start : at - start + size] = raw[old : old + size]
+            at += size
+    _refuse_what_is_broken(view, dtype, next(reads(recipe)))
+
+
+def _transpose(
+    view: memoryview,
+    start: int,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    of: Recipe,
+    sources: Sources,
+) -> None:
+    """Fill `view` with the bytes of `of` (C, R) transposed: (R, C), of which `shape` is one.
+
+    `of` is made in bands of rows, of which only the columns that `view` needs are kept. A view that
+    begins or ends within a row costs one row more.
+    """
+    import numpy as np
+
+    rows, width = shape
+    kind = np.dtype(f"u{PLAIN[dtype].block_bytes}")
+    row_bytes = width * kind.itemsize
+    first, last = start // row_bytes, -(-(start + len(view)) // row_bytes)
+    made = np.empty((last - first, width), kind)
+    step = max(1, _BAND_BYTES // (rows * kind.itemsize))
+    for at in range(0, width, step):
+        count = min(step, width - at)
+        band = memoryview(bytearray(count * rows * kind.itemsize))
+        fill(band, at * rows * kind.itemsize, name, (width, rows), dtype, of, sources)
+        made[:, at : at + count] = np.frombuffer(band, kind).reshape(count, rows)[:, first:last].T
+    low = start - first * row_bytes
+    view[:] = made.reshape(-1).view(np.uint8).data[low : low + len(view)]
 
 
 def _convert(view: memoryview, start: int, dtype: str, recipe: Recipe, location: Location) -> None:

@@ -16,6 +16,7 @@ from moemerge.checkpoint import Location, read_bytes, read_numbers, read_values
 from moemerge.plan.recipe import (
     Cut,
     Fill,
+    Halve,
     Join,
     LowRank,
     Mean,
@@ -25,6 +26,7 @@ from moemerge.plan.recipe import (
     Renew,
     Scale,
     Sources,
+    Transpose,
     locate,
     shape_of,
 )
@@ -85,6 +87,11 @@ def evaluate(
         return _join(recipe, name, block, rows, sources, whole)
     if isinstance(recipe, Cut):
         return _cut(recipe, name, block, rows, sources, whole)
+    if isinstance(recipe, Transpose):
+        every = range(shape_of(recipe.of, sources)[0])
+        return evaluate(recipe.of, name, 0, every, sources, whole).T[rows.start : rows.stop]
+    if isinstance(recipe, Halve):
+        return _halve(recipe, name, block, rows, sources, whole)
     assert not isinstance(recipe, Read)  # a Read has a location
     value = evaluate(recipe.of, name, block, rows, sources, whole).float()
     if isinstance(recipe, Scale):
@@ -186,6 +193,15 @@ def _cut(
         return evaluate(recipe.of, name, block, own, sources, whole)
     each = [range(row, row + 1) for row in chosen[rows.start : rows.stop].tolist()]
     return torch.cat([evaluate(recipe.of, name, block, own, sources, whole) for own in each])
+
+
+def _halve(
+    recipe: Halve, name: str, block: int, rows: range, sources: Sources, whole: dict[Read, Any]
+) -> torch.Tensor:
+    first = rows.start - rows.start % recipe.head
+    heads = range(first, rows.stop + -rows.stop % recipe.head)
+    value = evaluate(recipe.of, name, block, heads, sources, whole)
+    return value[[recipe.old_row(row) - first for row in rows]]
 
 
 def _renew(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moemerge.architectures import COUNTS
+from moemerge.architectures import COUNTS, PER_TOKEN
 from moemerge.checkpoint import PLAIN
 from moemerge.families import HEAD
 from moemerge.files import WEIGHTS_SUFFIX
@@ -130,12 +130,18 @@ class Plan:
     @property
     def routed(self) -> int:
         """How many experts a router chooses from; each segment of an expert counts as one."""
-        return next((int(self.config[key]) for key in COUNTS if key in self.config), 1)
+        return next((int(self._text[key]) for key in COUNTS if key in self._text), 1)
 
     @property
     def routed_per_token(self) -> int:
         """How many routed experts a router chooses for each token."""
-        return int(self.config.get("num_experts_per_tok", 1))
+        return next((int(self._text[key]) for key in PER_TOKEN if key in self._text), 1)
+
+    @property
+    def _text(self) -> dict[str, Any]:
+        """The language part of config.json."""
+        text: dict[str, Any] = self.config.get("text_config", self.config)
+        return text
 
     @property
     def active_parameters(self) -> int:

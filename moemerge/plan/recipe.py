@@ -114,11 +114,40 @@ class Renew:
     key: str
 
 
-Recipe = Read | LowRank | Noise | Scale | Mean | Fill | Cut | Join | Renew
+@dataclass(frozen=True)
+class Halve:
+    """A matrix (or vector) of heads with the rows of each head in another order.
+
+    Of the first `turned` of each head's `head` rows, those at even places come first, then those
+    at odd places. Rope that turned neighbours (rows 0 and 1) then turns halves (rows 0 and
+    turned / 2).
+    """
+
+    of: Recipe
+    head: int
+    turned: int
+
+    def old_row(self, row: int) -> int:
+        """The row of `of` that is row `row`."""
+        at, half = row % self.head, self.turned // 2
+        if at >= self.turned:
+            return row
+        return row - at + (2 * at if at < half else 2 * (at - half) + 1)
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """A matrix with rows and columns exchanged."""
+
+    of: Recipe
+
+
+Recipe = Read | LowRank | Noise | Scale | Mean | Fill | Cut | Join | Renew | Halve | Transpose
 
 _KINDS = {
     "read": Read, "low_rank": LowRank, "noise": Noise, "scale": Scale, "mean": Mean, "fill": Fill,
-    "cut": Cut, "join": Join, "renew": Renew,
+    "cut": Cut, "join": Join, "renew": Renew, "halve": Halve,
+    "transpose": Transpose,
 }  # fmt: skip
 
 
@@ -182,6 +211,9 @@ def shape_of(recipe: Recipe, sources: Sources) -> tuple[int, ...]:
         return sources[recipe.source][recipe.tensor].shape
     if isinstance(recipe, Fill):
         return recipe.shape
+    if isinstance(recipe, Transpose):
+        rows, columns = shape_of(recipe.of, sources)
+        return columns, rows
     if isinstance(recipe, Cut):
         shape = list(shape_of(recipe.of, sources))
         shape[recipe.axis] = recipe.stop - recipe.start
@@ -200,6 +232,8 @@ def computes(recipe: Recipe) -> bool:
         return recipe.axis != 0 or recipe.order is not None or computes(recipe.of)
     if isinstance(recipe, Join):
         return recipe.axis != 0 or any(map(computes, recipe.of))
+    if isinstance(recipe, Halve | Transpose):
+        return computes(recipe.of)
     return not isinstance(recipe, Read | Fill)
 
 

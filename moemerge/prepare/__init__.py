@@ -4,6 +4,7 @@ from moemerge.prepare.choose import listing, no_host
 from moemerge.prepare.compatibility import compare
 from moemerge.prepare.costs import Transfer, check_cache_room, expected_peak, transfer
 from moemerge.prepare.layout import source_of
+from moemerge.prepare.likely_family import check_family
 from moemerge.prepare.records import Prepared
 from moemerge.prepare.source_cards import Claims, claims_of, split_own
 from moemerge.prepare.sources import Tensors, fetch
@@ -15,6 +16,7 @@ __all__ = [
     "Tensors",
     "Transfer",
     "check_cache_room",
+    "check_family",
     "claims_of",
     "compare",
     "expected_peak",

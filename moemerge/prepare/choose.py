@@ -12,39 +12,7 @@ from moemerge.architectures import COUNTS, Architecture, Holds, Mixture, find, n
 from moemerge.checkpoint import Donor
 from moemerge.config import MergeConfig, option_types, read_options, read_settings
 from moemerge.errors import Findings, nearest
-from moemerge.families import RECORDS
-
-NO_HOST = {
-    "gemma": "its norms add one to their weights and its embeddings are scaled",
-    "gemma2": "it softcaps logits and has norms before and after each part",
-    "gemma3": "it has norms before and after each part, and windows in some layers",
-    "gemma3_text": "it has norms before and after each part, and windows in some layers",
-    "gemma4": "it has norms before and after each part, and windows in some layers",
-    "exaone4": "it mixes windows and layers without positions",
-    "olmo": "its norms have no weights",
-    "olmo3": "it has windows in some layers, and the flex_olmo class in none",
-    "smollm3": "some of its layers have no positions",
-    "phi": "its attention and MLP are parallel, with biases",
-    "gpt2": "its MLPs have no gate, and positions are learnt",
-    "gpt_neox": "its MLPs have no gate",
-    "falcon": "its MLPs have no gate",
-    "starcoder2": "its MLPs have no gate",
-    "stablelm": "its norms have biases",
-    "cohere": "its attention and MLP are parallel",
-    "cohere2": "its attention and MLP are parallel",
-    "deepseek_v2": "it is a mixture already, with latent attention",
-    "deepseek_v3": "it is a mixture already, with latent attention",
-    "minicpm3": "its attention is latent",
-    "bloom": "its MLPs have no gate, and its attention has a bias by distance",
-    "mpt": "its MLPs have no gate, and its attention has a bias by distance",
-    "opt": "its MLPs have no gate, and positions are learnt",
-    "gptj": "its attention and MLP are parallel, and its MLPs have no gate",
-    "gpt_bigcode": "its MLPs have no gate, and positions are learnt",
-    "nemotron": "its MLPs have no gate",
-    "mamba": "it has no MLPs",
-    "mamba2": "it has no MLPs",
-}
-"""Families that no mixture architecture computes exactly, with the reason."""
+from moemerge.families import NO_HOST, RECORDS, record_of
 
 _COUNTS = (*COUNTS, "moe_num_experts")
 
@@ -76,13 +44,14 @@ def find_target(
     return target
 
 
-def no_host(config: dict[str, Any], known_alone: bool = False) -> tuple[str, str]:
+def no_host(config: dict[str, Any], known_alone: bool = False, likely: str = "") -> tuple[str, str]:
     """Why no mixture can be made of a model, and the fix; two empty texts if one can be made.
 
-    With `known_alone`, an unknown family is not refused.
+    With `known_alone`, an unknown family is not refused. `likely` is the known family with the same
+    tensors, if any.
     """
     family = config.get("model_type")
-    if family in RECORDS:
+    if record_of(config):
         return "", ""
     fix = f"use a model of type {', '.join(sorted(RECORDS))}"
     text = config.get("text_config")
@@ -106,6 +75,9 @@ def no_host(config: dict[str, Any], known_alone: bool = False) -> tuple[str, str
         what = "it is an encoder and a decoder"
     elif known_alone and family not in NO_HOST:
         return "", ""
+    elif likely:
+        what = f"it is not known, but its tensors are those of a {likely}"
+        fix = f"write `family: {likely}` if it computes the same; `moemerge plan --probe` compares"
     else:
         what = "no mixture class is known to reproduce it"
     return f"is a {family!r} model: {NO_HOST.get(str(family), what)}", fix

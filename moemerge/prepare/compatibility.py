@@ -6,6 +6,7 @@ from typing import Any
 
 from moemerge.checkpoint import Donor
 from moemerge.errors import Findings
+from moemerge.families import record_of
 from moemerge.text import Vocabulary
 from moemerge.tokenizer import Comparison, chat_template, compare_contents, read_content, shown
 
@@ -43,7 +44,8 @@ def compare(
     """
     ours, theirs = base.model.config, expert.model.config
     family, other = ours.get("model_type"), theirs.get("model_type")
-    if family != other and not allow_crimes:
+    record = record_of(ours)
+    if family != other and not (record and other in record.alike) and not allow_crimes:
         findings.problem(
             where,
             f"model_type is {other!r}, the base model's is {family!r}",

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from moemerge.architectures import Constant, FromBody, FromExpert, Joined, Made, Slot, dense_shapes
+from moemerge.architectures import (
+    Constant,
+    FromBody,
+    FromExpert,
+    Joined,
+    Made,
+    Slot,
+    Transposed,
+    dense_shapes,
+    in_files,
+    turned_rows,
+)
 from moemerge.checkpoint import FLOATS, PLAIN, TIED, Checkpoint, Donor, Reference
 from moemerge.config import MergeConfig
 from moemerge.dense import VOCABULARY, Body
 from moemerge.errors import Findings, nearest
-from moemerge.families import HEAD
+from moemerge.families import HEAD, record_of
 from moemerge.gates import Needs
 from moemerge.options import Options, ShardSize
 from moemerge.plan import ROUTERS, Plan, PlannedTensor, Recipe, Source, make_shards, recipe
@@ -22,6 +33,7 @@ from moemerge.text import BASE
 _DTYPES = {**FLOATS, "bf16": "BF16", "fp16": "F16", "fp32": "F32", "half": "F16", "float": "F32"}
 _LONG_NAMES = {short: long for long, short in FLOATS.items()}
 _MLP = ".mlp."
+_FURTHER = ("mtp.", "model.mtp.")
 _NO_HEAD = "write that if the head is the embeddings; otherwise save the model again"
 _LEAST_F16 = 2.0**-24
 """The smallest float16 above zero: a constant above zero must not become zero."""
@@ -57,7 +69,7 @@ def lay_out(made: Layout, opened: Iterable[Checkpoint], findings: Findings) -> P
     dtype = _dtype(config, body.base, slots)
     tensors = [
         PlannedTensor(
-            slot.name,
+            in_files(slot.name, model),
             slot.shape,
             slot.dtype or dtype,
             _recipe(slot, made, slot.dtype or dtype),
@@ -66,6 +78,7 @@ def lay_out(made: Layout, opened: Iterable[Checkpoint], findings: Findings) -> P
         )
         for slot in slots
     ]
+    tensors += _beside_text(body.base)
     speak = _speakers(made)
     sources = tuple(source_of(one, one.reference in speak) for one in opened)
     tensors_of = {checkpoint.reference.text: checkpoint.tensors for checkpoint in opened}
@@ -89,6 +102,21 @@ def lay_out(made: Layout, opened: Iterable[Checkpoint], findings: Findings) -> P
         sources=sources,
         shards=make_shards(routers, others, limit, sources, made.gate_inputs),
     )
+
+
+def _beside_text(base: Donor) -> Iterator[PlannedTensor]:
+    """What a base that sees or hears has beside its language part: its tensors, byte for byte.
+
+    A block that predicts further tokens (`mtp.`) is not among them, because no class holds it.
+    """
+    model = base.model
+    if "wrapper" not in model.config:
+        return
+    text = {*model.renamed.values(), HEAD}
+    for name, at in model.tensors.items():
+        if name not in text and not name.startswith(_FURTHER):
+            made = recipe.Read(model.reference.text, name)
+            yield PlannedTensor(name, at.shape, at.dtype, made)
 
 
 def check_dtype(config: MergeConfig, findings: Findings) -> None:
@@ -118,7 +146,8 @@ def _recipe(slot: Slot, made: Layout, dtype: str) -> Recipe:
     """The recipe that makes the slot's tensor from its sources."""
     parts, of = made.parts, slot.of
     if isinstance(of, FromBody):
-        return parts.body.recipe(of.tensor)
+        own, config = parts.body.recipe(of.tensor), parts.body.config
+        return recipe.Halve(own, config["head_dim"], turned_rows(config)) if of.halved else own
     if isinstance(of, FromExpert):
         member = (parts.shared if of.shared else parts.routed)[of.expert]
         which = f"{'shared ' * of.shared}expert {of.expert}"
@@ -126,9 +155,11 @@ def _recipe(slot: Slot, made: Layout, dtype: str) -> Recipe:
     if isinstance(of, Constant):
         least = _LEAST_F16 if dtype == "F16" and of.value > 0 else of.value
         return recipe.Fill(max(of.value, least), slot.shape)
+    if isinstance(of, Transposed):
+        return recipe.Transpose(_recipe(of.of, made, dtype))
     if isinstance(of, Joined):
         return recipe.Join(tuple(_recipe(part, made, dtype) for part in of.parts), of.axis)
-    whole = recipe.Read(ROUTERS, slot.name)
+    whole = recipe.Read(ROUTERS, in_files(slot.name, parts.body.config))
     times = made.target.mixture.experts // len(made.donors)
     if of.kind == "shared gate" or times == 1:
         return whole
@@ -197,7 +228,7 @@ def _check_sources(
     wrong: dict[tuple[str, str, str], list[str]] = {}
     for need in needs:
         config = need.donor.model.config
-        held = dense_shapes(config) if "qkv_bias" in config else need.shapes
+        held = dense_shapes(config) if record_of(config) else need.shapes
         for name, shape in need.shapes.items():
             if obstacle := need.donor.obstacle((name,)):
                 wrong.setdefault((need.donor.where, f": {obstacle[1]}", obstacle[2]), []).append(

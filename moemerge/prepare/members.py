@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from moemerge.architectures import SEGMENTS, SPLIT_FACTOR, Mixture
+from moemerge.architectures import SEGMENTS, SPLIT_FACTOR, Mixture, width_of
 from moemerge.checkpoint import Donor
 from moemerge.config import Expert, MergeConfig
 from moemerge.dense import Body
@@ -65,7 +65,7 @@ def target_of(
     Some architectures multiply the routed experts' output by a factor in config.json. This factor
     then takes the place of `factor_of`.
     """
-    mixture = _mixture(config, split, base.model.config.get("intermediate_size"), findings)
+    mixture = _mixture(config, split, width_of(base.model.config), findings)
     target = find_target(config, base, mixture, findings) if mixture else None
     if target is None or not _factor(target) or target.mixture.settings is None:
         return target
@@ -123,7 +123,7 @@ def parts_of(
 
 
 def _mixture(
-    config: MergeConfig, split: Split | None, inner: object, findings: Findings
+    config: MergeConfig, split: Split | None, inner: int, findings: Findings
 ) -> Mixture | None:
     count, pieces = max(len(config.experts), 1), config.segments
     if split:
@@ -132,11 +132,11 @@ def _mixture(
         return Mixture(
             experts=count,
             per_token=split.per_token(config),
-            inner=inner // split.slices if isinstance(inner, int) else 0,
+            inner=inner // split.slices,
             shared=split.shared,
             told=((SPLIT_FACTOR, split.per_token(config)),),
         )
-    if pieces < 1 or not isinstance(inner, int) or inner % pieces:
+    if pieces < 1 or inner % pieces:
         what, fix = f"is {pieces}", f"write a divisor of {inner}, their neurons"
         findings.problem(config.where("segments"), what, fix)
         return None

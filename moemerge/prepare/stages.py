@@ -10,7 +10,8 @@ from moemerge import output
 from moemerge.checkpoint import Donor, Opener
 from moemerge.config import Expert, MergeConfig, as_config, check_values
 from moemerge.dense import Body
-from moemerge.errors import Findings, InputError, flag
+from moemerge.errors import Findings, InputError, flag, nearest
+from moemerge.families import NO_HOST, RECORDS, record_of
 from moemerge.gates import ExpertPrompts, Gate, check_device_is_here
 from moemerge.gates import setup as gate_setup
 from moemerge.options import Options
@@ -18,6 +19,7 @@ from moemerge.plan import Plan
 from moemerge.prepare.choose import no_host
 from moemerge.prepare.compatibility import compare
 from moemerge.prepare.layout import Layout, check_dtype, lay_out
+from moemerge.prepare.likely_family import likely_family, read_as, unread
 from moemerge.prepare.members import factor_of, parts_of, target_of
 from moemerge.prepare.records import Chosen, Prepared
 from moemerge.prepare.source_cards import read_own
@@ -96,6 +98,9 @@ class _Preparation:
         """The gate mode, the split, and the headers of every model."""
         config, findings, said = self.config, self.findings, self.config.base_model
         check_values(config, findings)
+        if config.family is not None and config.family not in RECORDS:
+            what, fix = f"{config.family!r} is no known family", nearest(config.family, RECORDS)
+            findings.problem(config.where("family"), what, fix)
         gate = gate_setup.gate_of(config, findings)
         base = self._dense(said, self.opener.donor(said, config.where("base_model"), "base"), True)
         split = split_of(config, findings)
@@ -161,7 +166,8 @@ class _Preparation:
         gate, split, target, base = chosen.gate, chosen.split, chosen.target, chosen.base
         donors, shared, vocabulary = chosen.donors, chosen.shared, chosen.vocabulary
         self._note_what_has_no_effect(chosen)
-        body = replace(self._body(config, base, donors), vocabulary=vocabulary)
+        sees = target.architecture.READING.sees
+        body = replace(self._body(config, base, donors), vocabulary=vocabulary, sees=sees)
         made_of = gate_setup.digest_of_inputs(config, options, gate, chosen.prompts, chosen.cutting)
         parts = parts_of(config, split, target, body, donors, shared)
         layout = Layout(config, options, target, parts, donors, shared, gate.needs, made_of)
@@ -239,11 +245,33 @@ class _Preparation:
         """
         if donor is None:
             return None
-        what, fix = no_host(donor.model.config, known_alone=not is_base)
+        donor, family = self._read_as(donor), donor.model.config.get("model_type")
+        unknown = record_of(donor.model.config) is None and family not in NO_HOST
+        likely = likely_family(donor.model) if unknown and is_base else ""
+        what, fix = no_host(donor.model.config, known_alone=not is_base, likely=likely)
         if what and said not in self.refused:
             self.findings.problem(donor.where, what, fix)
             self.refused.add(said)
         return None if what else donor
+
+    def _read_as(self, donor: Donor) -> Donor:
+        """The donor as the config's `family`, if its own family is not known."""
+        said, own = self.config.family, donor.model.config
+        if not said or record_of(own) or own.get("model_type") in NO_HOST or said not in RECORDS:
+            return donor
+        try:
+            made = read_as(donor, said)
+            left = unread(made.model, made.model.config) if record_of(made.model.config) else ""
+        except (ValueError, TypeError) as error:
+            self.findings.problem(donor.where, f"is no {said}: {error}", "leave out family")
+            return donor
+        if left:
+            what = f"has {left}, which a {said} does not have"
+            self.findings.problem(donor.where, what, "leave out family")
+        self.findings.note_of(
+            donor.name, f"a {own.get('model_type')!r}, read as a {said}: unchecked (plan --probe)"
+        )
+        return made
 
     def _check_ray(self) -> None:
         if self.options.ray and importlib.util.find_spec("ray") is None:

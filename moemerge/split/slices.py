@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moemerge.config import MergeConfig
-from moemerge.dense import Body, Passage, layer_inputs
+from moemerge.dense import ROUTER, Body, Passage, layer_inputs
 from moemerge.errors import Findings
 from moemerge.families import DOWN, GATE, UP, dense
 from moemerge.options import RunOptions
@@ -26,7 +26,7 @@ from moemerge.split.config import ORDER, Split
 TEXT_TOKENS = 1 << 13
 """The most tokens of the text that are read: all activations of a layer are in memory at once."""
 
-_SEES, _ACTIVATES = "mlp", "mlp.down_proj"
+_SEES, _ACTIVATES = ROUTER, "mlp.down_proj"
 
 
 def read_text(

@@ -4,6 +4,7 @@ from moemerge.text import batching, build_vocabulary
 from moemerge.text.documents import documents_of, find, rows_of, texts_of
 from moemerge.text.donor_tokens import BASE
 from moemerge.text.encoder import PIECE_TOKENS, Encoder, Prompt, open_encoder
+from moemerge.text.pictures import Pictures
 from moemerge.text.same_tokens import other_ids, shared_rows
 from moemerge.text.vocabulary import Vocabulary
 
@@ -11,6 +12,7 @@ __all__ = [
     "BASE",
     "PIECE_TOKENS",
     "Encoder",
+    "Pictures",
     "Prompt",
     "Vocabulary",
     "batching",

@@ -8,6 +8,7 @@ from typing import Any
 from moemerge.checkpoint import Donor, places
 from moemerge.config import MergeConfig
 from moemerge.errors import Findings, nearest
+from moemerge.families import record_of
 from moemerge.text.donor_tokens import BASE, UNION, Request, UnknownTokensError, read_all
 from moemerge.text.extend_tokenizer import extended, with_template_of_an_expert
 from moemerge.text.row_origins import origins, padded, with_rows
@@ -15,6 +16,10 @@ from moemerge.text.vocabulary import Vocabulary, size_of
 from moemerge.tokenizer import Token, Tokens, parse_tokens, with_added_tokens
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+_OF_LAYERS = "model.embed_tokens_"
+"""What names of embeddings for each layer begin with."""
 
 
 def choose(
@@ -37,6 +42,20 @@ def choose(
     a model whose logits are all negative (Hewitt 2021,
     https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
+    made = _choose(config, base, donors, findings)
+    record = record_of(base.model.config)
+    tables = record.top(base.model.config) if record else ()
+    if made.rows and any(name.startswith(_OF_LAYERS) for name in tables):
+        what = "would change a vocabulary that has embeddings for each layer too"
+        key = "tokenizer" if config.tokenizer != BASE else "extra_tokens"
+        key = key if key != "extra_tokens" or config.extra_tokens else "pad_vocabulary"
+        findings.problem(config.where(key), what, "leave it out for this base model")
+    return made
+
+
+def _choose(
+    config: MergeConfig, base: Donor, donors: Sequence[Donor | None], findings: Findings
+) -> Vocabulary:
     refused, multiple = len(findings.problems), config.pad_vocabulary
     owner = _owner(config, base, donors, findings)
     extra = _extra(config, findings)

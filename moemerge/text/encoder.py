@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,21 @@ _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a model that sees gets beside token ids, such as `pixel_values`, by its own names."""
+
+    given: Mapping[str, Any] = field(compare=False)
+    digest: str
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A prompt's token ids. The ids from `own` on are the prompt's own; those before it are what
-    the model was trained to see first."""
+    the model was trained to see first. A prompt with a picture has what was `seen` in it."""
 
     ids: tuple[int, ...]
     own: int
+    seen: Seen | None = None
 
 
 def open_encoder(vocabulary: Vocabulary, findings: Findings) -> Encoder | None:

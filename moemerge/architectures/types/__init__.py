@@ -65,6 +65,13 @@ def find(name: str) -> Architecture:
     return cast(Architecture, importlib.import_module(f"{__name__}.{name}"))
 
 
+def name_of(model_type: object) -> str | None:
+    """The name of the architecture that writes this model_type; None if there is none."""
+    if model_type in names():
+        return str(model_type)
+    return next((name for name in names() if model_type in find(name).READING.model_types), None)
+
+
 ONLY_READ = {"olmoe": Reading(counts=("num_experts",))}
 """Classes that moemerge reads, but does not write."""
 
@@ -77,17 +84,31 @@ def reading_of(family: object, tensors: Iterable[str]) -> Reading | None:
     """
     if isinstance(family, str) and family in ONLY_READ:
         return ONLY_READ[family]
-    if family in names():
-        return find(str(family)).READING
+    if (name := name_of(family)) is not None:
+        return find(name).READING
     inside = {found[3] for found in map(LAYER.fullmatch, tensors) if found}
     known = (find(name).READING.names for name in names())
     return next((Reading(one) for one in known if one.signature in inside), None)
+
+
+def language_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a mixture's language part, if it also sees or hears; empty if it does not.
+
+    The rest of the config is its `wrapper`.
+    """
+    text = config.get("text_config")
+    if not isinstance(text, dict) or reading_of(text.get("model_type"), ()) is None:
+        return {}
+    return {**text, "wrapper": {key: v for key, v in config.items() if key != "text_config"}}
 
 
 _READINGS = (*(find(name).READING for name in names()), *ONLY_READ.values())
 
 COUNTS = tuple(dict.fromkeys(key for one in _READINGS for key in one.counts))
 """The keys for the number of experts in configs; some configs have two."""
+
+PER_TOKEN = (*dict.fromkeys(one.per_token for one in _READINGS), "num_experts_per_token")
+"""The keys for the number of experts a token in configs."""
 
 ROUTING = frozenset(name for one in _READINGS for name in one.names.routing)
 """The last parts of the names of routing modules."""

@@ -25,7 +25,7 @@ from moemerge.architectures.reading import Reading, no_windows
 from moemerge.architectures.slots import Constant, Made, Mixture, Slot, routed, shared, whole
 from moemerge.families import DOWN, GATE, LAYER, PARTIAL, UP
 
-HOLDS = Holds(qk_norms=(None, "head"), qkv_bias=True)
+HOLDS = Holds(qk_norms=(None, "head"), qkv_bias=True, turns_in_part=True)
 READING = Reading(
     counts=("n_routed_experts",), windows=no_windows, turned=0.5, factor="routed_scaling_factor"
 )

@@ -20,8 +20,8 @@ from moemerge.architectures.limits import (
     other_rope,
 )
 from moemerge.architectures.reading import Names, Reading, no_windows
-from moemerge.architectures.slots import Joined, Mixture, Slot, projection, router, whole
-from moemerge.families import DOWN, GATE, LAYER, RECORDS, UP
+from moemerge.architectures.slots import Mixture, Slot, router, stacked, whole
+from moemerge.families import LAYER, RECORDS
 
 HOLDS = Holds(qkv_bias=True, o_bias=True, multipliers=True)
 READING = Reading(
@@ -82,19 +82,9 @@ def biases(config: dict[str, Any]) -> tuple[bool, bool]:
 def experts(config: dict[str, Any], mixture: Mixture, layer: int) -> Iterator[Slot]:
     """Router, `input_linear` (E, 2F, D) of gates and ups in turn, `output_linear` (E, D, F)."""
     block = f"{LAYER.format(layer=layer)}block_sparse_moe."
-    hidden, inner, count = config["hidden_size"], mixture.inner, mixture.experts
     yield router(f"{block}router.layer.weight", config, mixture)
-
-    def all_of(*which: str) -> Joined:
-        parts = (
-            projection("", config, mixture, layer, expert, one)
-            for expert in range(count)
-            for one in which
-        )
-        return Joined(tuple(parts))
-
-    yield Slot(f"{block}input_linear.weight", (count, 2 * inner, hidden), all_of(GATE, UP))
-    yield Slot(f"{block}output_linear.weight", (count, hidden, inner), all_of(DOWN))
+    upper, lower = f"{block}input_linear.weight", f"{block}output_linear.weight"
+    yield from stacked(config, mixture, layer, upper, lower)
 
 
 def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:

@@ -22,8 +22,15 @@ from moemerge.architectures.limits import (
     window_of,
 )
 from moemerge.architectures.reading import Reading, windows_where
-from moemerge.architectures.slots import Constant, Made, Mixture, Slot, routed, shared, whole
-from moemerge.families import DOWN, GATE, LAYER, UP
+from moemerge.architectures.slots import (
+    Mixture,
+    Slot,
+    gated_shared,
+    routed,
+    shared_width,
+    whole,
+)
+from moemerge.families import LAYER
 
 HOLDS = Holds(qkv_bias=True)
 SHARED = "gated"
@@ -31,13 +38,6 @@ SCORES = "softmax"
 READERS = ("transformers 4.57", "transformers 5", "mlx-lm", "vLLM", "llama.cpp")
 ALIASES = ("qwen", "qwen2")
 TRAINING = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
-
-_HALF = 1e-12
-"""A gate's weights for which the sigmoid is exactly 1/2; llama.cpp gives NaN for a logit of zero.
-"""
-
-_IDLE = 256
-"""Neurons of a shared expert of zeros; the blocks of quantised formats must be full."""
 
 
 def _windows(config: Mapping[str, Any]) -> Any:
@@ -81,20 +81,10 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
     """The dense tensors under their own names, routers, experts, the shared one and its gate."""
-    hidden, idle = config["hidden_size"], _shared_width(mixture)
 
     def mlp(layer: int) -> Iterator[Slot]:
-        block = f"{LAYER.format(layer=layer)}mlp."
         yield from routed(config, mixture, layer)
-        for which in (GATE, UP, DOWN):
-            full = f"{block}shared_expert.{which}.weight"
-            if mixture.shared:
-                yield shared(full, config, mixture, layer, which)
-            else:
-                shape = (hidden, idle) if which == DOWN else (idle, hidden)
-                yield Slot(full, shape, Constant(0.0))
-        gate = Made("shared gate") if mixture.gated else Constant(_HALF)
-        yield Slot(f"{block}shared_expert_gate.weight", (1, hidden), gate)
+        yield from gated_shared(f"{LAYER.format(layer=layer)}mlp.", config, mixture, layer)
 
     return whole(config, mlp, qkv_bias=True)
 
@@ -116,10 +106,6 @@ def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[
         "num_experts": mixture.experts,
         "num_local_experts": mixture.experts,
         "qkv_bias": True,
-        "shared_expert_intermediate_size": _shared_width(mixture),
+        "shared_expert_intermediate_size": shared_width(mixture),
         "use_sliding_window": window is not None,
     }
-
-
-def _shared_width(mixture: Mixture) -> int:
-    return mixture.shared * mixture.inner or min(mixture.inner, _IDLE)

@@ -15,6 +15,10 @@ from moemerge.cli.terminal import Terminal, show
 from moemerge.errors import flag, no_effect
 from moemerge.options import Options
 
+PROBE = (
+    "For a config with `family:`, compare a layer on random input with transformers' own class. "
+    "Loads torch."
+)
 MERGE_ALONE = {
     "overwrite", "verify", "copy_tokenizer", "jobs", "direct", "checksums", "shards", "ray",
     "card", "card_config", "push", "private", "push_as_you_go",
@@ -30,12 +34,15 @@ def plan(
     terminal: Terminal,
     typed: frozenset[str],
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help=PROBE)] = False,
 ) -> None:
     """Show what a merge of CONFIG would build. Reads headers only and writes nothing."""
-    from moemerge.prepare import expected_peak, make_plan, transfer
+    from moemerge.prepare import check_family, expected_peak, make_plan, transfer
 
     check_config_path(config)
     ready = make_plan(config, options, terminal)
+    if probe:
+        terminal.say(check_family(ready))
     made = ready.plan
     without_effect = [
         flag(n, value) for n, value in vars(options).items() if n in MERGE_ALONE & typed
