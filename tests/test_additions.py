@@ -22,8 +22,7 @@ from safetensors.numpy import load_file, save_file
 from test_laws import BODIES, all_tensors, logits, same_bytes
 from transformers import CONFIG_MAPPING
 
-from moemerge.families import RECORDS
-from moemerge.prepare.choose import NO_HOST
+from moemerge.families import NO_HOST, RECORDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -231,13 +230,11 @@ def test_an_output_class_is_one_file(tmp_path: Path, body: str) -> None:
         assert tensors[name].equal(sources[".mlp." in name][name]), name
 
 
-def test_a_dense_family_is_one_record(tmp_path: Path) -> None:
+def test_a_dense_family_is_one_file(tmp_path: Path) -> None:
     """The family of the walkthrough is a Llama of another name, and models of it make a mixture."""
-    records = (ROOT / "moemerge/families/records.py").read_text(encoding="utf-8")
-    record = example("A dense family is one record")
-    added = records.replace("    _LLAMA,\n", f"    _LLAMA,\n{record.rpartition(')')[0]}),\n")
-    assert record and added != records
-    package = package_with(tmp_path, {"families/records.py": added})
+    record = example("A dense family is one file")
+    assert record
+    package = package_with(tmp_path, {"families/types/iquestcoder.py": record})
     name = "iquestcoder" if "iquestcoder" in CONFIG_MAPPING else "llama"  # transformers 5 has it
     base, other = (
         make_model(tmp_path / str(seed), name, seed=seed, head_dim=16) for seed in (0, 1)

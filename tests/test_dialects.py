@@ -23,13 +23,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moemerge import InputError, make_plan, merge
 from moemerge.config.schema import parse_config
-from moemerge.families import RECORDS
+from moemerge.families import ATTENTION, RECORDS
 
 PROMPT = torch.tensor([[1, *range(3, 43)]])  # beyond every window, and the context of SHORT
 SHORT = {"max_position_embeddings": 24}
 OWN: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "phi3": {"pad_token_id": 0},
+    "glm": {"head_dim": 8, "pad_token_id": 0},
+    "ernie4_5": {"head_dim": 8, "pad_token_id": 0},
     "seed_oss": {"head_dim": 8, "pad_token_id": 0},
     "granite": {
         "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
@@ -37,6 +39,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 WINDOWED = ("mistral", "phi3", "qwen2", "qwen3")
+FAMILIES = [name for name, record in RECORDS.items() if record.layers == ATTENTION]
 LAYERS = SIZES["num_hidden_layers"]
 FULL, SLIDING = ["full_attention"] * LAYERS, ["sliding_attention"] * LAYERS
 MIXED = [FULL[0], SLIDING[0]]
@@ -102,7 +105,7 @@ ROPES = [
     Row("longrope, attention_factor", {**LONG, "attention_factor": 1.3}, TRAINED),
     Row("longrope, factor", {**LONG, "factor": 16.0}, TRAINED),
     Row("longrope, su", {**without(LONG, "rope_type"), "type": "su"}, TRAINED,
-        means={"rope_scaling": LONG, **TRAINED}),
+        means={"rope_scaling": LONG, "rope_theta": 10000.0, **TRAINED}),
     Row("longrope, short lists", {**LONG, **HALF}, TRAINED),
     Row("longrope, a number", {**LONG, "short_factor": 2.0}, TRAINED),
     Row("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
@@ -347,7 +350,7 @@ def check(root: Path, family: str, own: list[Case]) -> None:
     assert len(equal) > len(found) / 3  # the rest of the keys are refused by their names
 
 
-@pytest.mark.parametrize("family", RECORDS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_equal_or_refused(tmp_path: Path, family: str) -> None:
     """Half of the rows, the others for the next family; of each dialect every second family's."""
     number = list(RECORDS).index(family)
@@ -357,7 +360,7 @@ def test_equal_or_refused(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", RECORDS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_equal_or_refused_in_every_dialect(tmp_path: Path, family: str) -> None:
     check(tmp_path, family, list(cases(family)))
 
@@ -367,7 +370,7 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     totals: Counter[str] = Counter()
-    for one in sys.argv[1:] or RECORDS:
+    for one in sys.argv[1:] or FAMILIES:
         with tempfile.TemporaryDirectory() as directory:
             bench = Bench(Path(directory), one)
             for case in cases(one):

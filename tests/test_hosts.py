@@ -95,7 +95,7 @@ def test_a_family_without_a_host_is_refused_with_the_reason(
         (copied / file.name).symlink_to(file)
     (copied / "config.json").unlink()
     (copied / "config.json").write_text(json.dumps({**config, "model_type": family}))
-    reason = hosts.NO_HOST.get(family, "no mixture class is known to reproduce it")
+    reason = hosts.NO_HOST.get(family, "it is not known, but its tensors are those of a llama")
     assert f"is a {family!r} model: {reason}" in problems_of(copied)[0]
 
 

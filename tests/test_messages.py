@@ -37,10 +37,9 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     # model_type: (what transformers would not write by itself, what is said of it)
     "llava": ({}, "it reads more than text (vision_config); save its text model, a 'llama'"),
     "mistral3": ({}, "it reads more than text (vision_config); save its text model, a 'mistral'"),
-    "gemma3": ({}, "norms before and after each part"),
+    "gemma3": ({}, "it norms queries and keys but not values"),
     "qwen2_5_vl": ({}, "it reads more than text (vision_config)"),
     "qwen2_vl": ({}, "it reads more than text (vision_config)"),
-    "qwen3_vl": ({}, "it reads more than text (vision_config)"),
     "internvl": ({}, "it reads more than text (vision_config)"),
     "mllama": ({}, "it reads more than text (vision_config)"),
     "llama4": ({}, "it reads more than text (vision_config)"),

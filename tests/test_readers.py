@@ -17,7 +17,7 @@ import pytest
 import torch
 from babies import SIZES, make_adapter, make_model, simple_config, write_config
 from smollm2 import model_dir
-from test_laws import BODIES, HOSTED
+from test_laws import BODIES, HOSTED, USUAL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moemerge import merge, verify_checkpoint
@@ -318,7 +318,7 @@ def cases() -> list[Case]:
     """What readers may differ in. With all its experts active, a qwen2_moe shows what else than
     their weights they take otherwise."""
     found = []
-    for name in types.names():
+    for name in USUAL:
         if not ELSEWHERE & set(types.find(name).READERS):
             continue
         count = 3 if name == "qwen2_moe" else 2

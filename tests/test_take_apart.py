@@ -25,6 +25,7 @@ from babies import (
 from fake_hub import FakeHub
 from safetensors.torch import load_file
 from test_fused import make_mixture
+from test_laws import BODIES, USUAL
 from test_readers import ROOT, python_of, read
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -33,6 +34,7 @@ from moemerge import InputError, Options, merge, regate, routing_report, verify_
 from moemerge.architectures import types
 from moemerge.card.sharing import shareable
 from moemerge.cli import app
+from moemerge.families import RECORDS
 from moemerge.mixture.edit import add, drop, top_k
 from moemerge.mixture.extraction import extract
 from moemerge.mixture.repairing import repair
@@ -43,7 +45,15 @@ SMALL = Options(shard_size="16KB")
 OWN = {"qwen2_moe": "qwen2", **dict.fromkeys(
     ("granitemoe", "granitemoehybrid", "granitemoeshared"), "granite"
 )}  # fmt: skip
-HOSTS = {name: OWN.get(name, types.find(name).HOLDS.families[0]) for name in types.names()}
+HOSTS = {
+    name: OWN.get(
+        name,
+        next(
+            f for f in types.find(name).HOLDS.families if f in BODIES and not RECORDS[f].interleaved
+        ),
+    )
+    for name in USUAL
+}
 KINDS = ("with a manifest", "without", "as transformers 5 holds it")
 TOKENS = torch.arange(24)[None]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 from reader import Request, Response, generate, main
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def read(model_dir: Path, request: Request, work: Path) -> Response:
@@ -18,7 +18,9 @@ def read(model_dir: Path, request: Request, work: Path) -> Response:
     warnings = _Warnings()
     logging.getLogger("transformers").addHandler(warnings)
     dtype = {"torch_dtype" if transformers.__version__ < "4.56" else "dtype": torch.float32}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    sees = hasattr(AutoConfig.from_pretrained(model_dir), "text_config")
+    kind = transformers.AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model, info = kind.from_pretrained(
         model_dir, **dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     model.eval()
@@ -39,7 +41,8 @@ def read(model_dir: Path, request: Request, work: Path) -> Response:
             seen.extend(ids)
             new = seen if cache is None else ids  # a class may make no cache of its own
             with torch.inference_mode():
-                out = model(torch.tensor([new]), past_key_values=cache, use_cache=True)
+                # With a cache, one that sees wants positions that only its `generate` makes.
+                out = model(torch.tensor([new]), past_key_values=cache, use_cache=not sees)
             cache = out.past_key_values
             return out.logits[0, -len(ids) :].numpy()
 
