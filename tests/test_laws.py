@@ -76,6 +76,13 @@ BODIES |= {
         }, "original_max_position_embeddings": 16,
     },
     "olmo2": {"family": "olmo2"},
+    "olmo3": {"family": "olmo3", "sliding_window": 64, "rope_theta": 500000.0},
+    "ministral3": {
+        "family": "ministral3", "head_dim": 8, "pad_token_id": 0, "rope_scaling": {
+            "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
     "olmo2 biases": {"family": "olmo2", "attention_bias": True},
     "granite": {"family": "granite", **GRANITE},
     "granite biases": {"family": "granite", **GRANITE, "attention_bias": True},

@@ -41,7 +41,6 @@ SAYS: dict[str, tuple[str, ...]] = {
     "nemotron": (NO_GATE,),
     "mamba": ("class MambaMixer",),
     "mamba2": ("class Mamba2Mixer",),
-    "olmo3": ("sliding_attention", "self.post_attention_layernorm = "),
     "smollm3": ("no_rope_layers",),
 }
 LACKS: dict[str, str] = {

@@ -21,7 +21,7 @@ from moemerge.card.slots import (
 from moemerge.checkpoint import is_hub_id, last_part
 from moemerge.config import PromptText
 from moemerge.gates import Prompts, verdict
-from moemerge.prepare import Claims, Prepared
+from moemerge.prepare import Claims, Prepared, caveats
 from moemerge.report import Collision, RoutingSummary
 from moemerge.reporting import count, size
 from moemerge.split import Split
@@ -241,8 +241,8 @@ def _limits(ready: Prepared, routing: RoutingSummary) -> Iterator[str]:
     ):
         lines.append("All its experts are the same model: without training it gains nothing.")
     target = ready.target
-    caveats = target.architecture.caveats(ready.base.model.config, target.mixture)
-    lines += [shown(line, 300) for _, line in caveats]
+    known = caveats(target.architecture, ready.base.model.config, target.mixture)
+    lines += [shown(line, 300) for _, line in known]
     yield "## Limits"
     yield "\n".join(f"- {line}" for line in lines)
 

@@ -62,7 +62,7 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
         return dict(raw)
     if record.layers != ATTENTION:
         return _as_said(raw, record)
-    config = {**record.defaults, **raw}
+    config = record.settle({**record.defaults, **raw})
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
     for key in (*_NUMBERS, *_FLAGS, "rope_theta", "max_window_layers", PARTIAL):

@@ -28,6 +28,10 @@ def _unchanged(config: Config) -> Config:
     return config
 
 
+def _none(_: Config) -> str:
+    return ""
+
+
 def _never(_: Mapping[str, Any]) -> bool:
     return False
 
@@ -105,8 +109,7 @@ class Family:
     """Further keys of config.json that must be whole numbers from 1."""
 
     settle: Callable[[Config], Config] = _unchanged
-    """Makes explicit what its class computes from config.json, if its layers are of another kind.
-    """
+    """Makes explicit what its class computes from config.json; defaults are filled in before."""
 
     layer: Callable[[Config, int], Shapes] = attention
     """The tensors of a layer without its MLP: names and shapes, by normalised config and number."""
@@ -123,6 +126,9 @@ class Family:
     inside: Mapping[str, str] = field(default_factory=dict)
     """The model_types of models that see or hear, of which this is the language part
     (`text_config`), with transformers' class of each."""
+
+    limit: Callable[[Config], str] = _none
+    """Up to where a mixture of this model is exact, in words; empty if everywhere."""
 
     alike: tuple[str, ...] = ()
     """Families whose models may be experts of it, because their layers compute the same."""

@@ -31,7 +31,6 @@ NO_HOST = {
     "nemotron": "its MLPs have no gate",
     "mamba": "it has no MLPs",
     "mamba2": "it has no MLPs",
-    "olmo3": "it has windows in some layers, and the flex_olmo class in none",
     "smollm3": "some of its layers have no positions",
 }
 """By model_type. `tests/test_reasons.py` holds each to transformers' code."""

@@ -1,6 +1,6 @@
 """From a config to a plan: opens sources, chooses an architecture, lays out tensors, sums costs."""
 
-from moemerge.prepare.choose import listing, no_host
+from moemerge.prepare.choose import caveats, listing, no_host
 from moemerge.prepare.compatibility import compare
 from moemerge.prepare.costs import Transfer, check_cache_room, expected_peak, transfer
 from moemerge.prepare.layout import source_of
@@ -15,6 +15,7 @@ __all__ = [
     "Prepared",
     "Tensors",
     "Transfer",
+    "caveats",
     "check_cache_room",
     "check_family",
     "claims_of",

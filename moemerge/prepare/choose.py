@@ -39,7 +39,7 @@ def find_target(
     else:
         target = _best(config, base, mixture, findings)
     if target:
-        for _, line in target.architecture.caveats(base.model.config, target.mixture):
+        for _, line in caveats(target.architecture, base.model.config, target.mixture):
             findings.note(line)
     return target
 
@@ -133,9 +133,19 @@ def refusals(
     yield from host.refusals(config, mixture)
 
 
+def caveats(
+    host: Architecture, config: dict[str, Any], mixture: Mixture
+) -> Iterator[tuple[str, str]]:
+    """What is not computed exactly: (reader, line). The reader is empty if it is so in all."""
+    record = record_of(config)
+    if record and (limit := record.limit(config)):
+        yield "", limit
+    yield from host.caveats(config, mixture)
+
+
 def readers(host: Architecture, config: dict[str, Any], mixture: Mixture) -> tuple[str, ...]:
     """The programs that compute this model exactly."""
-    others = {reader for reader, _ in host.caveats(config, mixture)}
+    others = {reader for reader, _ in caveats(host, config, mixture)}
     return tuple(reader for reader in host.READERS if reader not in others)
 
 
