@@ -33,6 +33,8 @@ GRANITE4 = {
     "attention_multiplier": 0.2,
 }  # fmt: skip
 
+SMOLLM3 = {**WIDE, "model_type": "smollm3", "num_hidden_layers": 4}
+
 KINDS: dict[str, dict[str, Any]] = {
     "qwen3.5": {
         **WIDE, "model_type": "qwen3_5_text", "num_hidden_layers": 4, "head_dim": 16,
@@ -55,6 +57,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "lfm2 biases": {**LFM2, "conv_bias": True},
     "cohere2": COHERE2,
     "cohere2 biases": {**COHERE2, "attention_bias": True},
+    "smollm3": {**SMOLLM3},
+    "smollm3 windows, biases": {
+        **SMOLLM3, "use_sliding_window": True, "sliding_window": 7, "attention_bias": True,
+    },
+    "hunyuan": {**WIDE, "model_type": "hunyuan_v1_dense", "num_hidden_layers": 2, "head_dim": 16},
     "granite4": {**GRANITE4, "position_embedding_type": "rope"},
     "granite4 mamba": {**GRANITE4, "layer_types": ["mamba", "attention"]},
 }  # fmt: skip

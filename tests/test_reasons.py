@@ -41,7 +41,6 @@ SAYS: dict[str, tuple[str, ...]] = {
     "nemotron": (NO_GATE,),
     "mamba": ("class MambaMixer",),
     "mamba2": ("class Mamba2Mixer",),
-    "smollm3": ("no_rope_layers",),
 }
 LACKS: dict[str, str] = {
     "gemma3": "self.v_norm = ", "gemma3_text": "self.v_norm = ", "exaone4": "self.input_layernorm",

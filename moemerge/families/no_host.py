@@ -31,6 +31,5 @@ NO_HOST = {
     "nemotron": "its MLPs have no gate",
     "mamba": "it has no MLPs",
     "mamba2": "it has no MLPs",
-    "smollm3": "some of its layers have no positions",
 }
 """By model_type. `tests/test_reasons.py` holds each to transformers' code."""

@@ -35,6 +35,7 @@ _LONG_NAMES = {short: long for long, short in FLOATS.items()}
 _MLP = ".mlp."
 _FURTHER = ("mtp.", "model.mtp.")
 _NO_HEAD = "write that if the head is the embeddings; otherwise save the model again"
+_MOST_F16 = 65504.0
 _LEAST_F16 = 2.0**-24
 """The smallest float16 above zero: a constant above zero must not become zero."""
 
@@ -154,7 +155,8 @@ def _recipe(slot: Slot, made: Layout, dtype: str) -> Recipe:
         return member.recipe(of.tensor, made.options.seed, which)
     if isinstance(of, Constant):
         least = _LEAST_F16 if dtype == "F16" and of.value > 0 else of.value
-        return recipe.Fill(max(of.value, least), slot.shape)
+        most = -_MOST_F16 if dtype == "F16" else of.value
+        return recipe.Fill(max(of.value, least, most), slot.shape)
     if isinstance(of, Transposed):
         return recipe.Transpose(_recipe(of.of, made, dtype))
     if isinstance(of, Joined):
