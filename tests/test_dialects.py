@@ -32,6 +32,7 @@ OWN: dict[str, dict[str, Any]] = {
     "phi3": {"pad_token_id": 0},
     "glm": {"head_dim": 8, "pad_token_id": 0},
     "ernie4_5": {"head_dim": 8, "pad_token_id": 0},
+    "helium": {"head_dim": 8, "pad_token_id": 0},
     "seed_oss": {"head_dim": 8, "pad_token_id": 0},
     "granite": {
         "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,

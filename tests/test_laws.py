@@ -21,7 +21,7 @@ from babies import (
     write_config,
 )
 from safetensors.torch import load_file, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from moemerge import Options, make_plan, merge, verify_checkpoint
 from moemerge.architectures import types
@@ -34,6 +34,9 @@ from moemerge.merging import shard_loop
 from moemerge.plan.plan import Plan
 from moemerge.prepare import choose as hosts
 from moemerge.reporting import Silent
+
+IS_5 = transformers.__version__ >= "5"
+"""Version 4 does not know some families, and reads an olmo3's rope in another way."""
 
 BODIES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
@@ -76,6 +79,7 @@ BODIES |= {
         }, "original_max_position_embeddings": 16,
     },
     "olmo2": {"family": "olmo2"},
+    "helium": {"family": "helium", "head_dim": 8, "pad_token_id": 0},
     "olmo3": {"family": "olmo3", "sliding_window": 64, "rope_theta": 500000.0},
     "ministral3": {
         "family": "ministral3", "head_dim": 8, "pad_token_id": 0, "rope_scaling": {
@@ -100,6 +104,12 @@ BODIES |= {
     "seed_oss": {"family": "seed_oss", "head_dim": 8, "pad_token_id": 0},
     "seed_oss head_dim": {"family": "seed_oss", "head_dim": 16, "pad_token_id": 0},
 }  # fmt: skip
+
+BODIES = {
+    name: body
+    for name, body in BODIES.items()
+    if body.get("family", "llama") in CONFIG_MAPPING and (IS_5 or body.get("family") != "olmo3")
+}
 
 
 def holds(architecture: str, body: str) -> bool:
