@@ -28,6 +28,7 @@ from moemerge.architectures.slots import (
 from moemerge.architectures.types import (
     COUNTS,
     PER_TOKEN,
+    ROUTERS,
     ROUTING,
     Architecture,
     count_of,
@@ -43,6 +44,7 @@ __all__ = [
     "LAYER",
     "MLP",
     "PER_TOKEN",
+    "ROUTERS",
     "ROUTING",
     "SEGMENTS",
     "SPLIT_FACTOR",

@@ -8,8 +8,10 @@ from moemerge.dense.run import (
     Streamed,
     available_memory,
     compute_dtype,
+    make_buffers,
     model_bytes,
     pick_device,
+    place_buffers,
     whole_model,
 )
 
@@ -24,8 +26,10 @@ __all__ = [
     "differs_by",
     "embed",
     "layer_inputs",
+    "make_buffers",
     "model_bytes",
     "pick_device",
+    "place_buffers",
     "router_inputs",
     "whole_model",
     "write_texts",

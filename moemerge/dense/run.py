@@ -159,7 +159,7 @@ def whole_model(
     beside = [EMBEDDING, *record.top(config), *([] if tied else [HEAD])]
     top = load(beside)
     model.load_state_dict(top | ({HEAD: top[EMBEDDING]} if tied else {}), assign=True, strict=False)
-    _place_buffers(model.model, device)
+    place_buffers(model, device)
     for number, layer in enumerate(model.model.layers):
         if options.lazy:
             Streamed(layer, partial(fill, number))
@@ -225,22 +225,33 @@ def _on_meta(kind: Any, settings: dict[str, Any]) -> Any:
     config = AutoConfig.for_model(**copy.deepcopy(settings))  # for_model changes it
     with torch.device("meta"):
         model = kind.from_config(config)
-    body = getattr(model, "model", model)
-    if hasattr(body, "language_model"):
-        body, config = body.language_model, config.text_config
-    names = [name for name, _ in body.named_children() if name in ("rotary_emb", "pos_emb")]
-    for name in names:
-        setattr(body, name, type(getattr(body, name))(config=config))
-    for module in body.children():  # a scaled embedding's factor
-        if hasattr(module, "scalar_embed_scale"):
-            module.embed_scale = torch.tensor(module.scalar_embed_scale)
+    make_buffers(model, config)
     return model.eval()
 
 
-def _place_buffers(body: Any, device: str) -> None:
-    """Move the body's buffers that no file holds to the device."""
-    for module in body.children():
+def make_buffers(model: Any, config: Any) -> None:
+    """Make the buffers of a model on the meta device that no file holds, on the CPU."""
+    import torch
+
+    body = getattr(model, "model", model)
+    if hasattr(body, "language_model"):
+        body, config = body.language_model, config.text_config
+    for name, module in list(body.named_modules()):
+        if name.startswith("layers."):
+            continue
+        if hasattr(module, "scalar_embed_scale"):  # a scaled embedding's factor
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)
+        elif hasattr(module, "rope_type"):
+            own = getattr(module, "config", config)
+            body.set_submodule(name, type(module)(config=own))
+
+
+def place_buffers(model: Any, device: str) -> None:
+    """Move the buffers that `make_buffers` made to the device."""
+    for path, module in getattr(model, "model", model).named_modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
+            if path.startswith("layers."):
+                continue
             if not buffer.is_meta:
                 setattr(module, name, buffer.to(device))
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moemerge.architectures import ROUTERS
 from moemerge.dense import Streamed
 from moemerge.errors import InputError, Problem, RunError
 from moemerge.reporting import Reporter
 from moemerge.text import PIECE_TOKENS, Encoder, Prompt, batching, texts_of
 
-_ROUTERS = (".gate", ".router", ".router.layer")
+_ROUTERS = (".gate", ".router", *ROUTERS)
 
 
 Passages = dict[str, tuple[Prompt, ...]]

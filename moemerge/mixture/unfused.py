@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moemerge.architectures import ROUTING
 from moemerge.checkpoint import fetch
-from moemerge.dense import Streamed, available_memory, pick_device
+from moemerge.dense import Streamed, available_memory, make_buffers, pick_device, place_buffers
 from moemerge.errors import Findings, InputError, Problem
 from moemerge.families import HEAD
 from moemerge.mixture.linear_experts import part_experts
@@ -101,7 +101,7 @@ def load(moe: Moe, options: RunOptions, reporter: Reporter, dtype: torch.dtype) 
     config = AutoConfig.for_model(**copy.deepcopy(moe.config))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    make_buffers(model, config)
     part_experts(model, moe)
     _return_freed_memory()
     device = pick_device(options.device)
@@ -141,7 +141,7 @@ def load(moe: Moe, options: RunOptions, reporter: Reporter, dtype: torch.dtype) 
     model.requires_grad_(False)
     if not options.load_in_4bit:  # with it, the kept memory would be that of full-size matrices
         _keep_freed_memory()
-    model.model.rotary_emb.to(device)
+    place_buffers(model, device)
     model.is_loaded_in_4bit = options.load_in_4bit  # PEFT chooses its kind of LoRA layer by this
     model.name_or_path = moe.text
     config.use_cache = False  # with a cache, packed texts would see each other
@@ -220,19 +220,20 @@ def routers_of(model: Any, moe: Moe) -> dict[str, torch.nn.Parameter]:
 
 def name_in_files(name: str, moe: Moe) -> str:
     """The name in the files of a module or tensor of the model in memory."""
-    own, ours = moe.tensors.expert, f"{_block(moe)}.experts."
+    own, ours = moe.tensors.expert, f"{_experts(moe)}."
     return name.replace(f".{ours}", f".{own}") if ours != own else name
 
 
-def _block(moe: Moe) -> str:
-    """The name of the module that holds a layer's experts in memory."""
-    return moe.tensors.uppers[0].partition(".")[0]
+def _experts(moe: Moe) -> str:
+    """The name of the module of a layer's experts in memory."""
+    module, _, leaf = moe.tensors.uppers[0].rpartition(".")
+    return module if leaf == "gate_up_proj" else f"{module.partition('.')[0]}.experts"
 
 
 def _names_in_memory(part: Part, moe: Moe) -> Iterator[str]:
     names = moe.tensors
     if part.expert is not None:
-        matrix = f"{_block(moe)}.experts.{part.expert}.{names.matrices[part.which]}.weight"
+        matrix = f"{_experts(moe)}.{part.expert}.{names.matrices[part.which]}.weight"
         yield part.layer + matrix
     elif part.made == "router":
         for router in (names.router, *names.routers):

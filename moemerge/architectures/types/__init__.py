@@ -110,6 +110,9 @@ COUNTS = tuple(dict.fromkeys(key for one in _READINGS for key in one.counts))
 PER_TOKEN = (*dict.fromkeys(one.per_token for one in _READINGS), "num_experts_per_token")
 """The keys for the number of experts a token in configs."""
 
+ROUTERS = tuple({f".{one.names.router.removesuffix('.weight')}" for one in _READINGS})
+"""The last parts of the routers' names, as modules of a layer."""
+
 ROUTING = frozenset(name for one in _READINGS for name in one.names.routing)
 """The last parts of the names of routing modules."""
 

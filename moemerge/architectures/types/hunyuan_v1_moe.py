@@ -32,7 +32,7 @@ READING = Reading(
 )
 SHARED = "always"
 SCORES = "softmax"
-READERS = ("transformers 5",)
+READERS = ("transformers 4.57", "transformers 5")
 ALIASES = ()
 TRAINING = {"output_router_logits": False}
 
