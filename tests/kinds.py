@@ -62,6 +62,11 @@ KINDS: dict[str, dict[str, Any]] = {
         **SMOLLM3, "use_sliding_window": True, "sliding_window": 7, "attention_bias": True,
     },
     "hunyuan": {**WIDE, "model_type": "hunyuan_v1_dense", "num_hidden_layers": 2, "head_dim": 16},
+    "nemotron-h": {
+        **WIDE, "model_type": "nemotron_h", "head_dim": 16, "ssm_state_size": 16, "n_groups": 1,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+        "mamba_num_heads": 4, "mamba_head_dim": 24, "num_hidden_layers": 4,
+    },
     "granite4": {**GRANITE4, "position_embedding_type": "rope"},
     "granite4 mamba": {**GRANITE4, "layer_types": ["mamba", "attention"]},
 }  # fmt: skip

@@ -9,17 +9,20 @@ import torch
 import transformers
 from babies import make_adapter, simple_config, write_config
 from kinds import make_kind
-from test_kinds import PROMPT, load, tensors
+from test_kinds import PROMPT, is_body, load, tensors
 from transformers import AutoModelForCausalLM
 
 from moemerge import EvalSpec, Tuning, evaluate, merge, routing_report, tune, verify_checkpoint
 
 pytestmark = pytest.mark.skipif(transformers.__version__ < "5", reason="5 has these classes")
 
-SOME = ["qwen3.5", "gemma4 shares keys", "lfm2", "cohere2", "granite4 mamba", "hunyuan"]
+SOME = [
+    "qwen3.5", "gemma4 shares keys", "lfm2", "cohere2", "granite4 mamba", "hunyuan", "smollm3",
+]  # fmt: skip
+ALSO = [*SOME, "nemotron-h"]
 
 
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize("kind", ALSO)
 def test_an_adapter_is_merged_into_an_expert(tmp_path: Path, kind: str) -> None:
     """Experts that are all the base and an adapter compute what PEFT's merged model computes."""
     from peft import PeftModel
@@ -38,13 +41,13 @@ def test_an_adapter_is_merged_into_an_expert(tmp_path: Path, kind: str) -> None:
     verify_checkpoint(tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize("kind", ALSO)
 def test_a_body_is_the_average_of_the_experts(tmp_path: Path, kind: str) -> None:
     base, one, two = (make_kind(tmp_path / str(n), kind, seed=n) for n in range(3))
     merge(write_config(tmp_path / "c.yaml", simple_config(base, [one, two], "body: average")),
           tmp_path / "out")  # fmt: skip
     had, has = [tensors(model) for model in (one, two)], tensors(tmp_path / "out")
-    bodies = [name for name in has if name in had[0] and "mlp" not in name]
+    bodies = [name for name in has if name in had[0] and is_body(name)]
     assert len(bodies) > 10
     for name in bodies:
         wanted = (had[0][name].float() + had[1][name].float()) / 2

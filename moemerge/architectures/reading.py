@@ -29,10 +29,10 @@ class Names:
     `matrices` are an expert's, in the order of `MLP`. Some writers store all experts in two
     tensors, gate above up (E, 2F, D) and down (E, D, F), with names of `uppers` and `lowers`. If
     readers know only these, the class is `stacked`, the first name of each is theirs, and
-    `matrices` are names that only moemerge uses. If the two are `transposed`, (E, D, 2F) and
-    (E, F, D), moemerge cannot take them apart. `routers` are other names of the `router`. Names
-    that only some readers know are those of transformers 5 in memory. The name of a tensor with one
-    number for each expert ends in `bias`. Names of shared experts and their gate begin with one of
+    `matrices` are names that only moemerge uses. `closed` says why moemerge cannot take a mixture
+    of the class apart, if it cannot. `routers` are other names of the `router`. Names that only
+    some readers know are those of transformers 5 in memory. The name of a tensor with one number
+    for each expert ends in `bias`. Names of shared experts and their gate begin with one of
     `shared`.
     """
 
@@ -43,7 +43,7 @@ class Names:
     uppers: tuple[str, ...] = ("mlp.experts.gate_up_proj",)
     lowers: tuple[str, ...] = ("mlp.experts.down_proj",)
     stacked: bool = False
-    transposed: bool = False
+    closed: str = ""
     bias: str = "e_score_correction_bias"
     shared: tuple[str, ...] = ("mlp.shared_expert", "shared_mlp.")
     shared_gate: str = "mlp.shared_expert_gate.weight"

@@ -18,6 +18,7 @@ from moemerge.families import (
     HEAD,
     LAYER,
     PARTIAL,
+    RECORDS,
     TEXT_PREFIX,
     UP,
     Family,
@@ -336,7 +337,7 @@ def dense_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
     def mlp(layer: int) -> Iterator[Slot]:
         inner = record.width(config, layer)
-        for which in (GATE, UP, DOWN):
+        for which in (GATE, UP, DOWN) if record.gated else (UP, DOWN):
             shape = (hidden, inner) if which == DOWN else (inner, hidden)
             yield same(dense(layer, which), shape)
 
@@ -345,8 +346,10 @@ def dense_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def in_files(name: str, config: dict[str, Any]) -> str:
     """A tensor's name in files: inside the model that sees or hears, if there is one."""
-    own = "wrapper" in config and name.startswith(_OF_TEXT)
-    return name.replace("model.", TEXT_PREFIX, 1) if own else name
+    if "wrapper" in config and name.startswith(_OF_TEXT):
+        return name.replace("model.", TEXT_PREFIX, 1)
+    record = RECORDS.get(str(config.get("model_type")))
+    return record.name_in_files(name) if record else name
 
 
 def as_file(config: dict[str, Any]) -> dict[str, Any]:

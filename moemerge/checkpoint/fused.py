@@ -175,7 +175,7 @@ def _parts_of_moe(
 def _stacked(inside: str, names: Names) -> tuple[int, ...]:
     """The places in `MLP` of the matrices that a stacked tensor holds; empty if it is not
     stacked."""
-    if names.transposed:
+    if names.closed:
         return ()
     if inside in names.uppers:
         return (0, 1)

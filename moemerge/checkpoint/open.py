@@ -226,7 +226,8 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     notes = [snapshot.note if snapshot else "", weights.note, weights.compare(headers)]
     renamed: dict[str, str] = {}
     if not adapter:
-        renamed, told = usual(tensors, "wrapper" in config)
+        record = record_of(config)
+        renamed, told = usual(tensors, "wrapper" in config, record.in_files if record else {})
         tensors = {renamed.get(name, name): at for name, at in tensors.items()}
         notes.append(told)
     if not adapter and sum(0 in at.shape for at in tensors.values()) * 2 > len(tensors):

@@ -75,7 +75,7 @@ def write_texts(
         reporter.progress(f"{donor.name} writes", steps, "token") as advance,
     ):
         model = whole_model(config, lambda tensor: recipe.of_donor(donor, tensor), sources, options)
-        device = model.model.embed_tokens.weight.device
+        device = model.get_input_embeddings().weight.device
         banned = torch.tensor([i for i in never if i < config["vocab_size"]], dtype=torch.long)
         for number, batch in enumerate(batches):
             width = max(len(prompt.ids) for prompt in batch)

@@ -8,7 +8,7 @@ is enough. Neither the head nor logits are computed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -235,7 +235,8 @@ def _calls(
         rows = embed(body, sources, ids, name)
         weights[name] = torch.stack([torch.from_numpy(rows[one]) for one in ids]).to(dtype)
     for name, weight in weights.items():
-        module, _, leaf = name.removeprefix("model.").rpartition(".")
+        own = record.name_in_class(name).removeprefix("model.")
+        module, _, leaf = own.rpartition(".")
         owner = model.get_submodule(module)
         setattr(owner, leaf, torch.nn.Parameter(weight.to(device), requires_grad=False))
         if name in looked_up:
@@ -320,9 +321,10 @@ def _noted(
     """Add the inputs of `seen`'s modules to `seen` while a batch runs through the layer."""
 
     def note(
-        found: dict[int, Matrix], unit: bool, module: object, args: tuple[torch.Tensor, ...]
+        found: dict[int, Matrix], unit: bool, module: object, args: Any, named: Mapping[str, Any]
     ) -> None:
-        inputs = args[0].float()
+        given = args[0] if args else named["hidden_states"]
+        inputs = given.float()
         if unit:
             inputs = inputs * inputs.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
         made = inputs.cpu().numpy()
@@ -336,7 +338,9 @@ def _noted(
         unit = sees.unit and name == ROUTER
         if _has(layer, module):
             noted = partial(note, found, unit)
-            hooks.append(layer.get_submodule(module).register_forward_pre_hook(noted))
+            hooks.append(
+                layer.get_submodule(module).register_forward_pre_hook(noted, with_kwargs=True)
+            )
     try:
         yield
     finally:

@@ -157,8 +157,9 @@ def whole_model(
 
     tied = config["tie_word_embeddings"]
     beside = [EMBEDDING, *record.top(config), *([] if tied else [HEAD])]
-    top = load(beside)
-    model.load_state_dict(top | ({HEAD: top[EMBEDDING]} if tied else {}), assign=True, strict=False)
+    top = {record.name_in_class(name): tensor for name, tensor in load(beside).items()}
+    embedding = record.name_in_class(EMBEDDING)
+    model.load_state_dict(top | ({HEAD: top[embedding]} if tied else {}), assign=True, strict=False)
     place_buffers(model, device)
     for number, layer in enumerate(model.model.layers):
         if options.lazy:

@@ -120,6 +120,15 @@ class Family:
     width: Callable[[Config, int], int] = one_width
     """The intermediate size of a layer's MLP; 0 if the layer has none."""
 
+    gated: bool = True
+    """Whether MLPs have a gate beside their up projection."""
+
+    in_files: Mapping[str, str] = field(default_factory=dict)
+    """What names of tensors begin with in its files, by what the usual names begin with."""
+
+    in_class: Mapping[str, str] = field(default_factory=dict)
+    """The same for names in transformers' class, if they differ from the usual ones."""
+
     is_mixture: Callable[[Mapping[str, Any]], bool] = _never
     """Whether a config.json of this model_type is a mixture's."""
 
@@ -142,6 +151,14 @@ class Family:
         """Whether a model has `qkv_bias` or `o_bias` if config.json does not say."""
         return bool(self.defaults[bias]) if isinstance(bias, str) else bias
 
+    def name_in_files(self, name: str) -> str:
+        """A tensor's name in the family's files, by its usual name."""
+        return _begun_as(self.in_files, name)
+
+    def name_in_class(self, name: str) -> str:
+        """A tensor's name in transformers' class, by its usual name."""
+        return _begun_as(self.in_class, name)
+
     def path(self, module: str) -> str:
         """The family's own name of a module within a layer, such as `mlp` or `mlp.down_proj`."""
         for own, parts in self.fused.items():
@@ -151,3 +168,8 @@ class Family:
                 if part.startswith(f"{module}."):
                     return own.rpartition(".")[0]
         return module
+
+
+def _begun_as(beginnings: Mapping[str, str], name: str) -> str:
+    own = next((start for start in beginnings if name.startswith(start)), "")
+    return beginnings[own] + name.removeprefix(own) if own else name

@@ -126,12 +126,12 @@ def open_moe(named: str | Path, cache_dir: str | Path | None, notes: Findings) -
         what = f"is of type {family!r}, no mixture that is known"
         fix = "name a mixture whose experts go by usual names"
         raise InputError([Problem(text, what, fix)])
-    if reading.names.transposed:
-        what = f"is a {family}, whose experts' matrices are stored transposed"
+    if reading.names.closed:
+        what = f"is a {family}, {reading.names.closed}"
         raise InputError([Problem(text, what, "merge anew: it cannot be taken apart or changed")])
     chosen = reading.per_token
-    if reading.names.transposed:
-        what = f"is a {family}, whose experts' matrices are stored transposed"
+    if reading.names.closed:
+        what = f"is a {family}, {reading.names.closed}"
         raise InputError([Problem(text, what, "merge anew: it cannot be taken apart or changed")])
     count, per_token = count_of(config), config.get(chosen)
     for key, value in (("the number of experts", count), (chosen, per_token)):

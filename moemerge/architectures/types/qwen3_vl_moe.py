@@ -17,7 +17,7 @@ from moemerge.families import LAYER
 
 HOLDS = Holds(layers=("qwen 3 vl",))
 READING = Reading(
-    Names(stacked=True, transposed=True),
+    Names(stacked=True, closed="whose experts' matrices are stored transposed"),
     counts=("num_experts",),
     model_types=("qwen3_vl_moe_text",),
 )
