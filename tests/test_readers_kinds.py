@@ -25,7 +25,8 @@ ASKED = ("transformers 4.57", "llama.cpp", "mlx-lm")
 PROMPT, NEW = [1, *range(300, 330)], 12
 HEADS: dict[str, Any] = {
     "head_dim": 64, "global_head_dim": 128, "mamba_d_head": 64, "mamba_head_dim": 64,
-    "linear_key_head_dim": 32, "linear_value_head_dim": 32, "vocab_size_per_layer_input": WIDE["vocab_size"],
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "vocab_size_per_layer_input": WIDE["vocab_size"],
     "hidden_size_per_layer_input": 32,
 }  # fmt: skip
 
