@@ -85,8 +85,8 @@ class Holds:
 
     `qk_norms` are the norms of queries and keys that it may have, as in `Family`. With `post_norm`,
     norms are after attention and MLP, and nowhere else. With `turns_in_part`, rope may turn a part
-    of each head. `layers` are the kinds of layers, as in
-    `Family`; of these, `qk_norms` and the other fields describe attention.
+    of each head; with `interleaved`, it turns neighbours, so it holds only models that do. `layers`
+    are the kinds of layers, as in `Family`; the other fields describe attention alone.
     """
 
     qk_norms: tuple[str | None, ...] = (None,)
@@ -95,6 +95,7 @@ class Holds:
     o_bias: bool = False
     multipliers: bool = False
     turns_in_part: bool = False
+    interleaved: bool = False
     layers: tuple[str, ...] = (ATTENTION,)
 
     @property
@@ -109,6 +110,7 @@ class Holds:
         return (
             ATTENTION in self.layers
             and not record.body
+            and (record.interleaved or not self.interleaved)
             and record.qk_norm in self.qk_norms
             and record.post_norm == self.post_norm
             and (self.multipliers or not record.multipliers)

@@ -150,11 +150,13 @@ def whole(
     qkv_bias: bool = False,
     o_bias: bool = False,
     copies_head: bool = True,
+    halves: bool = True,
 ) -> Iterator[Slot]:
     """Embeddings, layers, final norm, and head; `mlp` yields each layer's experts.
 
     Biases that the architecture has and the dense model lacks are zeros. A tied head is a copy of
-    the embeddings, because some readers need it in the file, unless not `copies_head`.
+    the embeddings, because some readers need it in the file, unless not `copies_head`. If the dense
+    model's rope turns neighbours, the class's turns `halves`, or neighbours too.
     """
     record = family_of(config)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
@@ -165,7 +167,7 @@ def whole(
         for name, shape in before.items():
             module, _, kind = name.rpartition(".")
             which = module.rpartition(".")[2]
-            halved = record.interleaved and which in ("q_proj", "k_proj")
+            halved = halves and record.interleaved and which in ("q_proj", "k_proj")
             yield Slot(name, shape, FromBody(name, halved))
             bias = f"{module}.bias"
             if kind == "weight" and wanted.get(which) and bias not in before:
