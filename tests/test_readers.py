@@ -262,7 +262,7 @@ TEXTS = [
 FEATURES = [
     "llama tied", "llama llama3 rope", "llama linear rope", "llama yarn", "llama head_dim",
     "phi3 longrope", "mistral window", "qwen2", "qwen2 window", "qwen3 head_dim", "qwen3 biases",
-    "qwen3 window", "qwen3 yarn", "qwen3 longrope", "granite biases",
+    "qwen3 window", "qwen3 yarn", "qwen3 longrope", "granite biases", "ernie4_5",
 ]  # fmt: skip
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from babies import make_model, simple_config, write_config
 from smollm2 import model_dir
-from test_laws import USUAL
 from test_readers import OLDEST, READERS, ROOT, WIDE, asked, config_of, differ, fits, read_all
 
 from moemerge import merge
@@ -43,7 +42,7 @@ def body(host: str, kind: str) -> dict[str, Any]:
 
 
 MIXTURE = Mixture(3, 2, WIDE["intermediate_size"])
-ALL = [(host, kind) for host in USUAL for kind in KINDS]
+ALL = [(host, kind) for host in TABLE["hosts"] for kind in KINDS]
 
 
 def refusal(host: str, kind: str) -> str:
