@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moemerge import InputError, Options, RunError, make_plan, merge, parse_config
+from moemerge.dense import Passage, router_inputs
 from moemerge.dense.generate import write_texts
-from moemerge.dense.inputs import Passage, router_inputs
 from moemerge.gates import modes as gates
 from moemerge.merging.routers import run_gate
 from moemerge.prepare.sources import fetch

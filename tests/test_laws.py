@@ -27,7 +27,7 @@ from moemerge import Options, make_plan, merge, verify_checkpoint
 from moemerge.architectures import types
 from moemerge.architectures.slots import Constant, FromBody, FromExpert, Joined, Made, Mixture, Slot
 from moemerge.config.schema import parse_config
-from moemerge.dense.inputs import Passage, router_inputs
+from moemerge.dense import Passage, router_inputs
 from moemerge.families import ATTENTION, RECORDS, normalise
 from moemerge.gates import modes as gates
 from moemerge.merging import shard_loop

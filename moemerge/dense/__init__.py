@@ -1,8 +1,9 @@
 """Dense models run in transformers: router inputs layer by layer, whole models, written text."""
 
 from moemerge.dense.body import VOCABULARY, Body
+from moemerge.dense.entering import Passage, embed
 from moemerge.dense.generate import write_texts
-from moemerge.dense.inputs import ROUTER, Passage, embed, layer_inputs, router_inputs
+from moemerge.dense.inputs import ROUTER, layer_inputs, router_inputs
 from moemerge.dense.probe import differs_by
 from moemerge.dense.run import (
     Streamed,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moemerge.architectures.experts import routed
 from moemerge.architectures.limits import Holds, as_said
 from moemerge.architectures.reading import Reading, dense_of
-from moemerge.architectures.slots import Mixture, Slot, routed, whole
+from moemerge.architectures.slots import Mixture, Slot, whole
 
 _OWN = (
     "num_experts", "num_experts_per_tok", "num_shared_experts", "norm_topk_prob",

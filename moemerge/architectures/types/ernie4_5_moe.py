@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moemerge.architectures.experts import routed
 from moemerge.architectures.limits import (
     Holds,
     common,
@@ -19,7 +20,7 @@ from moemerge.architectures.limits import (
     other_rope,
 )
 from moemerge.architectures.reading import Names, Reading, no_windows
-from moemerge.architectures.slots import Constant, Mixture, Slot, routed, whole
+from moemerge.architectures.slots import Constant, Mixture, Slot, whole
 from moemerge.families import LAYER
 
 HOLDS = Holds(qkv_bias=True, o_bias=True, interleaved=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moemerge.architectures.experts import routed
 from moemerge.architectures.limits import Holds, common, no_head_dim, one_kind
 from moemerge.architectures.reading import Reading, no_windows
-from moemerge.architectures.slots import Mixture, Slot, routed, whole
+from moemerge.architectures.slots import Mixture, Slot, whole
 
 HOLDS = Holds(qk_norms=("full",), post_norm=True, qkv_bias=True, o_bias=True)
 READING = Reading(counts=("num_experts", "num_local_experts"), windows=no_windows)

@@ -13,18 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moemerge.architectures.experts import NARROW, router, stacked
 from moemerge.architectures.limits import Holds, as_said
 from moemerge.architectures.reading import Names, Reading, RouterInput, dense_of
-from moemerge.architectures.slots import (
-    NARROW,
-    Constant,
-    FromBody,
-    Mixture,
-    Slot,
-    router,
-    stacked,
-    whole,
-)
+from moemerge.architectures.slots import Constant, FromBody, Mixture, Slot, whole
 from moemerge.families import DOWN, GATE, LAYER, UP
 
 _OWN = ("moe_intermediate_size", "num_experts", "top_k_experts", "enable_moe_block")

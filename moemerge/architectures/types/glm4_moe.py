@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from moemerge.architectures.experts import routed, shared
 from moemerge.architectures.limits import (
     Holds,
     common,
@@ -22,7 +23,7 @@ from moemerge.architectures.limits import (
     other_rope,
 )
 from moemerge.architectures.reading import Reading, no_windows
-from moemerge.architectures.slots import Constant, Made, Mixture, Slot, routed, shared, whole
+from moemerge.architectures.slots import Constant, Made, Mixture, Slot, whole
 from moemerge.families import DOWN, GATE, LAYER, PARTIAL, UP
 
 HOLDS = Holds(qk_norms=(None, "head"), qkv_bias=True, turns_in_part=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moemerge.architectures.experts import router, stacked
 from moemerge.architectures.limits import (
     LLAMA_CPP_ROPE,
     Holds,
@@ -20,7 +21,7 @@ from moemerge.architectures.limits import (
     other_rope,
 )
 from moemerge.architectures.reading import Names, Reading, no_windows
-from moemerge.architectures.slots import Mixture, Slot, router, stacked, whole
+from moemerge.architectures.slots import Mixture, Slot, whole
 from moemerge.families import LAYER, RECORDS
 
 HOLDS = Holds(qkv_bias=True, o_bias=True, multipliers=True)

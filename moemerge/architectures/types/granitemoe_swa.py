@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from moemerge.architectures.experts import router, stacked
 from moemerge.architectures.limits import Holds, as_said
 from moemerge.architectures.reading import Names, dense_of
-from moemerge.architectures.slots import Constant, Mixture, Slot, router, stacked, whole
+from moemerge.architectures.slots import Constant, Mixture, Slot, whole
 from moemerge.architectures.types import granitemoe
 from moemerge.families import LAYER
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from moemerge.architectures.experts import shared_width
 from moemerge.architectures.limits import as_said, long_factors
 from moemerge.architectures.reading import dense_of
-from moemerge.architectures.slots import Constant, Mixture, Slot, shared_width
+from moemerge.architectures.slots import Constant, Mixture, Slot
 from moemerge.architectures.types import granitemoe, granitemoeshared
 from moemerge.families import ATTENTION
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moemerge.architectures.experts import shared
 from moemerge.architectures.limits import drops_biases, long_factors
-from moemerge.architectures.slots import Mixture, Slot, joined, shared, whole
+from moemerge.architectures.slots import Mixture, Slot, joined, whole
 from moemerge.architectures.types import granitemoe
 from moemerge.families import DOWN, GATE, LAYER, UP
 

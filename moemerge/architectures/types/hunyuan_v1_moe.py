@@ -8,17 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moemerge.architectures.experts import projection, router, shared
 from moemerge.architectures.limits import Holds, as_said
 from moemerge.architectures.reading import Names, Reading, dense_of
-from moemerge.architectures.slots import (
-    Constant,
-    Mixture,
-    Slot,
-    projection,
-    router,
-    shared,
-    whole,
-)
+from moemerge.architectures.slots import Constant, Mixture, Slot, whole
 from moemerge.families import DOWN, GATE, LAYER, UP
 
 _OWN = ("num_experts", "moe_topk", "output_router_logits")

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moemerge.architectures.experts import projection, router
 from moemerge.architectures.limits import Holds, as_said
 from moemerge.architectures.reading import Names, Reading, dense_of
-from moemerge.architectures.slots import Made, Mixture, Slot, projection, router, whole
+from moemerge.architectures.slots import Made, Mixture, Slot, whole
 from moemerge.families import DOWN, GATE, LAYER, UP
 
 _OWN = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moemerge.architectures.experts import projection, router
 from moemerge.architectures.limits import (
     LLAMA_CPP_ROPE,
     Holds,
@@ -20,7 +21,7 @@ from moemerge.architectures.limits import (
     other_rope,
 )
 from moemerge.architectures.reading import Names, Reading, windows_where
-from moemerge.architectures.slots import Mixture, Slot, projection, router, whole
+from moemerge.architectures.slots import Mixture, Slot, whole
 from moemerge.families import DOWN, GATE, LAYER, UP
 
 HOLDS = Holds()

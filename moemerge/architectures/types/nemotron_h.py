@@ -9,19 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moemerge.architectures.experts import projection, router, shared, shared_width
 from moemerge.architectures.limits import Holds, as_said, lonely
 from moemerge.architectures.reading import Names, Reading
-from moemerge.architectures.slots import (
-    Constant,
-    Made,
-    Mixture,
-    Slot,
-    projection,
-    router,
-    shared,
-    shared_width,
-    whole,
-)
+from moemerge.architectures.slots import Constant, Made, Mixture, Slot, whole
 from moemerge.families import DOWN, LAYER, UP
 
 HOLDS = Holds(layers=("nemotron h",))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moemerge.architectures.experts import gated_shared, routed, shared_width
 from moemerge.architectures.limits import (
     LLAMA_CPP_ROPE,
     Holds,
@@ -22,14 +23,7 @@ from moemerge.architectures.limits import (
     window_of,
 )
 from moemerge.architectures.reading import Reading, windows_where
-from moemerge.architectures.slots import (
-    Mixture,
-    Slot,
-    gated_shared,
-    routed,
-    shared_width,
-    whole,
-)
+from moemerge.architectures.slots import Mixture, Slot, whole
 from moemerge.families import LAYER
 
 HOLDS = Holds(qkv_bias=True)

@@ -10,17 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moemerge.architectures.experts import gated_shared, router, shared_width, stacked
 from moemerge.architectures.limits import Holds, as_said
 from moemerge.architectures.reading import Names, Reading, dense_of
-from moemerge.architectures.slots import (
-    Mixture,
-    Slot,
-    gated_shared,
-    router,
-    shared_width,
-    stacked,
-    whole,
-)
+from moemerge.architectures.slots import Mixture, Slot, whole
 from moemerge.families import LAYER
 
 _OWN = (

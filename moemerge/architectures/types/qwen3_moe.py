@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moemerge.architectures.experts import routed
 from moemerge.architectures.limits import (
     LLAMA_CPP_ROPE,
     Holds,
@@ -17,7 +18,7 @@ from moemerge.architectures.limits import (
     other_rope,
 )
 from moemerge.architectures.reading import Reading, windows_where
-from moemerge.architectures.slots import Mixture, Slot, routed, whole
+from moemerge.architectures.slots import Mixture, Slot, whole
 
 HOLDS = Holds(qk_norms=("head",), qkv_bias=True, o_bias=True)
 SHARED = ""

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moemerge.architectures.experts import router, stacked
 from moemerge.architectures.limits import Holds, as_said
 from moemerge.architectures.reading import Names, Reading
-from moemerge.architectures.slots import Mixture, Slot, router, stacked, whole
+from moemerge.architectures.slots import Mixture, Slot, whole
 from moemerge.families import LAYER
 
 HOLDS = Holds(layers=("qwen 3 vl",))
