@@ -76,6 +76,9 @@ def test_all_beside_the_language_part_is_the_bases(tmp_path: Path, kind: str) ->
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     checked = verify_checkpoint(tmp_path / "out")
     assert checked.compared >= len(beside)
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "AutoModelForImageTextToText.from_pretrained" in card
+    assert "pipeline_tag: image-text-to-text" in card and "vllm serve" not in card
     was, made = (json.loads((d / "config.json").read_text()) for d in (base, tmp_path / "out"))
     assert made["vision_config"] == was["vision_config"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from moemerge.card.slots import without_slots
-from moemerge.card.text import CardOptions, sections
+from moemerge.card.text import CardOptions, sections, sees
 from moemerge.prepare import Claims, Prepared, claims_of, split_own
 from moemerge.report import RoutingPicture, RoutingSummary
 
@@ -97,7 +97,7 @@ def _metadata(ready: Prepared, claims: dict[str, Claims]) -> dict[str, Any]:
         base_model=list(dict.fromkeys(models)) or None,
         base_model_relation="merge" if models else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if sees(ready.plan) else "text-generation",
         tags=["moe", "merge", "moemerge", ready.plan.architecture],
         license=terms.license,
         license_name=terms.license_name or None,

@@ -21,6 +21,7 @@ from moemerge.card.slots import (
 from moemerge.checkpoint import is_hub_id, last_part
 from moemerge.config import PromptText
 from moemerge.gates import Prompts, verdict
+from moemerge.plan import Plan
 from moemerge.prepare import Claims, Prepared, caveats
 from moemerge.report import Collision, RoutingSummary
 from moemerge.reporting import count, size
@@ -31,11 +32,11 @@ _MOST_PROMPTS = 5
 
 _PYTHON = """\
 ```python
-# pip install torch "transformers>=4.57"
-from transformers import AutoModelForCausalLM, AutoTokenizer
+# pip install torch "transformers>={version}"
+from transformers import {kind}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({tokenizer})
-model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+model = {kind}.from_pretrained(".", dtype="auto")
 {inputs}
 output = model.generate(**inputs, max_new_tokens=64)
 new = output[0, inputs["input_ids"].shape[1] :]
@@ -47,15 +48,18 @@ messages = [{"role": "user", "content": "What can you do?"}]
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
 )"""
-_OTHERS = """\
-```sh
+_OTHERS = {
+    "llama.cpp": """\
 # llama.cpp: convert once, then run
-convert_hf_to_gguf.py . --outfile model.gguf && llama-cli -m model.gguf -p "Once upon a time"
+convert_hf_to_gguf.py . --outfile model.gguf && llama-cli -m model.gguf -p "Once upon a time\"""",
+    "mlx-lm": """\
 # mlx-lm, on a Mac
-mlx_lm.generate --model . --prompt "Once upon a time"
+mlx_lm.generate --model . --prompt "Once upon a time\"""",
+    "vLLM": """\
 # vLLM: a server that speaks OpenAI's protocol
-vllm serve .
-```"""
+vllm serve .""",
+}
+"""How other programs run it, by the name of each in `READERS`."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,12 @@ def _what(ready: Prepared) -> Iterator[str]:
         f"feed-forward parts (MLPs) of {number} model{'s' * (number != 1)} {each} its experts"
         f"{cut}, and in every layer a small router chooses {plan.routed_per_token} of "
         f"{plan.routed} for each token{beside}. All else, attention, norms and embeddings, is "
-        f"{body}. It takes text and continues it, and runs wherever a {plan.architecture} runs."
+        f"{body}. It takes text{' and pictures' * sees(plan)} and continues it, and runs wherever "
+        f"a {plan.architecture} runs."
     )
     yield _cut(ready, ready.cutting.split) if ready.cutting else merged
-    context = plan.config.get("max_position_embeddings")
+    config_said = plan.config.get("text_config", plan.config)
+    context = config_said.get("max_position_embeddings")
     rows = {
         "Parameters": f"{count(plan.parameters)}, of which {count(plan.active_parameters)} work on "
         "any one token",
@@ -117,6 +123,11 @@ def _what(ready: Prepared) -> Iterator[str]:
         "Router initialisation": f"`{plan.gate_mode}`: {_gate(ready)}",
     }
     yield "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v)])
+
+
+def sees(plan: Plan) -> bool:
+    """Whether the mixture also sees, or hears: its language part is only one of its parts."""
+    return "text_config" in plan.config
 
 
 def _cut(ready: Prepared, split: Split) -> str:
@@ -192,8 +203,16 @@ def _running(ready: Prepared) -> Iterator[str]:
     if not any(name.startswith(("tokenizer", "vocab")) for name in names):
         tokenizer = f'"{ready.base.model.reference.repo or "path/to/the/base/model"}"'
         yield "It comes without a tokenizer: the base model's is the one."
-    yield _PYTHON.format(tokenizer=tokenizer, inputs=_CHAT if chat else _PROMPT)
-    yield _OTHERS
+    known = ready.target.architecture.READERS
+    yield _PYTHON.format(
+        tokenizer=tokenizer,
+        inputs=_CHAT if chat else _PROMPT,
+        version="4.57" if "transformers 4.57" in known else "5",
+        kind="AutoModelForImageTextToText" if sees(ready.plan) else "AutoModelForCausalLM",
+    )
+    others = [lines for reader, lines in _OTHERS.items() if reader in known]
+    if others:
+        yield "\n".join(["```sh", *others, "```"])
 
 
 def _routing(
