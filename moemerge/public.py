@@ -1,6 +1,6 @@
 """The names that a Python program imports, as `from moemerge import merge`."""
 
-from moemerge.config import Expert, MergeConfig, load_config, parse_config
+from moemerge.config import Expert, MergeConfig, Picture, load_config, parse_config
 from moemerge.errors import (
     InputError,
     MoemergeError,
@@ -17,7 +17,7 @@ from moemerge.mixture import EditResult, add, drop, extract, repair, top_k
 from moemerge.options import Options
 from moemerge.output import Verified, verify_checkpoint
 from moemerge.plan import Plan, PlannedTensor, Shard, Source
-from moemerge.prepare import Prepared, Transfer, make_plan
+from moemerge.prepare import Prepared, Transfer, check_family, make_plan
 from moemerge.publish import push
 from moemerge.report import (
     Collision,
@@ -61,6 +61,7 @@ __all__ = [
     "MoemergeError",
     "Options",
     "PassageRouting",
+    "Picture",
     "Plan",
     "PlannedTensor",
     "Prepared",
@@ -84,6 +85,7 @@ __all__ = [
     "WriteError",
     "__version__",
     "add",
+    "check_family",
     "drop",
     "evaluate",
     "extract",

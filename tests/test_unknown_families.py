@@ -13,9 +13,8 @@ from babies import make_model, simple_config, write_config
 from safetensors.torch import load_file, save_file
 from test_laws import logits
 
-from moemerge import InputError, make_plan, merge
+from moemerge import InputError, check_family, make_plan, merge
 from moemerge.cli import app
-from moemerge.prepare import check_family
 
 
 def renamed(model: Path, kind: str, **more: Any) -> Path:
@@ -90,8 +89,9 @@ def test_a_probe_compares_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "of a 'iquestcoder' and of a llama differ by" in same
     unchecked = check_family(make_plan(planned("yi")))
     assert "transformers has no class for it" in unchecked and "stays unchecked" in unchecked
-    with pytest.raises(InputError, match="of a 'helium' and of a llama differ by"):
-        check_family(make_plan(planned("helium", head_dim=8)))
+    windows = {"sliding_window": 4, "layer_types": ["sliding_attention"] * 2}
+    with pytest.raises(InputError, match="of a 'ministral' and of a llama differ by"):
+        check_family(make_plan(planned("ministral", head_dim=8, **windows)))
     with pytest.raises(SystemExit) as ended:
         app(["plan", str(planned("yi")), "--probe"])
     assert ended.value.code in (0, None)

@@ -269,7 +269,8 @@ class _Preparation:
             what = f"has {left}, which a {said} does not have"
             self.findings.problem(donor.where, what, "leave out family")
         self.findings.note_of(
-            donor.name, f"a {own.get('model_type')!r}, read as a {said}: unchecked (plan --probe)"
+            donor.name,
+            f"a {own.get('model_type')!r}, read as a {said}: unchecked; `moemerge plan --probe` compares",
         )
         return made
 
