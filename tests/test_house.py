@@ -184,6 +184,7 @@ def test_the_public_names() -> None:
         "RoutingSummary", "TextRouting",
         "Reporter", "RunError", "Shard", "Silent", "Source", "Trained", "Transfer", "Tuned",
         "Tuning", "Verified", "VerifyError", "Wanted", "WriteError", "__version__", "add",
+        "Picture", "check_family",
         "drop", "evaluate", "extract", "finetune",
         "load_config", "make_plan", "merge", "merge_adapter", "parse_config", "push", "regate",
         "repair", "routing_page", "routing_report", "top_k", "tune", "undo_tune",

@@ -268,10 +268,8 @@ class _Preparation:
         if left:
             what = f"has {left}, which a {said} does not have"
             self.findings.problem(donor.where, what, "leave out family")
-        self.findings.note_of(
-            donor.name,
-            f"a {own.get('model_type')!r}, read as a {said}: unchecked; `moemerge plan --probe` compares",
-        )
+        line = f"a {own.get('model_type')!r}, read as a {said}: unchecked"
+        self.findings.note_of(donor.name, f"{line}; `moemerge plan --probe` compares")
         return made
 
     def _check_ray(self) -> None:
