@@ -106,6 +106,7 @@ CALLS: dict[str, Callable[[Turn], object]] = {
     "extract": lambda t: moemerge.extract(t.mixture, "1", t.out, t.options),
     "finetune": lambda t: moemerge.finetune(t.mixture, t.out, t.tuning, None, t.options),
     "load_config": lambda t: moemerge.load_config(t.work / f"config-{t.own}.yaml"),
+    "check_family": lambda t: moemerge.check_family(moemerge.make_plan(t.config(), t.options)),
     "make_plan": lambda t: moemerge.make_plan(t.config(), t.options).plan,
     "merge": lambda t: moemerge.merge(t.config("gate_mode: hidden"), t.out, t.options).plan,
     "merge_adapter": lambda t: moemerge.merge_adapter(
