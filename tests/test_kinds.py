@@ -26,9 +26,9 @@ from moemerge import (
     top_k,
     verify_checkpoint,
 )
-from moemerge.architectures import types
+from moemerge.architectures import dense_shapes, types
 from moemerge.errors import Findings
-from moemerge.families import ATTENTION, RECORDS
+from moemerge.families import ATTENTION, RECORDS, normalise, record_of
 from moemerge.mixture import open_moe
 from moemerge.plan import Read
 
@@ -240,3 +240,21 @@ def test_embeddings_for_each_layer_fix_the_vocabulary(tmp_path: Path, more: str)
         make_plan(config)
     plain = make_kind(tmp_path / "plain", "gemma4")
     make_plan(write_config(tmp_path / "c.yaml", simple_config(plain, [plain, plain], more)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_value_of_a_config_ends_in_a_traceback(tmp_path: Path, kind: str) -> None:
+    """Every key with every wrong value: refused with words, or read, and then shapes are known."""
+    raw = json.loads((make_kind(tmp_path / "base", kind) / "config.json").read_text())
+    refused = 0
+    for key in {**RECORDS[raw["model_type"]].defaults, **raw}:
+        for value in ("x", -1, 0, 2.5, [], ["x"], {"x": 1}, None, True):
+            try:
+                config = normalise({**raw, key: value})
+            except ValueError as error:
+                assert str(error)
+                refused += 1
+                continue
+            if record_of(config):
+                assert dense_shapes(config)
+    assert refused > 50

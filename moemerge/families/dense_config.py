@@ -62,7 +62,7 @@ def normalise(raw: dict[str, Any]) -> dict[str, Any]:
         return dict(raw)
     if record.layers != ATTENTION:
         return _as_said(raw, record)
-    config = record.settle({**record.defaults, **raw})
+    config = _settled({**record.defaults, **raw}, record)
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
     for key in (*_NUMBERS, *_FLAGS, "rope_theta", "max_window_layers", PARTIAL):
@@ -105,7 +105,7 @@ def _as_said(raw: dict[str, Any], record: Family) -> dict[str, Any]:
     for key in _COUNTED:  # `settle` computes with these
         if type(said.get(key)) is not int or said[key] < 1:
             raise ValueError(f"{key} is {said.get(key)!r}, not a positive whole number")
-    said = record.settle(said)
+    said = _settled(said, record)
     usual = {key: said[own] for key, own in record.usual.items()}
     config = {**_ABSENT, **said, **usual, "said": tuple(said)}
     for key in (*_WHOLE, *record.numbers):
@@ -125,6 +125,19 @@ def _as_said(raw: dict[str, Any], record: Family) -> dict[str, Any]:
             raise ValueError(f"{key} is {config[key]!r}, not a mapping")
     config["dtype"] = config["torch_dtype"] = raw.get("dtype") or raw.get("torch_dtype")
     return config
+
+
+def _settled(said: dict[str, Any], record: Family) -> dict[str, Any]:
+    """The keys as the family's `settle` makes them explicit.
+
+    Raises:
+        ValueError: `settle` says so, or a value has a type with which it cannot compute.
+    """
+    try:
+        return record.settle(said)
+    except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
+        what = "a value is not of the type that its class expects"
+        raise ValueError(f"{what} ({type(error).__name__}: {error})") from error
 
 
 def _settle_windows(config: dict[str, Any], record: Family) -> None:
