@@ -252,6 +252,9 @@ def test_a_picture_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "chart3.png").write_text("no picture")
     with pytest.raises(InputError, match=r"chart3.png cannot be read as a picture"):
         make_plan(write_config(tmp_path / "c.yaml", text))
+    Image.new("RGB", (2000, 3)).save(tmp_path / "chart3.png")  # too long for its processor
+    with pytest.raises(InputError, match=r"chart3.png cannot be read as a picture"):
+        make_plan(write_config(tmp_path / "c.yaml", text))
     blind = [make_kind(tmp_path / f"t{n}", "qwen3.5", seed=n) for n in range(3)]
     with pytest.raises(InputError, match="the base model reads text alone"):
         make_plan(write_config(tmp_path / "c.yaml", with_pictures(tmp_path, blind)))

@@ -40,7 +40,7 @@ class Pictures:
         """Encode a picture and the text after it; all tokens are the prompt's own.
 
         Raises:
-            ValueError: the picture cannot be read.
+            ValueError: the picture cannot be read, or is none that the processor takes.
         """
         from PIL import Image
 
@@ -49,9 +49,10 @@ class Pictures:
         try:
             with Image.open(file) as opened:
                 picture = opened.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{file} cannot be read as a picture ({error})") from error
-        made = self.processor(text=[marks + text], images=[picture], return_tensors="pt")
+            made = self.processor(text=[marks + text], images=[picture], return_tensors="pt")
+        except Exception as error:  # errors of many libraries reach this line
+            why = first_line(error)
+            raise ValueError(f"{file} cannot be read as a picture ({why})") from error
         ids = tuple(made["input_ids"][0].tolist())
         given = {name: value for name, value in made.items() if name not in _BESIDE}
         return Prompt(ids, 0, Seen(given, _digest(given)))
@@ -66,6 +67,7 @@ def _digest(given: Mapping[str, torch.Tensor]) -> str:
 
 
 def _open(directory: Path) -> Any:
+    import PIL  # noqa: F401  (its error names it, if it is not installed)
     import transformers
 
     kind = getattr(transformers, _class_of(directory))
