@@ -42,9 +42,20 @@ def routed(config: dict[str, Any], mixture: Mixture, layer: int) -> Iterator[Slo
     """A layer's router and experts, with the names of most classes."""
     block = f"{LAYER.format(layer=layer)}mlp."
     yield router(f"{block}gate.weight", config, mixture)
+    yield from separate(f"{block}experts.", config, mixture, layer)
+
+
+def separate(
+    prefix: str,
+    config: dict[str, Any],
+    mixture: Mixture,
+    layer: int,
+    matrices: tuple[str, ...] = (GATE, UP, DOWN),
+) -> Iterator[Slot]:
+    """Each expert's matrices as tensors of their own: `prefix`, its number, the matrix's name."""
     for expert in range(mixture.experts):
-        for which in (GATE, UP, DOWN):
-            name = f"{block}experts.{expert}.{which}.weight"
+        for which in matrices:
+            name = f"{prefix}{expert}.{which}.weight"
             yield projection(name, config, mixture, layer, expert, which)
 
 
@@ -74,11 +85,16 @@ def shared_width(mixture: Mixture) -> int:
 
 
 def shared_or_zeros(
-    prefix: str, config: dict[str, Any], mixture: Mixture, layer: int
+    prefix: str,
+    config: dict[str, Any],
+    mixture: Mixture,
+    layer: int,
+    width: int,
+    matrices: tuple[str, ...] = (GATE, UP, DOWN),
 ) -> Iterator[Slot]:
-    """The matrices of all shared experts as one MLP, or of one of zeros where there are none."""
-    hidden, width = config["hidden_size"], shared_width(mixture)
-    for which in (GATE, UP, DOWN):
+    """The matrices of all shared experts as one MLP; without any, of one of zeros, `width` wide."""
+    hidden = config["hidden_size"]
+    for which in matrices:
         name = f"{prefix}{which}.weight"
         if mixture.shared:
             yield shared(name, config, mixture, layer, which)
@@ -91,7 +107,9 @@ def gated_shared(
     block: str, config: dict[str, Any], mixture: Mixture, layer: int
 ) -> Iterator[Slot]:
     """A shared expert with its sigmoid gate, which is 1/2 unless prompts make it."""
-    yield from shared_or_zeros(f"{block}shared_expert.", config, mixture, layer)
+    yield from shared_or_zeros(
+        f"{block}shared_expert.", config, mixture, layer, shared_width(mixture)
+    )
     gate = Made("shared gate") if mixture.gated else Constant(HALF)
     yield Slot(f"{block}shared_expert_gate.weight", (1, config["hidden_size"]), gate)
 

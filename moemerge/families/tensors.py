@@ -46,6 +46,32 @@ def projections(config: dict[str, Any], prefix: str, out: str = "o_proj") -> Sha
     return found
 
 
+def mamba(
+    prefix: str, hidden: int, heads: int, inner: int, state: int, kernel: int,
+    conv_bias: bool, bias: bool,
+) -> Shapes:  # fmt: skip
+    """Mamba 2 with `heads`, `inner` channels, and `state` values of all groups together.
+
+    Its convolution over time has a `kernel` of that many steps.
+    """
+    mixed = inner + 2 * state
+    found: Shapes = {
+        f"{prefix}dt_bias": (heads,),
+        f"{prefix}A_log": (heads,),
+        f"{prefix}D": (heads,),
+        f"{prefix}conv1d.weight": (mixed, 1, kernel),
+        f"{prefix}in_proj.weight": (inner + mixed + heads, hidden),
+        f"{prefix}norm.weight": (inner,),
+        f"{prefix}out_proj.weight": (hidden, inner),
+    }
+    if conv_bias:
+        found[f"{prefix}conv1d.bias"] = (mixed,)
+    if bias:
+        found[f"{prefix}in_proj.bias"] = (inner + mixed + heads,)
+        found[f"{prefix}out_proj.bias"] = (hidden,)
+    return found
+
+
 def final_norm(config: dict[str, Any]) -> Shapes:
     """The norm (D) after the last layer."""
     return {NORM: (config["hidden_size"],)}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moemerge.architectures.experts import routed, shared
+from moemerge.architectures.experts import routed, shared_or_zeros
 from moemerge.architectures.limits import (
     Holds,
     common,
@@ -23,8 +23,8 @@ from moemerge.architectures.limits import (
     other_rope,
 )
 from moemerge.architectures.reading import Reading, no_windows
-from moemerge.architectures.slots import Constant, Made, Mixture, Slot, whole
-from moemerge.families import DOWN, GATE, LAYER, PARTIAL, UP
+from moemerge.architectures.slots import Made, Mixture, Slot, whole
+from moemerge.families import LAYER, PARTIAL
 
 HOLDS = Holds(qk_norms=(None, "head"), qkv_bias=True, turns_in_part=True)
 READING = Reading(
@@ -82,17 +82,12 @@ def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
 
 def experts(config: dict[str, Any], mixture: Mixture, layer: int) -> Iterator[Slot]:
     """Router, selection bias (in float32, as the class holds it), experts, shared experts."""
-    block, hidden = f"{LAYER.format(layer=layer)}mlp.", config["hidden_size"]
+    block = f"{LAYER.format(layer=layer)}mlp."
     yield from routed(config, mixture, layer)
     bias = f"{block}gate.e_score_correction_bias"
     yield Slot(bias, (mixture.experts,), Made("bias"), dtype="F32")
-    for which in (GATE, UP, DOWN):
-        full, inner = f"{block}shared_experts.{which}.weight", mixture.inner
-        if mixture.shared:
-            yield shared(full, config, mixture, layer, which)
-        else:
-            shape = (hidden, inner) if which == DOWN else (inner, hidden)
-            yield Slot(full, shape, Constant(0.0))
+    prefix = f"{block}shared_experts."
+    yield from shared_or_zeros(prefix, config, mixture, layer, mixture.inner)
 
 
 def output_config(config: dict[str, Any], mixture: Mixture, dtype: str) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moemerge.architectures.experts import projection, router, shared
+from moemerge.architectures.experts import router, separate, shared_or_zeros
 from moemerge.architectures.limits import Holds, as_said
 from moemerge.architectures.reading import Names, Reading, dense_of
-from moemerge.architectures.slots import Constant, Mixture, Slot, whole
-from moemerge.families import DOWN, GATE, LAYER, UP
+from moemerge.architectures.slots import Mixture, Slot, whole
+from moemerge.families import LAYER
 
 _OWN = ("num_experts", "moe_topk", "output_router_logits")
 
@@ -48,17 +48,8 @@ def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
     def mlp(layer: int) -> Iterator[Slot]:
         block = f"{LAYER.format(layer=layer)}mlp."
         yield router(f"{block}gate.wg.weight", config, mixture)
-        for expert in range(mixture.experts):
-            for which in (GATE, UP, DOWN):
-                name = f"{block}experts.{expert}.{which}.weight"
-                yield projection(name, config, mixture, layer, expert, which)
-        for which in (GATE, UP, DOWN):
-            name = f"{block}shared_mlp.{which}.weight"
-            if mixture.shared:
-                yield shared(name, config, mixture, layer, which)
-            else:
-                shape = projection("", config, mixture, layer, 0, which).shape
-                yield Slot(name, shape, Constant(0.0))
+        yield from separate(f"{block}experts.", config, mixture, layer)
+        yield from shared_or_zeros(f"{block}shared_mlp.", config, mixture, layer, mixture.inner)
 
     return whole(config, mlp)
 

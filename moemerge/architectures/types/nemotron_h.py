@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moemerge.architectures.experts import projection, router, shared, shared_width
+from moemerge.architectures.experts import router, separate, shared_or_zeros, shared_width
 from moemerge.architectures.limits import Holds, as_said, lonely
 from moemerge.architectures.reading import Names, Reading
-from moemerge.architectures.slots import Constant, Made, Mixture, Slot, whole
+from moemerge.architectures.slots import Made, Mixture, Slot, whole
 from moemerge.families import DOWN, LAYER, UP
 
 HOLDS = Holds(layers=("nemotron h",))
@@ -48,24 +48,15 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:
     """The dense tensors, routers, biases (float32), experts and shared ones: up and down alone."""
-    hidden, width = config["hidden_size"], shared_width(mixture)
 
     def mlp(layer: int) -> Iterator[Slot]:
         block = f"{LAYER.format(layer=layer)}mixer."
         yield router(f"{block}gate.weight", config, mixture)
         bias = f"{block}gate.e_score_correction_bias"
         yield Slot(bias, (mixture.experts,), Made("bias"), dtype="F32")
-        for expert in range(mixture.experts):
-            for which in (UP, DOWN):
-                name = f"{block}experts.{expert}.{which}.weight"
-                yield projection(name, config, mixture, layer, expert, which)
-        for which in (UP, DOWN):
-            name = f"{block}shared_experts.{which}.weight"
-            if mixture.shared:
-                yield shared(name, config, mixture, layer, which)
-            else:
-                shape = (hidden, width) if which == DOWN else (width, hidden)
-                yield Slot(name, shape, Constant(0.0))
+        yield from separate(f"{block}experts.", config, mixture, layer, (UP, DOWN))
+        prefix, width = f"{block}shared_experts.", shared_width(mixture)
+        yield from shared_or_zeros(prefix, config, mixture, layer, width, (UP, DOWN))
 
     return whole(config, mlp)
 

@@ -8,7 +8,7 @@ from typing import Any
 from moemerge.families.family import Family
 from moemerge.families.names import LAYER
 from moemerge.families.rope import both_forms
-from moemerge.families.tensors import Shapes, projections
+from moemerge.families.tensors import Shapes, mamba, projections
 
 MAMBA, FULL = "mamba", "attention"
 _NEWER = {"linear_attention": MAMBA, "full_attention": FULL}
@@ -58,22 +58,11 @@ def _layer(config: dict[str, Any], number: int) -> Shapes:
         bias = bool(config["attention_bias"])
         own = {**config, "qkv_bias": bias, "o_bias": bias}
         return {**projections(own, f"{layer}self_attn."), **norms}
-    heads, inner = config["mamba_n_heads"], config["mamba_expand"] * hidden
-    mixed = inner + 2 * config["mamba_n_groups"] * config["mamba_d_state"]
-    found: Shapes = {
-        f"{layer}mamba.dt_bias": (heads,),
-        f"{layer}mamba.A_log": (heads,),
-        f"{layer}mamba.D": (heads,),
-        f"{layer}mamba.conv1d.weight": (mixed, 1, config["mamba_d_conv"]),
-        f"{layer}mamba.in_proj.weight": (inner + mixed + heads, hidden),
-        f"{layer}mamba.norm.weight": (inner,),
-        f"{layer}mamba.out_proj.weight": (hidden, inner),
-    }
-    if config["mamba_conv_bias"]:
-        found[f"{layer}mamba.conv1d.bias"] = (mixed,)
-    if config["mamba_proj_bias"]:
-        found[f"{layer}mamba.in_proj.bias"] = (inner + mixed + heads,)
-        found[f"{layer}mamba.out_proj.bias"] = (hidden,)
+    state = config["mamba_n_groups"] * config["mamba_d_state"]
+    found = mamba(
+        f"{layer}mamba.", hidden, config["mamba_n_heads"], config["mamba_expand"] * hidden, state,
+        config["mamba_d_conv"], config["mamba_conv_bias"], config["mamba_proj_bias"],
+    )  # fmt: skip
     return found | norms
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from moemerge.families.family import Family
 from moemerge.families.names import LAYER
-from moemerge.families.tensors import Shapes, projections
+from moemerge.families.tensors import Shapes, mamba, projections
 
 PATTERN = "hybrid_override_pattern"
 """A letter for each layer: `M` Mamba, `*` attention, `-` an MLP, `E` a mixture."""
@@ -65,23 +65,11 @@ def _layer(config: dict[str, Any], number: int) -> Shapes:
     if kind == "*":
         bias = bool(config["attention_bias"])
         return norm | projections({**config, "qkv_bias": bias, "o_bias": bias}, mixer)
-    heads = config["mamba_num_heads"]
-    inner = heads * config["mamba_head_dim"]
-    mixed = inner + 2 * config["n_groups"] * config["ssm_state_size"]
-    found: Shapes = {
-        f"{mixer}dt_bias": (heads,),
-        f"{mixer}A_log": (heads,),
-        f"{mixer}D": (heads,),
-        f"{mixer}conv1d.weight": (mixed, 1, config["conv_kernel"]),
-        f"{mixer}in_proj.weight": (inner + mixed + heads, hidden),
-        f"{mixer}norm.weight": (inner,),
-        f"{mixer}out_proj.weight": (hidden, inner),
-    }
-    if config["use_conv_bias"]:
-        found[f"{mixer}conv1d.bias"] = (mixed,)
-    if config["use_bias"]:
-        found[f"{mixer}in_proj.bias"] = (inner + mixed + heads,)
-        found[f"{mixer}out_proj.bias"] = (hidden,)
+    heads, state = config["mamba_num_heads"], config["n_groups"] * config["ssm_state_size"]
+    found = mamba(
+        mixer, hidden, heads, heads * config["mamba_head_dim"], state, config["conv_kernel"],
+        config["use_conv_bias"], config["use_bias"],
+    )  # fmt: skip
     return norm | found
 
 
