@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from moemerge.architectures import MLP, find, name_of
-from moemerge.checkpoint import FLOATS, Donor, Opener
+from moemerge.checkpoint import FLOATS, Donor, Location, Opener
 from moemerge.config import Expert, MergeConfig, parse_config
 from moemerge.errors import Findings, InputError, Line, flag, no_effect
+from moemerge.families import DOWN, UP
 from moemerge.mixture.edited_plan import Edit
 from moemerge.mixture.open import Moe, open_moe
 from moemerge.mixture.parts import Part
@@ -24,9 +25,11 @@ from moemerge.mixture.runnable import (
 )
 from moemerge.options import Options, RunOptions
 from moemerge.output import changed_sources, held
-from moemerge.plan import Cut, Join, Mean, Recipe, recipe
+from moemerge.plan import Cut, Fill, Join, Mean, Recipe, recipe
 from moemerge.prepare import compare, no_host
 from moemerge.reporting import Reporter, Silent, listener
+
+_NUMBERS = ("F64", *FLOATS.values())
 
 
 def top_k(
@@ -188,7 +191,8 @@ def add(
     for part in moe.parts:
         if part.expert == 0:
             dense = f"{part.layer}mlp.{MLP[part.which]}.weight"
-            made = replace(part, recipe=recipe.of_donor(donor, dense), file="")
+            own = _filled_up(recipe.of_donor(donor, dense), donor.model.tensors[dense], part.shape)
+            made = replace(part, recipe=own, file="")
             parts.append(_renumbered(made, moe.experts, moe))
     experts = (*moe.names, donor.name if moe.manifest else f"expert {moe.experts}")
 
@@ -239,7 +243,8 @@ def _free(name: str, taken: Iterable[str]) -> str:
 
 def _check_donor(moe: Moe, donor: Donor, options: Options, findings: Findings) -> None:
     """Record why the MLPs of the model cannot be an expert of this mixture."""
-    config = {**moe.dense, "intermediate_size": moe.inner}
+    inner = donor.model.config.get("intermediate_size")
+    config = {**moe.dense, "intermediate_size": inner if _widest(donor) == moe.inner else moe.inner}
     host = Donor("MOE", "the mixture", replace(moe.checkpoint, config=config))
     scaled = moe.config.get("residual_multiplier", 1) != 1
     alike = not scaled and is_made_of(moe, str(donor.model.config.get("model_type")))
@@ -252,7 +257,7 @@ def _check_donor(moe: Moe, donor: Donor, options: Options, findings: Findings) -
         at = donor.model.tensors.get(name)
         if obstacle := donor.obstacle((name,)):
             wrong.append(f"{name}: {obstacle[1]}")
-        elif at is None or at.shape != part.shape or at.dtype not in ("F64", *FLOATS.values()):
+        elif at is None or not _fits(at.shape, part, moe, donor) or at.dtype not in _NUMBERS:
             is_it = f"{list(at.shape)} of {at.dtype}" if at else "missing"
             wrong.append(f"{name} is {is_it}, an expert's is {list(part.shape)}")
         elif f"{name.removesuffix('.weight')}.bias" in donor.model.tensors:
@@ -261,6 +266,29 @@ def _check_donor(moe: Moe, donor: Donor, options: Options, findings: Findings) -
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         fix = "name a dense model with MLPs like the mixture's"
         findings.problem("SOURCE", wrong[0] + more, fix)
+
+
+def _widest(donor: Donor) -> int:
+    """The width of the model's widest MLP; they differ where some are of double width."""
+    ups = (at.shape[0] for name, at in donor.model.tensors.items() if name.endswith(f"mlp.{UP}.weight"))
+    return max(ups, default=0)
+
+
+def _fits(shape: tuple[int, ...], part: Part, moe: Moe, donor: Donor) -> bool:
+    """Whether a matrix is an expert's, or becomes one by zeros because another layer is wider."""
+    axis = 1 if MLP[part.which] == DOWN else 0
+    narrow = len(shape) == 2 and shape[axis] < part.shape[axis] and _widest(donor) == moe.inner
+    return shape == part.shape or (narrow and shape[1 - axis] == part.shape[1 - axis])
+
+
+def _filled_up(made: Recipe, at: Location, shape: tuple[int, ...]) -> Recipe:
+    """The matrix at `at` with zeros below or beside it, up to `shape`."""
+    if at.shape == shape:
+        return made
+    axis = 0 if at.shape[1] == shape[1] else 1
+    lacks = list(shape)
+    lacks[axis] -= at.shape[axis]
+    return Join((made, Fill(0.0, tuple(lacks))), axis)
 
 
 def is_made_of(moe: Moe, family: str) -> bool:
