@@ -15,7 +15,11 @@ from kinds import make_kind
 from PIL import Image
 from seeing import IMAGE, SEEING, make_seeing, picture
 from test_kinds import tensors
-from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma4ImageProcessorPil,
+    Qwen2VLImageProcessorPil,
+)
 
 from moemerge import (
     InputError,
@@ -31,6 +35,23 @@ from moemerge.plan import arithmetic
 from moemerge.text import Pictures
 
 pytestmark = pytest.mark.skipif(transformers.__version__ < "5", reason="5 has these classes")
+QWEN_MARKS = {
+    "vision_start_token": (62, "<|vision_start|>"),
+    "vision_end_token": (63, "<|vision_end|>"),
+    "image_token": (IMAGE, "<|image_pad|>"),
+    "video_token": (61, "<|video_pad|>"),
+}
+GEMMA_MARKS = {
+    "boi_token": (62, "<|image>"),
+    "eoi_token": (63, "<image|>"),
+    "image_token": (IMAGE, "<|image|>"),
+    "video_token": (61, "<|video|>"),
+    "audio_token": (59, "<|audio|>"),
+    "boa_token": (57, "<|audio>"),
+    "eoa_token": (58, "<audio|>"),
+}
+"""The tokens about a picture: number and text."""
+
 CHANGED = [kind for kind in SEEING if kind != "qwen3 vl"]
 """The kinds whose mixtures can be taken apart again."""
 
@@ -176,14 +197,9 @@ def draw(file: Path, kind: str, seed: int) -> Path:
 
 def add_processor(model: Path, kind: str) -> None:
     """The processor that such a model comes with, for its small patches."""
-    marks = {
-        62: "<|vision_start|>",
-        63: "<|vision_end|>",
-        IMAGE: "<|image_pad|>",
-        61: "<|video_pad|>",
-    }
     data = json.loads((model / "tokenizer.json").read_text())
-    for number, text in marks.items():
+    marks = GEMMA_MARKS if kind == "gemma4" else QWEN_MARKS
+    for number, text in marks.values():
         data["model"]["vocab"] = {w: n for w, n in data["model"]["vocab"].items() if n != number}
         data["added_tokens"].append({
             "id": number, "content": text, "special": True, "normalized": False, "lstrip": False,
@@ -191,6 +207,14 @@ def add_processor(model: Path, kind: str) -> None:
         })  # fmt: skip
         data["model"]["vocab"][text] = number
     (model / "tokenizer.json").write_text(json.dumps(data))
+    if kind == "gemma4":  # one file, as on the Hub
+        told = json.loads((model / "tokenizer_config.json").read_text())
+        told["extra_special_tokens"] = {name: text for name, (_, text) in marks.items()}
+        (model / "tokenizer_config.json").write_text(json.dumps({**told, "pad_token": "<s>"}))
+        eyes = Gemma4ImageProcessorPil(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)
+        said = {"processor_class": "Gemma4Processor", "image_processor": eyes.to_dict()}
+        (model / "processor_config.json").write_text(json.dumps(said))
+        return
     made = Qwen2VLImageProcessorPil(
         patch_size=4, temporal_patch_size=2, merge_size=2,
         size={"shortest_edge": 64, "longest_edge": 1024},
@@ -212,7 +236,7 @@ def with_pictures(root: Path, models: list[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("kind", ["qwen3.5", "qwen3 vl"])
+@pytest.mark.parametrize("kind", SEEING)
 def test_pictures_of_a_kind_find_their_expert(tmp_path: Path, kind: str) -> None:
     """Routers that ridge made of pictures choose the right expert for most other pictures."""
     models = [make_seeing(tmp_path / str(n), kind, seed=n) for n in range(3)]
@@ -226,7 +250,7 @@ def test_pictures_of_a_kind_find_their_expert(tmp_path: Path, kind: str) -> None
     )
     model, chosen = load(tmp_path / "out"), list[torch.Tensor]()
     for name, module in model.named_modules():
-        if name.endswith("mlp.gate"):
+        if name.endswith(("mlp.gate", "router")):
             module.register_forward_hook(lambda _, args, out: chosen.append(out[0]))
     eyes, right = Pictures(models[0]), []
     for number in range(100, 110):
@@ -240,7 +264,8 @@ def test_pictures_of_a_kind_find_their_expert(tmp_path: Path, kind: str) -> None
     assert sum(right) >= 0.9 * len(right)
     passage = routing_report(tmp_path / "out")["passages"][0]
     shown = [token.strip() for token in passage["tokens"]]
-    assert shown.count("<|image_pad|>") == 9 and shown[-1] == "the"
+    mark, parts = ("<|image|>", 64) if kind == "gemma4" else ("<|image_pad|>", 9)
+    assert shown.count(mark) == parts and shown[-1] == "the"
 
 
 def test_a_picture_that_cannot_be_read_is_told(tmp_path: Path) -> None:

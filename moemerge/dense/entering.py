@@ -52,7 +52,9 @@ def entered(
     record = family_of(config)
     ids = sorted({one for passage in passages for one in passage.prompt.ids})
     if outer is not model:  # which may embed this token in place of a picture's
-        ids = sorted({*ids, config.get("pad_token_id") or 0})
+        pad = config.get("pad_token_id") or 0
+        ids = sorted({*ids, pad})
+        outer.config.get_text_config().pad_token_id = pad
     places = torch.zeros(max(ids) + 1, dtype=torch.long, device=device)
     places[ids] = torch.arange(len(ids), device=device)
     beside = [EMBEDDING, *record.top(config)]
