@@ -268,12 +268,18 @@ def test_pictures_of_a_kind_find_their_expert(tmp_path: Path, kind: str) -> None
     assert shown.count(mark) == parts and shown[-1] == "the"
 
 
-def test_a_picture_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     models = [make_seeing(tmp_path / str(n), "qwen3.5", seed=n) for n in range(3)]
     text = with_pictures(tmp_path, models)
     with pytest.raises(InputError, match="its processor cannot be read"):
         make_plan(write_config(tmp_path / "c.yaml", text))
     add_processor(models[0], "qwen3.5")
+    with monkeypatch.context() as hidden:
+        hidden.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(InputError, match=r"pip install 'moemerge\[vision\]'"):
+            make_plan(write_config(tmp_path / "c.yaml", text))
     (tmp_path / "chart3.png").write_text("no picture")
     with pytest.raises(InputError, match=r"chart3.png cannot be read as a picture"):
         make_plan(write_config(tmp_path / "c.yaml", text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,10 @@ def _pictures(config: MergeConfig, base: Donor, findings: Findings) -> Pictures 
         return None
     if "wrapper" not in base.model.config:
         what, fix = "has a picture, and the base model reads text alone", "name one that sees"
+        findings.problem(found[0], what, fix)
+        return None
+    if importlib.util.find_spec("PIL") is None:
+        what, fix = "has a picture: Pillow is not installed", "pip install 'moemerge[vision]'"
         findings.problem(found[0], what, fix)
         return None
     try:

@@ -67,7 +67,6 @@ def _digest(given: Mapping[str, torch.Tensor]) -> str:
 
 
 def _open(directory: Path) -> Any:
-    import PIL  # noqa: F401  (its error names it, if it is not installed)
     import transformers
 
     kind = getattr(transformers, _class_of(directory))
