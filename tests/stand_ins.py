@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 MODELS = {
@@ -71,17 +72,72 @@ def make_model(directory: Path, vocabulary: int) -> None:
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"})
     )
-    tensors = list(_tensors(vocabulary))
-    size = math.ceil(len(tensors) / SHARDS)
+    _write_shards(directory, list(_tensors(vocabulary)), SHARDS)
+
+
+def _write_shards(directory: Path, tensors: list[tuple[str, tuple[int, ...]]], count: int) -> None:
+    size = math.ceil(len(tensors) / count)
     weight_map = {}
-    for number in range(SHARDS):
-        file = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
+    for number in range(count):
+        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         part = dict(tensors[number * size : (number + 1) * size])
         _write_hollow(directory / file, part)
         weight_map |= dict.fromkeys(part, file)
     total = 2 * sum(math.prod(shape) for _, shape in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+QWEN3_5_27B = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "model_type": "qwen3_5",
+    "image_token_id": 248056,
+    "tie_word_embeddings": False,
+    "video_token_id": 248057,
+    "vision_end_token_id": 248054,
+    "vision_start_token_id": 248053,
+    "vision_config": {
+        "deepstack_visual_indexes": [], "depth": 27, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 1152, "in_channels": 3, "intermediate_size": 4304, "model_type": "qwen3_5",
+        "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": 5120,
+        "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+    },
+    "text_config": {
+        "attn_output_gate": True, "dtype": "bfloat16", "eos_token_id": 248044,
+        "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 5120,
+        "intermediate_size": 17408, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 48, "linear_value_head_dim": 128,
+        "max_position_embeddings": 262144, "model_type": "qwen3_5_text", "num_attention_heads": 24,
+        "num_hidden_layers": 64, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "mrope_interleaved": True, "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25, "rope_theta": 10000000, "rope_type": "default",
+        },
+        "tie_word_embeddings": False, "vocab_size": 248320,
+    },
+}  # fmt: skip
+"""The shapes of a Qwen 3.5 27B, with its vision tower."""
+
+
+def make_qwen3_5_27b(directory: Path) -> None:
+    """Its config, index and shards of headers alone."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(QWEN3_5_27B, indent=2))
+    (directory / "tokenizer.json").write_text(json.dumps(_tokenizer(32000), indent=2))
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    _write_shards(directory, list(_shapes_of_qwen3_5_27b().items()), 11)
+
+
+@cache
+def _shapes_of_qwen3_5_27b() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of its class in transformers; no weights are made."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        config = AutoConfig.for_model(**QWEN3_5_27B)
+        model = AutoModelForImageTextToText.from_config(config)
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def _tensors(vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -14,6 +14,7 @@ from babies import make_model, simple_config, write_config
 from kinds import make_kind
 from PIL import Image
 from seeing import IMAGE, SEEING, make_seeing, picture
+from stand_ins import make_qwen3_5_27b
 from test_kinds import tensors
 from transformers import (
     AutoModelForImageTextToText,
@@ -292,3 +293,24 @@ def test_a_picture_that_cannot_be_read_is_told(
     text = with_pictures(tmp_path, models).replace("ridge", "cheap_embed")
     with pytest.raises(InputError, match="cannot use prompts with pictures"):
         make_plan(write_config(tmp_path / "c.yaml", text))
+
+
+def test_a_plan_of_true_size_has_the_right_numbers(tmp_path: Path) -> None:
+    """Four Qwen 3.5 27B with their vision towers, from headers alone."""
+    models = [tmp_path / f"model{number}" for number in range(4)]
+    for model in models:
+        make_qwen3_5_27b(model)
+    text = simple_config(models[0], models, "experts_per_token: 2\ngate_mode: random")
+    plan = make_plan(write_config(tmp_path / "c.yaml", text)).plan
+    layers, hidden, inner = 64, 5120, 17408
+    mlp = 3 * hidden * inner
+    dense = sum(at.parameters for at in plan.tensors if at.expert is None and not at.made)
+    shared, routers = layers * (3 * 32 + 1) * hidden, layers * 4 * hidden
+    index = json.loads((models[0] / "model.safetensors.index.json").read_text())
+    # The class needs a shared expert beside: 32 neurons and a gate in each layer.
+    assert dense - shared == index["metadata"]["total_size"] // 2 - layers * mlp
+    assert plan.parameters == dense + layers * 4 * mlp + routers
+    assert plan.active_parameters == dense + layers * 2 * mlp + routers
+    headers = sum(len(shard.header()) for shard in plan.shards)
+    assert plan.nbytes == 2 * plan.parameters + headers
+    assert sum("visual" in tensor.name for tensor in plan.tensors) == 27 * 12 + 9

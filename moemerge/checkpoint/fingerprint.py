@@ -23,7 +23,7 @@ _BLOCKS = 1 << 11
 """How many blocks of a source are read; at least one of each tensor."""
 
 _MOST_OF_ONE = 8
-_THREADS = 16
+_THREADS = 4
 _TENSORS_A_TASK = 64
 _SAVERS = frozenset({"_name_or_path", "transformers_version"})
 """Keys of a config.json about the program that wrote it."""
