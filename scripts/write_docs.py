@@ -115,13 +115,14 @@ def _architectures() -> str:
 
 
 def _readers() -> str:
-    """What each reader makes of each host; tests/test_readers_table.py holds the readers to it."""
+    """What each reader makes of each host; tests/test_readers_table.py and test_readers_kinds.py
+    hold the readers to it."""
     table = json.loads((ROOT / "tests/readers/table.json").read_text(encoding="utf-8"))
     columns = [
         f"{reader.partition(' ')[0]} {table['versions'][reader]}" for reader in table["versions"]
     ]
     lines, messages = [["host", "body", *columns], ["---"] * (len(columns) + 2)], list[str]()
-    for host, kinds in table["hosts"].items():
+    for host, kinds in (*table["hosts"].items(), *table["kinds"].items()):
         for kind, cells in kinds.items():
             if isinstance(cells, str):
                 cells = dict.fromkeys(columns, f"moemerge: {cells}")

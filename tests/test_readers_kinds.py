@@ -144,7 +144,9 @@ def test_each_reader_does_what_the_table_says(
     answers = read_all(reader, made.mixtures, tmp_path / "w", **asked)
     for (architecture, kind), wanted, answer in zip(CASES, made.wanted, answers, strict=True):
         cell = TABLE["kinds"][architecture][kind][reader]
-        odd = [f"{why}: {name}" for why in ("missing", "unexpected") for name in answer.get(why, ())]
+        odd = [
+            f"{why}: {name}" for why in ("missing", "unexpected") for name in answer.get(why, ())
+        ]
         came = answer.get("error") or "\n".join(odd)
         came = came or ("right" if answer["generated"] == wanted else "wrong")
         if cell not in came or (cell in ("right", "wrong") and came != cell):

@@ -270,7 +270,9 @@ def _check_donor(moe: Moe, donor: Donor, options: Options, findings: Findings) -
 
 def _widest(donor: Donor) -> int:
     """The width of the model's widest MLP; they differ where some are of double width."""
-    ups = (at.shape[0] for name, at in donor.model.tensors.items() if name.endswith(f"mlp.{UP}.weight"))
+    ups = (
+        at.shape[0] for name, at in donor.model.tensors.items() if name.endswith(f"mlp.{UP}.weight")
+    )
     return max(ups, default=0)
 
 

@@ -21,7 +21,7 @@ HOLDS = Holds(layers=("cohere 2",))
 READING = Reading(counts=("num_experts",), dense=dense_of("cohere2", _OWN))
 SHARED = ""
 SCORES = "softmax"
-READERS = ("transformers 5", "llama.cpp")
+READERS = ("transformers 5", "llama.cpp", "vLLM")
 ALIASES = ()
 TRAINING = {"output_router_logits": False}
 
@@ -33,6 +33,7 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
     """Measured in November 2026."""
+    yield "vLLM", "vLLM gives other text than transformers"
     if config["attention_bias"]:
         yield "llama.cpp", "llama.cpp cannot convert it: its cohere2moe has no attention biases"
 

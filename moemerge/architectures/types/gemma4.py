@@ -41,7 +41,7 @@ READING = Reading(
 )
 SHARED = ""
 SCORES = "softmax"
-READERS = ("transformers 5", "mlx-lm")
+READERS = ("transformers 5", "mlx-lm", "vLLM")
 ALIASES = ()
 TRAINING: dict[str, Any] = {}
 
@@ -61,6 +61,8 @@ def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str
         "where m is the mean square of an MLP's output"
     )
     yield "", line
+    if "wrapper" in config:
+        yield "vLLM", "vLLM cannot load it without torchvision, and was not tried with that"
 
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:

@@ -35,7 +35,7 @@ READING = replace(
 )
 SHARED = ""
 SCORES = "softmax"
-READERS = ("transformers 5",)
+READERS = ("transformers 5", "vLLM")
 ALIASES = ()
 TRAINING = granitemoe.TRAINING
 
@@ -49,8 +49,9 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """No caveat is known."""
-    yield from ()
+    """Measured in November 2026."""
+    if config["attention_bias"]:
+        yield "vLLM", "vLLM leaves out attention biases: expect other text from it"
 
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:

@@ -25,7 +25,7 @@ READING = Reading(
 )
 SHARED = "always"
 SCORES = "softmax"
-READERS = ("transformers 4.57", "transformers 5")
+READERS = ("transformers 4.57", "transformers 5", "vLLM", "mistral.rs")
 ALIASES = ()
 TRAINING = {"output_router_logits": False}
 
@@ -38,8 +38,8 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """No caveat is known."""
-    yield from ()
+    """Measured in November 2026."""
+    yield "mistral.rs", "mistral.rs gives other text than transformers"
 
 
 def slots(config: dict[str, Any], mixture: Mixture) -> Iterator[Slot]:

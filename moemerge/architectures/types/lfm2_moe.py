@@ -36,7 +36,7 @@ READING = Reading(
 )
 SHARED = ""
 SCORES = "sigmoid"
-READERS = ("transformers 5", "llama.cpp", "mlx-lm")
+READERS = ("transformers 5", "llama.cpp", "mlx-lm", "vLLM")
 ALIASES = ()
 TRAINING = {"output_router_logits": False}
 
@@ -49,7 +49,8 @@ def refusals(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, st
 
 
 def caveats(config: dict[str, Any], mixture: Mixture) -> Iterator[tuple[str, str]]:
-    """Measured in November 2026."""
+    """Measured in November 2026, vLLM on a CPU."""
+    yield "vLLM", "vLLM gives other text than transformers"
     if config["conv_bias"]:
         yield "llama.cpp", "llama.cpp cannot convert it: its LFM2 has no biases on convolutions"
 
