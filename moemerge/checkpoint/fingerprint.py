@@ -40,9 +40,12 @@ def of_headers(tensors: Mapping[str, Mapping[str, Location]]) -> str:
 
 
 def of_content(
-    tensors: Mapping[str, Mapping[str, Location]], config: Mapping[str, Any], whole: bool
+    tensors: Mapping[str, Mapping[str, Location]],
+    headers: str,
+    config: Mapping[str, Any],
+    whole: bool,
 ) -> str:
-    """A digest of headers, config, and blocks of every tensor; of all bytes if `whole`.
+    """A digest of `headers`, config, and blocks of every tensor; of all bytes if `whole`.
 
     Training changes a whole tensor, and so some value of each block. A change of a few rows may
     miss all blocks. A tensor's name decides where its blocks are.
@@ -51,7 +54,7 @@ def of_content(
         OSError: a file cannot be read.
     """
     said = {key: value for key, value in config.items() if key not in _SAVERS}
-    digest = _digest(of_headers(tensors), json.dumps(said, sort_keys=True))
+    digest = _digest(headers, json.dumps(said, sort_keys=True))
     count = sum(map(len, tensors.values()))
     each = 0 if whole else min(max(_BLOCKS // max(count, 1), 1), _MOST_OF_ONE)
     with ThreadPoolExecutor(_THREADS) as pool:

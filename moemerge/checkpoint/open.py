@@ -262,13 +262,14 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     if not adapter:
         index = [renamed.get(name, name) for name in weights.index or ()]
         notes += claims.settle(config, shown, absent, index)
+    digest = fingerprint.of_headers(headers)
     return Checkpoint(
         reference=reference,
         directory=directory,
         config=config,
         tensors=shown,
-        fingerprint=commit or fingerprint.of_content(headers, said, small),
-        headers=fingerprint.of_headers(headers),
+        fingerprint=commit or fingerprint.of_content(headers, digest, said, small),
+        headers=digest,
         commit=commit,
         modified=None if snapshot else newest,
         absent=absent,

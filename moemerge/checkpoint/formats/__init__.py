@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
@@ -46,10 +47,11 @@ class Format(Protocol):
         """
 
 
-def names() -> list[str]:
+@cache
+def names() -> tuple[str, ...]:
     """The names of all formats."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in found if not name.startswith("_"))
+    return tuple(sorted(name for name in found if not name.startswith("_")))
 
 
 def find(name: str) -> Format:
@@ -57,11 +59,13 @@ def find(name: str) -> Format:
     return cast(Format, importlib.import_module(f"{__name__}.{name}"))
 
 
-def in_order() -> list[Format]:
+@cache
+def in_order() -> tuple[Format, ...]:
     """The formats in their order; the first wins."""
-    return sorted(map(find, names()), key=lambda one: one.ORDER)
+    return tuple(sorted(map(find, names()), key=lambda one: one.ORDER))
 
 
+@cache
 def weight_suffixes() -> tuple[str, ...]:
     """The suffixes of weight files in all formats."""
     return tuple(suffix for one in in_order() for suffix in one.SUFFIXES)
