@@ -32,7 +32,7 @@ class Donor:
     def identity(self) -> tuple[Path | str, ...]:
         """Equal for two donors exactly when they are the same weights."""
         adapter = (str(self.adapter.checkpoint.directory.resolve()),) if self.adapter else ()
-        return (str(self.model.directory.resolve()), *adapter)
+        return (str(self.model.place.resolve()), *adapter)
 
 
 @dataclass

@@ -84,7 +84,9 @@ class Location:
     """A tensor's bytes: `nbytes` at `offset` of `file`, little-endian.
 
     `stamp` is the file's when its header was read. With `remote`, the bytes are read from the file
-    on the Hub. If `negative`, the values are the stored numbers with the other sign.
+    on the Hub. If `negative`, the values are the stored numbers with the other sign. If
+    `neighbours`, the file has each head's rows, that many, in the order in which rope turns
+    neighbours; they are read in transformers' order, in which it turns halves.
     """
 
     file: Path
@@ -94,6 +96,12 @@ class Location:
     stamp: Stamp | None = None
     remote: Remote | None = None
     negative: bool = False
+    neighbours: int = 0
+
+    @property
+    def as_stored(self) -> Location:
+        """The same place, with the rows as they are in the file."""
+        return dataclasses.replace(self, neighbours=0) if self.neighbours else self
 
     @property
     def nbytes(self) -> int:
@@ -106,12 +114,15 @@ class Location:
         return "F32" if self.encoding.decode else self.encoding.name
 
     def is_plain(self, dtype: str) -> bool:
-        """Whether its bytes are numbers of that dtype, so that they can be copied."""
-        return self.encoding.decode is None and self.encoding.name == dtype
+        """Whether its bytes are values of that type, so that they can be copied."""
+        return self.encoding.name == dtype
 
     def part(self, start: int, shape: tuple[int, ...]) -> Location | None:
         """The place of `shape` values from value `start` on; None if a block would be cut there."""
         if start % self.encoding.block_values:
+            return None
+        head = self.neighbours * math.prod(self.shape[1:])
+        if head and (start % head or math.prod(shape) % head):
             return None
         offset = self.offset + self.encoding.nbytes(start)
         return dataclasses.replace(self, offset=offset, shape=shape)
@@ -135,6 +146,9 @@ def read_into(location: Location, start: int, view: memoryview) -> None:
         ReadError: the file is missing, shorter than its header says, or has changed since it was
             opened.
     """
+    if location.neighbours:
+        _read_halves(location, start, view)
+        return
     if location.remote:
         try:
             read_range(location.remote, location.offset + start, view)
@@ -159,6 +173,22 @@ def read_into(location: Location, start: int, view: memoryview) -> None:
             "it is truncated: copy or download it again"
         )
     _resign(location, start, whole)
+
+
+def _read_halves(location: Location, start: int, view: memoryview) -> None:
+    """Fill `view` with rows of heads, of which rope turns halves; each head is read once."""
+    import numpy as np
+
+    head, stored = location.neighbours, location.as_stored
+    row_bytes = location.encoding.nbytes(math.prod(location.shape[1:]))
+    head_bytes = head * row_bytes
+    first, last = start // head_bytes, -(-(start + len(view)) // head_bytes)
+    raw = bytearray((last - first) * head_bytes)
+    read_into(stored, first * head_bytes, memoryview(raw))
+    rows = np.frombuffer(raw, np.uint8).reshape(last - first, head // 2, 2, row_bytes)
+    halves = np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
+    skipped = start - first * head_bytes
+    np.frombuffer(view, np.uint8)[:] = halves[skipped : skipped + len(view)]
 
 
 def _resign(location: Location, start: int, view: memoryview) -> None:

@@ -13,10 +13,11 @@ from moemerge.architectures import language_part, reading_of
 from moemerge.checkpoint import claims, fingerprint, formats
 from moemerge.checkpoint.folder import IN_REPOSITORY, POINTER, Folder, is_pointer, read_json
 from moemerge.checkpoint.fused import View, rows_named, views_of, with_views
+from moemerge.checkpoint.gguf.source import GgufModel, open_gguf
 from moemerge.checkpoint.location import Location, Stamp
 from moemerge.checkpoint.not_a_model import GATHER, ORIGINALS, SourceProblem
 from moemerge.checkpoint.prefixes import usual
-from moemerge.checkpoint.reference import Reference, nearest_directory
+from moemerge.checkpoint.reference import GGUF, Reference, nearest_directory
 from moemerge.errors import ReadError
 from moemerge.families import EMBEDDING, HEAD, normalise, record_of
 from moemerge.hub import NOWHERE, HubError, Remote, open_remote
@@ -33,7 +34,8 @@ class Checkpoint:
 
     `absent` are weight files that are only on the Hub. A `partial` source is the Hub's cache,
     opened without a network. `views` are those of `tensors` that are parts of tensors in its files.
-    `renamed` gives the names in `tensors` by the names in the files, if they differ. `fingerprint`
+    `renamed` gives the names in `tensors` by the names in the files, if they differ. Of a `gguf`
+    file, `directory` holds the tokenizer's files. `fingerprint`
     identifies the content: the Hub's commit, or a digest of headers, config and a part of every
     tensor. `headers` is the fingerprint of earlier versions. `notes` are lines that a person should
     read.
@@ -52,6 +54,12 @@ class Checkpoint:
     views: dict[str, View] = field(default_factory=dict)
     partial: bool = False
     renamed: dict[str, str] = field(default_factory=dict)
+    gguf: GgufModel | None = None
+
+    @property
+    def place(self) -> Path:
+        """Its directory, or its GGUF file."""
+        return self.reference.directory if self.gguf and self.reference.directory else self.directory
 
     @property
     def lost_its_tokenizer(self) -> bool:
@@ -90,6 +98,8 @@ def open_checkpoint(
         SourceProblem: it is missing, damaged, quantised, or not a model at all.
     """
     try:
+        if reference.directory and reference.directory.suffix == GGUF:
+            return _open_gguf(reference, reference.directory)
         if reference.directory:
             return _open(reference, reference.directory, None)
         snapshot = hub.open_snapshot(
@@ -277,6 +287,30 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
         views=views,
         partial=folder.partial,
         renamed=renamed,
+    )
+
+
+def _open_gguf(reference: Reference, path: Path) -> Checkpoint:
+    try:
+        model = open_gguf(path)
+        config = normalise(dict(model.config))
+    except ValueError as error:
+        fix = "download or convert it again, or name another file"
+        raise SourceProblem(str(error), fix) from error
+    record = record_of(config)
+    assert record
+    digest = fingerprint.of_headers(model.raw) + model.digest
+    tensors = with_views(model.tensors, views_of(model.tensors, record.name, config))
+    return Checkpoint(
+        reference=reference,
+        directory=model.directory,
+        config=config,
+        tensors=tensors,
+        fingerprint=fingerprint.of_content(model.raw, digest, model.config, False),
+        headers=digest,
+        modified=max(at.stamp[1] for at in model.tensors.values() if at.stamp),
+        notes=tuple(filter(None, [model.note])),
+        gguf=model,
     )
 
 

@@ -1,4 +1,4 @@
-"""The meaning of a source's text: a directory or a Hub id, a revision, an adapter."""
+"""The meaning of a source's text: a directory, a GGUF file or a Hub id, a revision, an adapter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+GGUF = ".gguf"
+"""The suffix of a file that is a model by itself."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w.-]*")
 
@@ -24,7 +27,7 @@ class NoSource(ValueError):
 class Reference:
     """One model or adapter: a local `directory`, otherwise the Hub's `repo` at `revision`.
 
-    A relative path may have been meant relative to `beside`.
+    `directory` may also be a GGUF file. A relative path may have been meant relative to `beside`.
     """
 
     text: str
@@ -36,7 +39,7 @@ class Reference:
     @property
     def short(self) -> str:
         """The last part of the path, which names an expert that has no name of its own."""
-        return last_part(self.directory or self.repo)
+        return last_part(self.directory or self.repo).removesuffix(GGUF)
 
 
 def last_part(path: str | Path) -> str:
@@ -87,7 +90,10 @@ def _reference(text: str, beside: Path | None) -> Reference:
         what = f"{directory} is a directory, which has no revision {revision!r}"
         raise NoSource(what, check)
     if text[:1] in ("", ".", "/", "~") or Path(repo).is_absolute() or repo.count("/") > 1:
-        raise NoSource(f"there is no directory {text!r}", nearest_directory(text, beside) or check)
+        kind = "file" if repo.endswith(GGUF) else "directory"
+        raise NoSource(f"there is no {kind} {text!r}", nearest_directory(text, beside) or check)
+    if repo.endswith(GGUF):
+        raise NoSource(f"there is no file {text!r}", "check the path")
     if not _HUB_ID.fullmatch(repo) or ".." in repo or (at and not revision):
         what = f"{text!r} is neither a directory nor a Hub id `user/name[@revision]`"
         raise NoSource(what, nearest_directory(text, beside) or check)
@@ -122,7 +128,7 @@ def _directory(text: str, beside: Path | None) -> Path | None:
         return None
     for candidate in places(text.strip(), beside):
         try:
-            if candidate.is_dir():
+            if candidate.is_dir() or (candidate.suffix == GGUF and candidate.is_file()):
                 return Path(os.path.abspath(candidate))  # noqa: PTH100 (resolves `..`, keeps links)
         except OSError:  # a name too long for the file system is no directory
             return None

@@ -138,7 +138,7 @@ def _reopen(source: Source, cache_dir: str | Path | None, known: dict[str, Path]
     directory = Path(source.directory) if source.directory else None
     if directory is None and not source.repo:
         raise SourceProblem("it was a directory on the machine of the merge", "")
-    if directory is not None and not directory.is_dir():
+    if directory is not None and not directory.exists():
         raise SourceProblem(f"{directory} is gone", "")
     reference = Reference(source.reference, directory, source.repo or "", source.commit)
     return open_checkpoint(reference, cache_dir, known)

@@ -99,7 +99,7 @@ def _write_ranges(
 
     def copy(piece: tuple[Location, int, int, int]) -> None:
         location, first, nbytes, offset = piece
-        local = location.remote is None and not location.negative
+        local = location.remote is None and not (location.negative or location.neighbours)
         start = location.offset + first
         if local and output.copy_range(location.file, start, nbytes, offset):
             check_unchanged(location)

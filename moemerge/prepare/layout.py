@@ -184,7 +184,7 @@ def source_of(checkpoint: Checkpoint, speaks: bool = False) -> Source:
     return Source(
         reference=reference.text,
         fingerprint=checkpoint.fingerprint,
-        directory=str(checkpoint.directory) if reference.directory else None,
+        directory=str(checkpoint.place) if reference.directory else None,
         repo=reference.repo or None,
         commit=checkpoint.commit,
         modified=checkpoint.modified,

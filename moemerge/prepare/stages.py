@@ -305,5 +305,5 @@ class _Preparation:
     def _check_output(self, out: Path | None, plan: Plan | None, carried: tuple[Path, ...]) -> None:
         if out is None:
             return
-        directories = [opened.directory for opened in self.opener.opened.values()]
+        directories = [opened.place for opened in self.opener.opened.values()]
         output.check(out, plan, carried, directories, self.options, self.findings)
