@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -13,6 +14,10 @@ WEIGHTS_SUFFIX = ".safetensors"
 """The suffixes of the weight files that are written here."""
 
 PART_SUFFIX = ".part"
+
+GGUF_SUFFIX = ".gguf"
+BESIDE = ".moemerge"
+"""The folder of a GGUF file's manifest, card and state is the file's name with this behind it."""
 
 
 def write_json(path: Path, data: object, scratch: Path | None = None) -> None:
@@ -40,6 +45,21 @@ def is_inside(name: object) -> bool:
         return False
     path = PurePosixPath(name.replace("\\", "/"))
     return not path.is_absolute() and ".." not in path.parts and bool(path.parts)
+
+
+def place_of(out: Path, name: str) -> Path:
+    """Where the file `name` of an output is: in its folder, but a GGUF file is beside it."""
+    whole = out.name.removesuffix(BESIDE)
+    if whole != out.name and whole.endswith(GGUF_SUFFIX):
+        stem = re.escape(whole.removesuffix(GGUF_SUFFIX))
+        if re.fullmatch(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.gguf", name):
+            return out.parent / name
+    return out / name
+
+
+def folder_of(out: Path) -> Path:
+    """The folder of an output: `out` itself; of a GGUF file, the folder beside it."""
+    return out.with_name(out.name + BESIDE) if out.suffix == GGUF_SUFFIX else out
 
 
 def read_json(path: Path) -> dict[str, Any]:

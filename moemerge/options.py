@@ -79,7 +79,9 @@ class WriteOptions:
 
     `jobs` None is two threads for each processor. `direct` None writes past the page cache where
     the file system can; True also tells where it cannot. `shards` is this run's share, such as
-    `0/8`. `ray` is the address of a cluster; `local` starts one on this machine.
+    `0/8`. `ray` is the address of a cluster; `local` starts one on this machine. `type` is the kind
+    of a GGUF file, such as q4_k_m; without it, tensors stay as they are in the sources. With
+    `exact`, a GGUF file is made only if all its bytes beside the routers can be copied.
     """
 
     shard_size: str = "5GB"
@@ -91,6 +93,8 @@ class WriteOptions:
     checksums: bool = True
     shards: str = ""
     ray: str = ""
+    type: str = ""
+    exact: bool = False
 
     def problems(self) -> Iterator[Problem]:
         """Values that no files can be written with: (option, what is wrong, the fix)."""

@@ -1,5 +1,6 @@
 """Sources: opened by their headers; tensors are read only when they are needed."""
 
+from moemerge.checkpoint.blocks import ENCODINGS, NUMBERS, QUANTISED, encode
 from moemerge.checkpoint.claims import TIED
 from moemerge.checkpoint.donor import Donor, Opener
 from moemerge.checkpoint.formats import read_header, weight_suffixes
@@ -19,6 +20,7 @@ from moemerge.checkpoint.location import (
 from moemerge.checkpoint.lora import Adapter, open_adapter
 from moemerge.checkpoint.not_a_model import SourceProblem
 from moemerge.checkpoint.open import Checkpoint, fetch, open_checkpoint, with_rows
+from moemerge.checkpoint.quantise import lacks
 from moemerge.checkpoint.reference import (
     NoSource,
     Reference,
@@ -30,8 +32,11 @@ from moemerge.checkpoint.reference import (
 )
 
 __all__ = [
+    "ENCODINGS",
     "FLOATS",
+    "NUMBERS",
     "PLAIN",
+    "QUANTISED",
     "TIED",
     "Adapter",
     "Checkpoint",
@@ -43,8 +48,10 @@ __all__ = [
     "Reference",
     "SourceProblem",
     "check_unchanged",
+    "encode",
     "fetch",
     "is_hub_id",
+    "lacks",
     "last_part",
     "nearest_directory",
     "numpy_dtype",

@@ -54,3 +54,14 @@ NUMBERS = _NUMBERS | {name: number for name, (number, _, _) in _BLOCKS.items()}
 """ggml's number of each type that a tensor of a GGUF file may have."""
 
 BY_NUMBER = {number: ENCODINGS[name] for name, number in NUMBERS.items()}
+
+
+def encode(values: Numbers, name: str) -> memoryview:
+    """The blocks of some rows of float32 values, (rows, width), as ggml writes them.
+
+    Raises:
+        QuantiserError: the type needs llama.cpp's own code, which is not installed.
+    """
+    from moemerge.checkpoint import quantise
+
+    return quantise.encode(values, name, NUMBERS[name])

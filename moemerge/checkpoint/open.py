@@ -59,7 +59,9 @@ class Checkpoint:
     @property
     def place(self) -> Path:
         """Its directory, or its GGUF file."""
-        return self.reference.directory if self.gguf and self.reference.directory else self.directory
+        return (
+            self.reference.directory if self.gguf and self.reference.directory else self.directory
+        )
 
     @property
     def lost_its_tokenizer(self) -> bool:

@@ -15,6 +15,7 @@ from moemerge.card import files as card_files
 from moemerge.checkpoint import read_header
 from moemerge.config import MergeConfig, as_config
 from moemerge.errors import InputError, Line, MoemergeError, RunError
+from moemerge.files import folder_of
 from moemerge.merging.routers import make_routers, report_of
 from moemerge.merging.shard_loop import ShardLoop
 from moemerge.options import Options, PublishOptions
@@ -75,13 +76,13 @@ def merge(
         RunError: the run failed; programs do not take `out` for a model, and the same call
             continues from the finished shards.
     """
-    config = as_config(config)
+    config, out = as_config(config), folder_of(Path(out))
     options = options or Options()
-    settle(Path(out))
+    settle(out)
     reporter = listener(reporter, progress)
-    ready = _prepare(config, options, reporter, Path(out))
-    check_cache_room(ready, options, Path(out))
-    return _Merge(Path(out), options, reporter, ready).run()
+    ready = _prepare(config, options, reporter, out)
+    check_cache_room(ready, options, out)
+    return _Merge(out, options, reporter, ready).run()
 
 
 class _Merge:

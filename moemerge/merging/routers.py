@@ -94,7 +94,8 @@ def make_routers(
     }
     if not ready.gate.mode.NEEDS.untaught:
         _check_apart(shard, content)
-    save(shard, content, report, path, task.cutter.finish() if task.cutter else {})
+    routers = replace(shard, tensors=tuple(one for one in shard.tensors if one.made), head=None)
+    save(routers, content, report, path, task.cutter.finish() if task.cutter else {})
 
 
 def _check_apart(shard: Shard, made: Mapping[str, Matrix]) -> None:
@@ -103,7 +104,7 @@ def _check_apart(shard: Shard, made: Mapping[str, Matrix]) -> None:
     Raises:
         RunError: names the router.
     """
-    for tensor in shard.tensors:
+    for tensor in (one for one in shard.tensors if one.made):
         rows = made[tensor.name].astype(numpy_dtype(tensor.dtype))
         if tensor.made == "router" and len(rows) > 1 and (rows == rows[0]).all():
             what = "all rows are equal, so it cannot route"

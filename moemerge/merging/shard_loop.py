@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moemerge import output, publish
 from moemerge.errors import DiskFull, Line, RunError
+from moemerge.files import place_of
 from moemerge.options import Options
 from moemerge.output import (
     FileEntry,
@@ -129,7 +130,7 @@ class ShardLoop:
         """Whether an earlier run finished the shard and the file is unchanged."""
         entry = self.state.entry(shard)
         if self.state.is_pushed(shard):
-            (self.out / shard.file).unlink(missing_ok=True)
+            place_of(self.out, shard.file).unlink(missing_ok=True)
             return True
         if entry and not is_whole(shard, self.out, entry):
             self.state.forget(shard)

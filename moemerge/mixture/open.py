@@ -29,6 +29,7 @@ from moemerge.checkpoint import (
 )
 from moemerge.config import parse_config
 from moemerge.errors import Findings, InputError, Problem, nearest
+from moemerge.files import place_of
 from moemerge.mixture.dense_body import check_body, dense_config_of
 from moemerge.mixture.parts import Part, check_parts, parts_of
 from moemerge.output import MANIFEST_FILE, Manifest, is_shard, read_manifest, settle
@@ -215,7 +216,7 @@ def _manifest(directory: Path, text: str, findings: Findings) -> Manifest | None
         if not all(isinstance(one, str) for one in told):
             raise ValueError("it names what is no text")
         for shard in manifest.plan.shards:
-            path = directory / shard.file
+            path = place_of(directory, shard.file)
             if path.is_file() and not is_shard(path, shard):
                 raise ValueError(f"{shard.file} is not the file that it tells of")
     except (OSError, ValueError, RecursionError) as error:

@@ -19,7 +19,7 @@ from moemerge.card import files as card_files
 from moemerge.card import without_evaluation
 from moemerge.checkpoint import Donor, Location, check_unchanged, fetch
 from moemerge.errors import Findings
-from moemerge.files import CONFIG_FILE, PART_SUFFIX
+from moemerge.files import CONFIG_FILE, PART_SUFFIX, place_of
 from moemerge.mixture.edited_plan import Edit, checkpoints_of, plan_of
 from moemerge.options import Options, RunOptions
 from moemerge.output import (
@@ -165,7 +165,7 @@ def _copied(place: Location, shard: Shard, out: Path) -> bool:
             if not made.copy_range(old, 0, shard.nbytes, 0):
                 return False
             check_unchanged(place)
-            made.finish(out / shard.file)
+            made.finish(place_of(out, shard.file))
         except FileNotFoundError:
             return False
         finally:

@@ -15,7 +15,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from moemerge.errors import RunError
-from moemerge.files import CONFIG_FILE, as_json, flush_directory, is_inside, read_json, write_json
+from moemerge.files import (
+    CONFIG_FILE,
+    as_json,
+    flush_directory,
+    is_inside,
+    place_of,
+    read_json,
+    write_json,
+)
 from moemerge.output.directory import writing
 from moemerge.output.manifest import MANIFEST_FILE, FileEntry, Manifest
 from moemerge.output.shard_file import file_checksum
@@ -60,7 +68,7 @@ class Change:
     def after(self, name: str) -> Path:
         """The path of the file that is `name` after the commit: the new one, or the present one."""
         path = self._aside / _FILES / name
-        return path if path.is_file() else self.out / name
+        return path if path.is_file() else place_of(self.out, name)
 
     def entry(self, name: str) -> FileEntry:
         """The manifest entry of the file that is `name` after the commit: bytes and xxh3."""
@@ -75,7 +83,9 @@ class Change:
         """
         files = {MANIFEST_FILE: manifest.to_json()}
         if not pushed:
-            files |= {INDEX_FILE: weight_index(manifest.plan), CONFIG_FILE: manifest.plan.config}
+            files |= {CONFIG_FILE: manifest.plan.config}
+            if not manifest.plan.is_gguf:
+                files |= {INDEX_FILE: weight_index(manifest.plan)}
         for name, data in files.items():
             self.write_json(name, data)
         self.commit()
@@ -150,13 +160,13 @@ def _complete(state: State) -> None:
     steps = read_json(committed / _STEPS)
     folders = set()
     for name in filter(is_inside, steps.get("files", ())):
-        new, path = committed / _FILES / name, state.out / name
+        new, path = committed / _FILES / name, place_of(state.out, name)
         folders.add(path.parent)
         if new.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             new.replace(path)
     for name in filter(is_inside, steps.get("gone", ())):
-        path = state.out / name
+        path = place_of(state.out, name)
         folders.add(path.parent)
         path.unlink(missing_ok=True)
         if path.parent != state.out:

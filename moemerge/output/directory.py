@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from moemerge.checkpoint import weight_suffixes
 from moemerge.errors import DiskFull, Findings, WriteError
-from moemerge.files import CONFIG_FILE, WEIGHTS_SUFFIX, is_inside, read_json
+from moemerge.files import CONFIG_FILE, GGUF_SUFFIX, WEIGHTS_SUFFIX, is_inside, place_of, read_json
 from moemerge.options import Options, PublishOptions, WriteOptions
 from moemerge.output.manifest import MANIFEST_FILE, OWN_FILES, PICTURE_FILE, read_manifest
 from moemerge.output.state import STATE_DIRECTORY, State
@@ -136,7 +136,7 @@ def _earlier(out: Path, plan: Plan | None, options: Options) -> _Refusal:
         return f"holds an unfinished merge {what}", fix
     if started:
         return None
-    if MANIFEST_FILE in ours and not any(n.endswith(WEIGHTS_SUFFIX) for n in ours):
+    if MANIFEST_FILE in ours and not any(n.endswith((WEIGHTS_SUFFIX, GGUF_SUFFIX)) for n in ours):
         what = "holds the rest of a mixture whose shards were pushed during the merge"
         return what, "name another directory, or pass --overwrite to merge again"
     if ours:
@@ -147,7 +147,7 @@ def _earlier(out: Path, plan: Plan | None, options: Options) -> _Refusal:
 
 def _too_large(out: Path, needed: int) -> _Refusal:
     """Whether `needed` bytes do not fit on the disk; files that a merge replaces count as free."""
-    ours = (out / name for name in _listed(out))
+    ours = (place_of(out, name) for name in _listed(out))
     free = shutil.disk_usage(_existing(out)).free + sum(path.stat().st_size for path in ours)
     if needed <= free:
         return None
@@ -184,11 +184,11 @@ def begin(out: Path, plan: Plan, files: Iterable[str], options: WriteOptions) ->
             old = _listed(out)
             state.start(plan.run_digest, {*old, *files}, plan.contents)
             for name in (CONFIG_FILE, INDEX_FILE, *old):
-                (out / name).unlink(missing_ok=True)
+                place_of(out, name).unlink(missing_ok=True)
             for name in old:
-                if (out / name).parent != out:
+                if place_of(out, name).parent != out:
                     with suppress(OSError):
-                        (out / name).parent.rmdir()
+                        place_of(out, name).parent.rmdir()
             if not options.shards:
                 state.clear(all=True)
             state.start(plan.run_digest, files, plan.contents)
@@ -227,4 +227,4 @@ def _told(out: Path) -> Iterator[str]:
 
 def _listed(out: Path) -> list[str]:
     """The files of `_told` that exist."""
-    return [name for name in dict.fromkeys(_told(out)) if (out / name).is_file()]
+    return [name for name in dict.fromkeys(_told(out)) if place_of(out, name).is_file()]

@@ -39,14 +39,18 @@ class OutputFile:
     at once, and other files stay in the cache. The attribute `direct` says whether this is so.
     """
 
-    def __init__(self, path: Path, nbytes: int, direct: bool):
+    def __init__(self, path: Path, nbytes: int, direct: bool, go_on: bool = False):
         """Create the file at its full size, so that a full disk is found at once.
+
+        With `go_on`, a file of that size or more that is there stays.
 
         Raises:
             OSError: the file cannot be created; ENOSPC if the disk is too small.
         """
         self.path, self.nbytes = path, nbytes
         self.direct = direct and hasattr(os, "O_DIRECT")
+        if go_on and path.is_file() and path.stat().st_size >= nbytes:
+            return
         path.unlink(missing_ok=True)  # truncating an old file takes longer than a new one
         with path.open("xb") as file:
             if hasattr(os, "posix_fallocate"):

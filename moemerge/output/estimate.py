@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from moemerge.files import place_of
 from moemerge.output.disk import buffer
 from moemerge.output.shard_file import (
     ShardFile,
@@ -51,7 +52,7 @@ def seconds_to_compare(
             own = [tensor for tensor, _, _ in pieces if tensor and tensor.name in compared]
             computed = any(recipe.computes(tensor.recipe) for tensor in own)
             copied = all(recipe.is_copy(t.recipe, t.dtype, sources) for t in own)
-            chunk = (file, out / shard.file, at, nbytes)
+            chunk = (file, place_of(out, shard.file), at, nbytes)
             kinds.setdefault((computed, copied, bool(own)), []).append(chunk)
     draw = random.Random(plan.digest)
     return sum(

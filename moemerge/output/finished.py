@@ -15,7 +15,7 @@ from moemerge.checkpoint import (
     with_rows,
 )
 from moemerge.errors import InputError, Problem, VerifyError
-from moemerge.files import CONFIG_FILE
+from moemerge.files import CONFIG_FILE, place_of
 from moemerge.output.change import settle
 from moemerge.output.manifest import MANIFEST_FILE, Manifest, read_manifest
 from moemerge.plan import Plan, Source, recipe
@@ -33,7 +33,7 @@ def check_shards(out: Path, plan: Plan, action: str) -> None:
     if (out / CONFIG_FILE).exists():
         return
     what, fix = f"holds no {CONFIG_FILE}: it is not finished", "merge again, or copy it again"
-    if not any((out / shard.file).exists() for shard in plan.shards):
+    if not any(place_of(out, shard.file).exists() for shard in plan.shards):
         what = "holds no shards"
         fix = f"if they were pushed during the merge, {action} a downloaded copy"
     raise InputError([Problem(str(out), what, fix)])

@@ -20,12 +20,18 @@ class ShardFile:
         self.header = shard.header()
         self.starts = [0]
         self.tensors: list[PlannedTensor | None] = [None]
-        end = len(self.header)
-        for tensor in shard.tensors:
-            self.starts.append(end)
+        end = shard.header_bytes
+        for start, tensor in zip(shard.starts(), shard.tensors, strict=True):
+            if start > end:
+                self.starts.append(end)
+                self.tensors.append(None)  # zeros up to the next tensor
+            self.starts.append(start)
             self.tensors.append(tensor)
-            end += tensor.nbytes
-        self.nbytes = end
+            end = start + tensor.nbytes
+        self.nbytes = shard.nbytes
+        if self.nbytes > end:
+            self.starts.append(end)
+            self.tensors.append(None)
 
     def fill(self, view: memoryview, start: int, only: Collection[str] | None = None) -> None:
         """Fill `view` with the file's bytes from offset `start`.
@@ -37,7 +43,7 @@ class ShardFile:
         """
         for tensor, first, part in self.pieces(view, start):
             if tensor is None:
-                part[:] = self.header[first : first + len(part)]
+                part[:] = self.header[first : first + len(part)].ljust(len(part), b"\0")
             elif only is None or tensor.name in only:
                 fill_tensor(part, first, tensor, self.sources)
 
@@ -46,15 +52,16 @@ class ShardFile:
     ) -> Iterator[tuple[PlannedTensor | None, int, memoryview]]:
         """Yield the parts of the byte range that begins at `start` and has the length of `view`.
 
-        Each part is a tensor (None for the header), the part's first byte within that tensor, and
-        the piece of `view` for it.
+        Each part is a tensor (None for the header, and for zeros between tensors), the part's first
+        byte within that tensor, and the piece of `view` for it.
         """
         at, end = bisect_right(self.starts, start) - 1, start + len(view)
         begin = start
         while begin < end:
             stop = min(self.starts[at + 1] if at + 1 < len(self.starts) else self.nbytes, end)
             part = view[begin - start : stop - start]
-            yield self.tensors[at], begin - self.starts[at], part
+            gap = self.tensors[at] is None and at > 0
+            yield self.tensors[at], len(self.header) if gap else begin - self.starts[at], part
             begin, at = stop, at + 1
 
 
@@ -64,9 +71,9 @@ def is_shard(path: Path, shard: Shard) -> bool:
     Raises:
         OSError: the file cannot be read.
     """
-    header = shard.header()
     with path.open("rb") as file:
-        return file.read(len(header)) == header and path.stat().st_size == shard.nbytes
+        found = file.read(shard.header_bytes)
+    return shard.is_header(found) and path.stat().st_size == shard.nbytes
 
 
 def fill_tensor(view: memoryview, start: int, tensor: PlannedTensor, sources: Sources) -> None:

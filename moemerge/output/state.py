@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
-from moemerge.files import PART_SUFFIX, WEIGHTS_SUFFIX, read_json, write_json
+from moemerge.files import PART_SUFFIX, WEIGHTS_SUFFIX, place_of, read_json, write_json
 from moemerge.output.manifest import FileEntry
 from moemerge.plan import Shard
 
@@ -71,7 +71,7 @@ class State:
 
     def entry(self, shard: Shard) -> FileEntry:
         """A finished shard's manifest entry; empty if the shard is neither here nor on the Hub."""
-        there = (self.out / shard.file).is_file() or self.is_pushed(shard)
+        there = place_of(self.out, shard.file).is_file() or self.is_pushed(shard)
         return cast(FileEntry, read_json(self._entry(shard)) if there else {})
 
     def is_pushed(self, shard: Shard) -> bool:

@@ -6,16 +6,17 @@ import json
 import random
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moemerge.checkpoint import (
+    ENCODINGS,
+    Location,
     numpy_dtype,
-    read_bytes,
-    read_header,
+    read_values,
 )
 from moemerge.errors import Line, VerifyError
-from moemerge.files import CONFIG_FILE
+from moemerge.files import CONFIG_FILE, folder_of, place_of
 from moemerge.output.directory import MODEL_SUFFIXES
 from moemerge.output.disk import CHUNK_BYTES, buffer
 from moemerge.output.estimate import seconds_to_compare
@@ -81,9 +82,9 @@ def verify_shards(
     if plan.shards[0] in shards:
         _check_routers(plan, out)
     places = [
-        (out / shard.file, tensor, offset)
+        (place_of(out, shard.file), tensor, offset)
         for shard in shards
-        for tensor, offset in zip(shard.tensors, ShardFile(shard, sources).starts[1:], strict=True)
+        for tensor, offset in zip(shard.tensors, shard.starts(), strict=True)
         if not _of_a_gate(tensor)
         if not any(sources[read.source][read.tensor].remote for read in recipe.reads(tensor.recipe))
     ]
@@ -95,11 +96,22 @@ def verify_shards(
             raise _differs(path, tensor)
 
 
+def with_heads(plan: Plan, out: Path) -> Plan:
+    """The plan of finished GGUF files, with their first bytes, which are in the files alone."""
+    if not plan.is_gguf:
+        return plan
+    shards = []
+    for shard in plan.shards:
+        with place_of(out, shard.file).open("rb") as file:
+            shards.append(replace(shard, first=file.read(shard.header_bytes)))
+    return replace(plan, shards=tuple(shards))
+
+
 def is_whole(shard: Shard, out: Path, entry: FileEntry) -> bool:
     """Whether a finished shard still has the plan's header and size, and its entry's checksum."""
     try:
         _check_header(shard, out)
-        return "xxh3" not in entry or file_checksum(out / shard.file) == entry["xxh3"]
+        return "xxh3" not in entry or file_checksum(place_of(out, shard.file)) == entry["xxh3"]
     except (VerifyError, OSError):
         return False
 
@@ -118,14 +130,16 @@ def verify_checkpoint(
         InputError: the directory is not a finished output of moemerge.
         VerifyError: a file does not match the manifest, or a tensor does not match its sources.
     """
-    out, reporter, begun = Path(out), listener(reporter, progress), time.monotonic()
+    out, reporter, begun = folder_of(Path(out)), listener(reporter, progress), time.monotonic()
     manifest = open_manifest(out)
     plan = manifest.plan
     check_shards(out, plan, "verify")
     for shard in plan.shards:
         _check_header(shard, out)
+    plan = with_heads(plan, out)
     _check_json(out / CONFIG_FILE, plan.config)
-    _check_json(out / INDEX_FILE, weight_index(plan))
+    if not plan.is_gguf:
+        _check_json(out / INDEX_FILE, weight_index(plan))
     _check_strays(out, manifest)
     _check_routers(plan, out)
     sources, newer = available_sources(plan, reporter, cache_dir)
@@ -134,7 +148,9 @@ def verify_checkpoint(
         for tensor in plan.tensors
         if all(r.tensor in sources.get(r.source, ()) for r in recipe.reads(tensor.recipe))
     }
-    size = sum((out / name).stat().st_size for name in manifest.files if (out / name).is_file())
+    size = sum(
+        one.stat().st_size for one in (place_of(out, n) for n in manifest.files) if one.is_file()
+    )
     _say_how_long(plan, out, sources, compared, size, reporter)
     if not all("xxh3" in manifest.files[shard.file] for shard in plan.shards):
         reporter.say(Line("no checksums were written: only sizes and sources are compared"))
@@ -170,14 +186,14 @@ def _check_strays(out: Path, manifest: Manifest) -> None:
 
 
 def _check_header(shard: Shard, out: Path) -> None:
-    path, expected = out / shard.file, shard.header()
+    path = place_of(out, shard.file)
     try:
         with path.open("rb") as file:
-            found = file.read(len(expected))
+            found = file.read(shard.header_bytes)
         size = path.stat().st_size
     except OSError as error:
         raise VerifyError(f"{path}: cannot be read ({error.strerror}); merge again") from error
-    if found != expected:
+    if not shard.is_header(found):
         raise VerifyError(f"{path}: its header is not the plan's; merge again with --overwrite")
     if size != shard.nbytes:
         raise VerifyError(f"{path}: is {size} bytes, the plan says {shard.nbytes}; merge again")
@@ -187,12 +203,12 @@ def _check_routers(plan: Plan, out: Path) -> None:
     import numpy as np
 
     shard = plan.shards[0]
-    made = {tensor.name for tensor in shard.tensors if _of_a_gate(tensor)}
-    for name, location in read_header(out / shard.file).items():
-        if name in made:
-            router = np.frombuffer(read_bytes(location), numpy_dtype(location.dtype))
-            if not np.isfinite(router.astype(np.float32)).all():
-                raise VerifyError(f"{name}: holds NaN or Inf; merge again")
+    for start, tensor in zip(shard.starts(), shard.tensors, strict=True):
+        if _of_a_gate(tensor):
+            kind = ENCODINGS[tensor.dtype]
+            at = Location(place_of(out, shard.file), start, kind, tensor.shape)
+            if not np.isfinite(read_values(at, 0, tensor.parameters).astype(np.float32)).all():
+                raise VerifyError(f"{tensor.name}: holds NaN or Inf; merge again")
 
 
 def _of_a_gate(tensor: PlannedTensor) -> bool:
@@ -226,7 +242,7 @@ def _check_shard(
     Raises:
         VerifyError: the checksum is wrong, or a tensor differs for another reason.
     """
-    file, path, rounded = ShardFile(shard, sources), out / shard.file, set[str]()
+    file, path, rounded = ShardFile(shard, sources), place_of(out, shard.file), set[str]()
     differ: dict[str, PlannedTensor] = {}
 
     def check(at: tuple[int, int]) -> bytes:

@@ -10,15 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moemerge.checkpoint import Location, check_unchanged
-from moemerge.files import PART_SUFFIX
+from moemerge.files import PART_SUFFIX, place_of
 from moemerge.output.directory import writing
 from moemerge.output.disk import OutputFile, buffer
 from moemerge.output.manifest import FileEntry
-from moemerge.output.shard_file import ShardFile, checksum, chunk_digest, chunks, threads
+from moemerge.output.shard_file import (
+    ShardFile,
+    checksum,
+    chunk_digest,
+    chunks,
+    read_chunk,
+    threads,
+)
 from moemerge.output.state import STATE_DIRECTORY
 from moemerge.plan import Shard, Sources, computes, copies
 
 _RANGE_BYTES = 256 << 20
+UNFINISHED, JOURNAL = ".unfinished", ".chunks"
+"""What is behind the name of a GGUF file that is being written, and of the list of its chunks."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,12 @@ def write_shard(
         ReadError: a source is truncated, changed, or holds NaN or Inf.
         WriteError: the disk is full or cannot be written.
     """
-    file = ShardFile(shard, sources)
-    part = out / STATE_DIRECTORY / f"{shard.file}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}"
+    file, state = ShardFile(shard, sources), out / STATE_DIRECTORY
+    part = state / f"{shard.file}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}"
+    journal = None
+    if shard.head and how.checksums:  # one file may be the whole model
+        part = state / f"{shard.file}{UNFINISHED}"
+        journal = Journal(state / f"{shard.file}{JOURNAL}", part)
     lock = threading.Lock()
 
     def done(nbytes: int) -> None:
@@ -62,30 +75,71 @@ def write_shard(
             writing(out),
             threads(how.jobs, any(computes(t.recipe) for t in shard.tensors)) as pool,
         ):
-            output = OutputFile(part, file.nbytes, how.direct and how.checksums)
+            go_on = journal is not None
+            output = OutputFile(part, file.nbytes, how.direct and how.checksums, go_on)
             entry: FileEntry = {"bytes": file.nbytes}
             if how.checksums:
-                entry["xxh3"] = checksum(_write_chunks(file, output, pool, done))
+                entry["xxh3"] = checksum(_write_chunks(file, output, pool, done, journal))
             else:
                 _write_ranges(file, output, pool, done)
-            output.finish(to or out / shard.file)
+            output.finish(to or place_of(out, shard.file))
     except BaseException:
-        part.unlink(missing_ok=True)
+        if journal is None:
+            part.unlink(missing_ok=True)
         raise
+    if journal:
+        journal.path.unlink(missing_ok=True)
     return entry
 
 
+class Journal:
+    """The chunks of an unfinished file that are written, for the run that goes on: the number of
+    each and its digest. A chunk counts only if the file still has these bytes."""
+
+    def __init__(self, path: Path, part: Path):
+        self.path, self.part, self.lock = path, part, threading.Lock()
+        self.known: dict[int, bytes] = {}
+        if path.is_file() and part.is_file():
+            content = path.read_bytes()
+            for at in range(0, len(content) // 16 * 16, 16):
+                number = int.from_bytes(content[at : at + 8], "little")
+                self.known[number] = content[at + 8 : at + 16]
+        else:
+            path.unlink(missing_ok=True)
+
+    def has(self, offset: int, nbytes: int) -> bytes:
+        """The digest of a chunk that is there; empty if it is not."""
+        digest = self.known.get(offset, b"")
+        if digest and chunk_digest(read_chunk(self.part, offset, nbytes)) == digest:
+            return digest
+        return b""
+
+    def note(self, offset: int, digest: bytes) -> None:
+        """Note a chunk that was written."""
+        with self.lock, self.path.open("ab") as file:
+            file.write(offset.to_bytes(8, "little") + digest)
+
+
 def _write_chunks(
-    file: ShardFile, output: OutputFile, pool: Executor, done: Callable[[int], object]
+    file: ShardFile,
+    output: OutputFile,
+    pool: Executor,
+    done: Callable[[int], object],
+    journal: Journal | None,
 ) -> Iterator[bytes]:
     """Make and write every chunk; yield the chunks' digests in order."""
 
     def write(chunk: tuple[int, int]) -> bytes:
         offset, nbytes = chunk
+        if journal and (there := journal.has(offset, nbytes)):
+            done(nbytes)
+            return there
         view = buffer()[:nbytes]
         file.fill(view, offset)
         digest = chunk_digest(view)
         output.write(view, offset)
+        if journal:
+            journal.note(offset, digest)
         done(nbytes)
         return digest
 

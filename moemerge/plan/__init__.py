@@ -3,9 +3,11 @@
 from moemerge.plan import arithmetic, recipe
 from moemerge.plan.arithmetic import load, load_rows
 from moemerge.plan.blocks import BLOCK_VALUES, WithStatistics, generator
+from moemerge.plan.gguf_head import encoded, head_of
 from moemerge.plan.plan import (
     INDEX_FILE,
     ROUTERS,
+    Head,
     Plan,
     PlannedTensor,
     Shard,
@@ -43,6 +45,7 @@ __all__ = [
     "Cut",
     "Fill",
     "Halve",
+    "Head",
     "Join",
     "LowRank",
     "Mean",
@@ -64,8 +67,10 @@ __all__ = [
     "copies",
     "cut",
     "digest_of",
+    "encoded",
     "file_header",
     "generator",
+    "head_of",
     "load",
     "load_rows",
     "make_shards",

@@ -12,8 +12,10 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from moemerge.checkpoint import (
-    PLAIN,
+    ENCODINGS,
+    QUANTISED,
     Location,
+    encode,
     numpy_dtype,
     read_into,
     read_rows,
@@ -70,7 +72,7 @@ def fill(
     if location and location.is_plain(dtype):
         read_into(location, start, view)
         _refuse_what_is_broken(view, dtype, next(reads(recipe)))
-    elif location:
+    elif location and dtype not in QUANTISED:
         _convert(view, start, dtype, recipe, location)
     elif isinstance(recipe, Halve) and (of := _plain(recipe.of, dtype, sources)):
         _halve(view, start, dtype, recipe, of)
@@ -82,11 +84,13 @@ def fill(
         end = 0
         for number, part in enumerate(recipe.of):
             its_shape, first = shape_of(part, sources), end
-            end += PLAIN[dtype].nbytes(math.prod(its_shape))
+            end += ENCODINGS[dtype].nbytes(math.prod(its_shape))
             low, high = max(start, first), min(start + len(view), end)
             if low < high:
                 its_view, its_name = view[low - start : high - start], f"{name}[{number}]"
                 fill(its_view, low - first, its_name, its_shape, dtype, part, sources)
+    elif dtype in QUANTISED:
+        _quantise(view, start, name, shape, dtype, recipe, sources)
     else:
         _compute(view, start, name, shape, dtype, recipe, sources)
 
@@ -143,7 +147,7 @@ def _plain(recipe: Recipe, dtype: str, sources: Sources) -> Location | None:
 
 def _halve(view: memoryview, start: int, dtype: str, recipe: Halve, of: Location) -> None:
     """Fill `view` with rows of heads in another order; each head is read once."""
-    row_bytes = PLAIN[dtype].nbytes(math.prod(of.shape[1:]))
+    row_bytes = ENCODINGS[dtype].nbytes(math.prod(of.shape[1:]))
     head_bytes, at = row_bytes * recipe.head, start
     raw = _scratch(head_bytes)
     while at < start + len(view):
@@ -157,6 +161,32 @@ def _halve(view: memoryview, start: int, dtype: str, recipe: Halve, of: Location
             view[at - start : at - start + size] = raw[old : old + size]
             at += size
     _refuse_what_is_broken(view, dtype, next(reads(recipe)))
+
+
+def _quantise(
+    view: memoryview,
+    start: int,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    recipe: Recipe,
+    sources: Sources,
+) -> None:
+    """Fill `view` with a matrix in blocks of `dtype`, made of float32 rows, some at a time."""
+    import numpy as np
+
+    width = shape[-1]
+    row_bytes = ENCODINGS[dtype].nbytes(width)
+    step, end = block_rows(width), start + len(view)
+    for first in range(start // row_bytes, -(-end // row_bytes), step):
+        count = min(step, math.prod(shape) // width - first)
+        values = np.empty((count, width), np.float32)
+        raw = values.data.cast("B")
+        fill(raw, first * width * 4, name, shape, "F32", recipe, sources)
+        made = encode(values, dtype)
+        low, high = max(start, first * row_bytes), min(end, (first + count) * row_bytes)
+        at = first * row_bytes
+        view[low - start : high - start] = made[low - at : high - at]
 
 
 def _transpose(
@@ -176,7 +206,7 @@ def _transpose(
     import numpy as np
 
     rows, width = shape
-    kind = np.dtype(f"u{PLAIN[dtype].block_bytes}")
+    kind = np.dtype(f"u{ENCODINGS[dtype].block_bytes}")
     row_bytes = width * kind.itemsize
     first, last = start // row_bytes, -(-(start + len(view)) // row_bytes)
     made = np.empty((last - first, width), kind)
@@ -225,13 +255,13 @@ def _compute(
     sources = sources if isinstance(sources, WithStatistics) else WithStatistics(sources)
     rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
     step = block_rows(width)
-    block_bytes = PLAIN[dtype].nbytes(step * width)
+    block_bytes = ENCODINGS[dtype].nbytes(step * width)
     end, whole = start + len(view), dict[Read, Any]()
     for block in range(start // block_bytes, -(-end // block_bytes)):
         of_block = range(block * step, min((block + 1) * step, rows))
         value = evaluate(recipe, name, block, of_block, sources, whole)
         done = value.to(torch_dtype(dtype)).view(torch.uint8).numpy().reshape(-1)
-        bits = done.view(f"u{PLAIN[dtype].block_bytes}")
+        bits = done.view(f"u{ENCODINGS[dtype].block_bytes}")
         _refuse_what_is_not_finite(bits, dtype, next(reads(recipe)))
         data = done.data
         offset = block * block_bytes
@@ -252,7 +282,7 @@ def _refuse_what_is_broken(view: memoryview, dtype: str, read: Read) -> None:
 
     if dtype not in _INFINITY or any(part in read.tensor for part in _VOCABULARY):
         return
-    if not _is_finite(np.frombuffer(view, f"u{PLAIN[dtype].block_bytes}"), dtype):
+    if not _is_finite(np.frombuffer(view, f"u{ENCODINGS[dtype].block_bytes}"), dtype):
         raise ReadError(f"{read.source}: {read.tensor} holds NaN or Inf; use another model")
 
 

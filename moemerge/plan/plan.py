@@ -7,11 +7,11 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moemerge.architectures import COUNTS, PER_TOKEN
-from moemerge.checkpoint import PLAIN
+from moemerge.checkpoint import ENCODINGS
 from moemerge.families import HEAD
 from moemerge.files import WEIGHTS_SUFFIX
 from moemerge.plan import recipe
@@ -19,6 +19,9 @@ from moemerge.plan.recipe import Recipe
 
 ROUTERS = ""
 """The source of router tensors: a gate mode makes this source, and no config can name it."""
+
+ALIGNMENT = 32
+"""Tensors of a GGUF file begin at multiples of it."""
 
 INDEX_FILE = f"model{WEIGHTS_SUFFIX}.index.json"
 
@@ -48,29 +51,68 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         """The tensor's size in bytes."""
-        return PLAIN[self.dtype].nbytes(self.parameters)
+        return ENCODINGS[self.dtype].nbytes(self.parameters)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The first bytes of a GGUF file: their number, and their digest."""
+
+    nbytes: int
+    digest: str
+
+    @classmethod
+    def of(cls, content: bytes) -> Head:
+        """The head that these bytes are."""
+        return cls(len(content), hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
 @dataclass(frozen=True)
 class Shard:
     """One output file, independent of every other.
 
-    `digest` is equal for two shards exactly when they have the same recipes and sources.
+    `digest` is equal for two shards exactly when they have the same recipes and sources. Of a GGUF
+    file, the plan knows the first bytes by `head` alone, because they hold a whole tokenizer;
+    `first` are these bytes, if they are known.
     """
 
     file: str
     tensors: tuple[PlannedTensor, ...]
     digest: str
+    head: Head | None = None
+    first: bytes = field(default=b"", repr=False, compare=False)
 
     def header(self) -> bytes:
         """The file's first bytes: length and JSON, padded so that the data begins at a multiple
-        of 8 bytes."""
+        of 8 bytes; or those of a GGUF file."""
+        if self.head:
+            return self.first
         return file_header(self.tensors, {"format": "pt", "moemerge": self.digest})
+
+    def is_header(self, found: bytes) -> bool:
+        """Whether these are the file's first bytes."""
+        return Head.of(found) == self.head if self.head else found == self.header()
+
+    @property
+    def header_bytes(self) -> int:
+        """The size of the file's first bytes."""
+        return self.head.nbytes if self.head else len(self.header())
+
+    def starts(self) -> Iterator[int]:
+        """Where each tensor begins in the file."""
+        at = self.header_bytes
+        for tensor in self.tensors:
+            yield at
+            at += tensor.nbytes
+            at += -at % ALIGNMENT if self.head else 0
 
     @property
     def nbytes(self) -> int:
         """The file's size in bytes, header included."""
-        return len(self.header()) + sum(tensor.nbytes for tensor in self.tensors)
+        size = self.header_bytes
+        for start, tensor in zip(self.starts(), self.tensors, strict=True):
+            size = start + tensor.nbytes
+        return size + (-size % ALIGNMENT if self.head else 0)
 
 
 @dataclass(frozen=True)
@@ -114,6 +156,11 @@ class Plan:
     def tensors(self) -> Iterator[PlannedTensor]:
         """Every output tensor, in the order in which they are written."""
         return (tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it writes GGUF files."""
+        return any(shard.head for shard in self.shards)
 
     @property
     def tied_head(self) -> PlannedTensor | None:
@@ -196,6 +243,7 @@ class Plan:
             {
                 "file": shard.file,
                 "digest": shard.digest,
+                **({"head": vars(shard.head)} if shard.head else {}),
                 "tensors": [
                     {**vars(tensor), "recipe": recipe.to_json(tensor.recipe)}
                     for tensor in shard.tensors
@@ -226,6 +274,7 @@ class Plan:
                     for tensor in shard["tensors"]
                 ),
                 shard["digest"],
+                Head(**shard["head"]) if "head" in shard else None,
             )
             for shard in data["shards"]
         )

@@ -120,18 +120,21 @@ class Halve:
 
     Of the first `turned` of each head's `head` rows, those at even places come first, then those
     at odd places. Rope that turned neighbours (rows 0 and 1) then turns halves (rows 0 and
-    turned / 2).
+    turned / 2). With `back`, it is the other way round.
     """
 
     of: Recipe
     head: int
     turned: int
+    back: bool = False
 
     def old_row(self, row: int) -> int:
         """The row of `of` that is row `row`."""
         at, half = row % self.head, self.turned // 2
         if at >= self.turned:
             return row
+        if self.back:
+            return row - at + at // 2 + half * (at % 2)
         return row - at + (2 * at if at < half else 2 * (at - half) + 1)
 
 
@@ -241,6 +244,9 @@ def locate(recipe: Recipe, sources: Sources) -> Location | None:
     """Where the recipe's values lie in one piece in a source; None if they do not."""
     if isinstance(recipe, Read):
         return sources[recipe.source][recipe.tensor]
+    if isinstance(recipe, Halve) and recipe.back:
+        own = locate(recipe.of, sources)
+        return own.as_stored if own and own.neighbours == recipe.head == recipe.turned else None
     if not isinstance(recipe, Cut) or computes(recipe):
         return None
     whole = locate(recipe.of, sources)

@@ -12,12 +12,14 @@ from moemerge.config import Expert, MergeConfig, as_config, check_values
 from moemerge.dense import Body
 from moemerge.errors import Findings, InputError, flag, nearest
 from moemerge.families import NO_HOST, RECORDS, record_of
+from moemerge.files import BESIDE, GGUF_SUFFIX
 from moemerge.gates import ExpertPrompts, Gate, check_device_is_here
 from moemerge.gates import setup as gate_setup
 from moemerge.options import Options
 from moemerge.plan import Plan
 from moemerge.prepare.choose import no_host
 from moemerge.prepare.compatibility import compare
+from moemerge.prepare.gguf_layout import as_gguf
 from moemerge.prepare.layout import Layout, check_dtype, lay_out
 from moemerge.prepare.likely_family import likely_family, read_as, unread
 from moemerge.prepare.members import factor_of, parts_of, target_of
@@ -172,6 +174,12 @@ class _Preparation:
         parts = parts_of(config, split, target, body, donors, shared)
         layout = Layout(config, options, target, parts, donors, shared, gate.needs, made_of)
         plan = lay_out(layout, self.opener.opened.values(), findings)
+        as_file = (
+            out.name.removesuffix(BESIDE) if out and out.name.endswith(GGUF_SUFFIX + BESIDE) else ""
+        )
+        if as_file and not findings.problems:
+            opened = {ref.text: one for ref, one in self.opener.opened.items()}
+            plan = as_gguf(layout, plan, as_file, opened, findings)
         factor = factor_of(config, split, target)
         if plan.dtype != "F32" and factor & (factor - 1):
             findings.note(
@@ -182,7 +190,8 @@ class _Preparation:
             what = f"{base.model.reference.text}: the Hub's cache has no tokenizer for it"
             fix = "download it where there is a network, or pass --no-copy-tokenizer"
             findings.problem(base.where, what, fix)
-        carried = output.carried_files(vocabulary, options.copy_tokenizer)
+        copied = options.copy_tokenizer and not as_file
+        carried = () if as_file else output.carried_files(vocabulary, copied)
         output.check_carried(vocabulary, carried, base.where, findings)
         self._check_output(out, plan, carried)
         findings.refuse()

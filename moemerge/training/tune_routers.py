@@ -16,7 +16,7 @@ from moemerge.card import card
 from moemerge.card import files as card_files
 from moemerge.checkpoint import numpy_dtype, read_bytes, read_header
 from moemerge.errors import Findings, InputError, Problem
-from moemerge.files import CONFIG_FILE, WEIGHTS_SUFFIX
+from moemerge.files import CONFIG_FILE, WEIGHTS_SUFFIX, place_of
 from moemerge.merging import save
 from moemerge.mixture import Moe, dtype_of, load, routers_of
 from moemerge.options import Options
@@ -228,6 +228,6 @@ def _array(out: Path, shard: Shard, tensor: PlannedTensor) -> Any:
     """A tensor of the first shard that is no router, as an array."""
     import numpy as np
 
-    location = read_header(out / shard.file)[tensor.name]
+    location = read_header(place_of(out, shard.file))[tensor.name]
     raw = np.frombuffer(read_bytes(location), numpy_dtype(location.dtype))
     return raw.astype(np.float32).reshape(location.shape)

@@ -1,1 +1,1 @@
-"""Models in GGUF files, as sources: header, config, tensors and tokenizer in transformers' terms."""
+"""Models in GGUF files as sources: header, config, tensors, tokenizer, as transformers has them."""

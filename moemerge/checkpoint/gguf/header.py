@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -238,7 +239,7 @@ def _placed(
         ends.append((at.offset, at.offset + at.nbytes, name))
         yield name, at
     ends.sort()
-    for (_, end, one), (begin, _, other) in zip(ends, ends[1:], strict=False):
+    for (_, end, one), (begin, _, other) in pairwise(ends):
         if begin < end:
             raise ValueError(f"{one} and {other} overlap")
 

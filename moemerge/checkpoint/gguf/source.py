@@ -96,9 +96,7 @@ def _stamped(path: Path) -> Header:
         raise ValueError(f"its part {path.name} is not there")
     stamp = Stamp.of(path.stat())
     header = read_header(path)
-    tensors = {
-        name: dataclasses.replace(at, stamp=stamp) for name, at in header.tensors.items()
-    }
+    tensors = {name: dataclasses.replace(at, stamp=stamp) for name, at in header.tensors.items()}
     return Header(header.fields, tensors)
 
 
@@ -108,7 +106,9 @@ def _joined(headers: list[Header]) -> Header:
     for number, header in enumerate(headers):
         said = header.value("split.no", int, 0), header.value("split.count", int, 0)
         if len(headers) > 1 and said != (number, len(headers)):
-            raise ValueError(f"its part {number + 1} says that it is part {said[0] + 1} of {said[1]}")
+            raise ValueError(
+                f"its part {number + 1} says that it is part {said[0] + 1} of {said[1]}"
+            )
         if len(headers) == 1 and said[1] > 1:
             raise ValueError(f"it is one part of {said[1]}; keep the parts' names, -00001-of-…")
         for name, at in header.tensors.items():

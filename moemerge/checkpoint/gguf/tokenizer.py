@@ -102,7 +102,10 @@ def _whole(
     if first and bos:
         number = tokens.index(bos)
         begin, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"id": "A", "type_id": 0}
-        other = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+        other = [
+            {"SpecialToken": {"id": bos, "type_id": 1}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+        ]
         process = {
             "type": "TemplateProcessing",
             "single": [begin, {"Sequence": text}],

@@ -1,0 +1,81 @@
+"""Values to ggml's blocks, by llama.cpp's own code if it is installed, otherwise by numpy.
+
+The `xllamacpp` package has ggml's `ggml_quantize_chunk` in its library. The `gguf` package encodes
+the simple types in numpy, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moemerge.errors import RunError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Numbers = np.ndarray[Any, np.dtype[Any]]
+
+IN_NUMPY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
+"""What the `gguf` package encodes by itself."""
+
+INSTALL = "pip install 'moemerge[gguf]'"
+
+
+def lacks(name: str) -> str:
+    """What must be installed to write this type; empty if nothing must."""
+    if library() is not None:
+        return ""
+    there = importlib.util.find_spec("gguf") is not None
+    return "" if there and name in IN_NUMPY else INSTALL
+
+
+def encode(values: Numbers, name: str, number: int) -> memoryview:
+    """The blocks of rows of float32 values, (rows, width).
+
+    Raises:
+        RunError: the type needs what is not installed.
+    """
+    import numpy as np
+
+    if not np.isfinite(values).all():
+        raise RunError(f"a tensor that becomes {name} holds NaN or Inf; use another model")
+    code = library()
+    if code is None:
+        if missing := lacks(name):
+            raise RunError(f"{name} cannot be written: {missing}")
+        import gguf
+
+        made = gguf.quantize(values, gguf.GGMLQuantizationType(number))
+        return np.ascontiguousarray(made).data.cast("B")
+    rows, width = values.shape
+    values = np.ascontiguousarray(values, np.float32)
+    room = rows * code.ggml_row_size(number, width)
+    out = bytearray(room)
+    into = (ctypes.c_char * room).from_buffer(out)
+    source = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    done = code.ggml_quantize_chunk(number, source, into, 0, rows, width, None)
+    if done != room:
+        raise RunError(f"{name}: ggml wrote {done} bytes of {room}")
+    return memoryview(out)
+
+
+@cache
+def library() -> Any:
+    """ggml's functions in the library of the `xllamacpp` package; None if it is not installed."""
+    found = importlib.util.find_spec("xllamacpp")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        for path in sorted(Path(folder).glob("xllamacpp*.so")):
+            code = ctypes.CDLL(str(path))
+            code.ggml_quantize_chunk.restype = ctypes.c_size_t
+            code.ggml_quantize_chunk.argtypes = [
+                ctypes.c_int, ctypes.POINTER(ctypes.c_float), ctypes.c_void_p, ctypes.c_int64,
+                ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+            ]  # fmt: skip
+            code.ggml_row_size.restype = ctypes.c_size_t
+            code.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
+            return code
+    return None
