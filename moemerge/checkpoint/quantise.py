@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,7 @@ def encode(values: Numbers, name: str, number: int) -> memoryview:
     return memoryview(out)
 
 
-@cache
+@lru_cache(maxsize=1)
 def library() -> Any:
     """ggml's functions in the library of the `xllamacpp` package; None if it is not installed."""
     found = importlib.util.find_spec("xllamacpp")

@@ -53,14 +53,16 @@ def pick_device(name: str) -> str:
 
 
 def compute_dtype(embedding: Recipe, sources: Sources, device: str) -> torch.dtype:
-    """The dtype to compute in: the stored dtype, but float32 for float16 on a CPU.
+    """The dtype to compute in: the stored dtype, but float32 for float16 on a CPU, and bfloat16 for
+    what is stored in blocks.
 
     CPUs have no float16 arithmetic.
     """
     import torch
 
     read = next(recipe.reads(embedding))
-    stored = sources[read.source][read.tensor].dtype
+    at = sources[read.source][read.tensor]
+    stored = "BF16" if at.encoding.decode else at.dtype
     if stored == "F16" and device != "cpu":
         return torch.float16
     return torch.bfloat16 if stored == "BF16" else torch.float32

@@ -45,7 +45,8 @@ class Layout:
     """The inputs that decide a plan's tensors.
 
     `needs` are the gate mode's, because a model that runs must have tensors that are not in the
-    output. `gate_inputs` is the digest of the inputs of the routers.
+    output. `gate_inputs` is the digest of the inputs of the routers. `gguf`: a GGUF file is
+    written.
     """
 
     config: MergeConfig
@@ -56,6 +57,7 @@ class Layout:
     shared: tuple[Donor, ...]
     needs: Needs
     gate_inputs: str
+    gguf: bool = False
 
 
 def lay_out(made: Layout, opened: Iterable[Checkpoint], findings: Findings) -> Plan:
@@ -86,7 +88,7 @@ def lay_out(made: Layout, opened: Iterable[Checkpoint], findings: Findings) -> P
     needs = _needs(made, slots)
     _check_sources(needs, made, tensors_of, findings)
     _check_left_over(tensors, made, findings)
-    if config.dtype is None:
+    if config.dtype is None and not made.gguf:
         _note_what_is_narrowed(needs, made, tensors_of, dtype, findings)
     limit = ShardSize.parse(options.shard_size).max_bytes(PLAIN[dtype].block_bytes)
     routers = [tensor for tensor in tensors if tensor.made]

@@ -172,11 +172,12 @@ class _Preparation:
         body = replace(self._body(config, base, donors), vocabulary=vocabulary, sees=sees)
         made_of = gate_setup.digest_of_inputs(config, options, gate, chosen.prompts, chosen.cutting)
         parts = parts_of(config, split, target, body, donors, shared)
-        layout = Layout(config, options, target, parts, donors, shared, gate.needs, made_of)
-        plan = lay_out(layout, self.opener.opened.values(), findings)
-        as_file = (
-            out.name.removesuffix(BESIDE) if out and out.name.endswith(GGUF_SUFFIX + BESIDE) else ""
+        name = out.name if out else ""
+        as_file = name.removesuffix(BESIDE) if name.endswith(GGUF_SUFFIX + BESIDE) else ""
+        layout = Layout(
+            config, options, target, parts, donors, shared, gate.needs, made_of, bool(as_file)
         )
+        plan = lay_out(layout, self.opener.opened.values(), findings)
         if as_file and not findings.problems:
             opened = {ref.text: one for ref, one in self.opener.opened.items()}
             plan = as_gguf(layout, plan, as_file, opened, findings)

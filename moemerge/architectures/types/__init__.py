@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from functools import lru_cache
 from typing import Any, Protocol, cast
 
 from moemerge.architectures.limits import Holds
@@ -56,7 +56,7 @@ class Architecture(Protocol):
         """The config.json to write; `dtype` has its long name."""
 
 
-@cache
+@lru_cache(maxsize=1)
 def names() -> tuple[str, ...]:
     """The names of all architectures."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
@@ -47,7 +47,7 @@ class Format(Protocol):
         """
 
 
-@cache
+@lru_cache(maxsize=1)
 def names() -> tuple[str, ...]:
     """The names of all formats."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
@@ -59,13 +59,13 @@ def find(name: str) -> Format:
     return cast(Format, importlib.import_module(f"{__name__}.{name}"))
 
 
-@cache
+@lru_cache(maxsize=1)
 def in_order() -> tuple[Format, ...]:
     """The formats in their order; the first wins."""
     return tuple(sorted(map(find, names()), key=lambda one: one.ORDER))
 
 
-@cache
+@lru_cache(maxsize=1)
 def weight_suffixes() -> tuple[str, ...]:
     """The suffixes of weight files in all formats."""
     return tuple(suffix for one in in_order() for suffix in one.SUFFIXES)

@@ -100,6 +100,8 @@ class _Reader:
         found: dict[str, Field] = {}
         for _ in range(fields):
             name = self.text("a field's name", _MOST_NAME)
+            if not name:
+                raise ValueError("it has a field without a name")
             if name in found:
                 raise ValueError(f"it has the field {name!r} twice")
             start = self.at

@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def _named(header: Header, kind: Kind, config: dict[str, Any]) -> Iterator[tuple
         yield ours, dataclasses.replace(at, neighbours=head)
 
 
-@cache
+@lru_cache(maxsize=1)
 def _shelf() -> tempfile.TemporaryDirectory[str]:
     """Where tokenizers' files are while this process runs."""
     return tempfile.TemporaryDirectory(prefix="moemerge-")

