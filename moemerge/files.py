@@ -62,6 +62,12 @@ def folder_of(out: Path) -> Path:
     return out.with_name(out.name + BESIDE) if out.suffix == GGUF_SUFFIX else out
 
 
+def shown(out: Path) -> Path:
+    """An output as a person names it; see `folder_of`."""
+    whole = out.with_name(out.name.removesuffix(BESIDE))
+    return whole if whole.suffix == GGUF_SUFFIX else out
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty if there is no file that can be read."""
     try:

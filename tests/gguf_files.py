@@ -39,12 +39,22 @@ def make_wide(directory: Path, seed: int = 0, **settings: Any) -> Path:
     return directory
 
 
-def convert(model: Path, out: Path, kind: str = "f16") -> Path:
-    """A model directory as a GGUF file, by llama.cpp's converter."""
-    command = [python_of("readers"), "-m", "convert_hf_to_gguf", model, "--outtype", kind]
-    done = subprocess.run([*command, "--outfile", out], capture_output=True, text=True)
+_CONVERT = """
+import runpy, sys
+pairs = sys.argv[2:]
+for model, out in zip(pairs[::2], pairs[1::2]):
+    sys.argv = ["convert", model, "--outtype", KIND, "--outfile", out]
+    runpy.run_module("convert_hf_to_gguf", run_name="__main__")
+"""
+
+
+def convert(pairs: list[tuple[Path, Path]], kind: str = "f16") -> None:
+    """Model directories as GGUF files, by llama.cpp's converter; one process converts them all."""
+    program = _CONVERT.replace("KIND", repr(kind))
+    names = [str(one) for pair in pairs for one in pair]
+    command = [python_of("readers"), "-c", program, "-", *names]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return out
 
 
 @lru_cache(maxsize=1)
@@ -58,7 +68,7 @@ def libraries() -> Path:
 
 
 class _Parameters(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("threads", ctypes.c_int32), ("kind", ctypes.c_int32), ("rest", ctypes.c_char * 248),
     ]  # fmt: skip
 
@@ -71,7 +81,7 @@ def quantise(file: Path, out: Path, kind: str) -> Path:
     code = ctypes.CDLL(str(next(folder.glob("libllama.v*.so"))))
     code.llama_model_quantize_default_params.restype = _Parameters
     asked = code.llama_model_quantize_default_params()
-    asked.threads, asked.kind = 1, KINDS[kind]
+    asked.threads, asked.kind = 2, KINDS[kind]
     done = code.llama_model_quantize(str(file).encode(), str(out).encode(), ctypes.byref(asked))
     assert done == 0
     return out
@@ -83,7 +93,7 @@ def text(value: str | bytes) -> bytes:
 
 
 def field(name: str, value: Any, kind: int | None = None) -> bytes:
-    """A field; a number is a uint32 unless `kind` says otherwise, and bytes are written as given."""
+    """A field; a number is a uint32, and bytes are written as given, with their `kind`."""
     if isinstance(value, bytes):
         assert kind is not None
         return text(name) + struct.pack("<I", kind) + value
@@ -95,7 +105,11 @@ def field(name: str, value: Any, kind: int | None = None) -> bytes:
 
 
 def tensor(
-    name: str, dims: tuple[int, ...] = (4,), kind: int = 0, offset: int = 0, count: int | None = None
+    name: str,
+    dims: tuple[int, ...] = (4,),
+    kind: int = 0,
+    offset: int = 0,
+    count: int | None = None,
 ) -> bytes:
     """An entry of the list of tensors; `dims` in the file's order."""
     many = len(dims) if count is None else count

@@ -30,7 +30,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     # what it is or claims: (the file, the reason that is given)
     "empty": (b"", "truncated"),
     "another format": (b"PK\x03\x04" + bytes(60), "does not begin with GGUF"),
-    "half a header": (whole(LLAMA, [EMBEDDING])[:150], "truncated"),
+    "half a header": (whole(LLAMA, [EMBEDDING])[:130], "truncated"),
     "an old version": (whole(LLAMA, [EMBEDDING], version=1), "version is 1"),
     "a version of the future": (whole(LLAMA, [EMBEDDING], version=9), "version is 9"),
     "big-endian": (whole([], [], version=3 << 24), "big-endian"),

@@ -4,6 +4,8 @@ from moemerge.checkpoint.blocks import ENCODINGS, NUMBERS, QUANTISED, encode
 from moemerge.checkpoint.claims import TIED
 from moemerge.checkpoint.donor import Donor, Opener
 from moemerge.checkpoint.formats import read_header, weight_suffixes
+from moemerge.checkpoint.gguf.kinds import llama3_factors
+from moemerge.checkpoint.gguf.tokenizer import fields_of_files as tokenizer_fields
 from moemerge.checkpoint.location import (
     FLOATS,
     PLAIN,
@@ -53,6 +55,7 @@ __all__ = [
     "is_hub_id",
     "lacks",
     "last_part",
+    "llama3_factors",
     "nearest_directory",
     "numpy_dtype",
     "open_adapter",
@@ -65,6 +68,7 @@ __all__ = [
     "read_numbers",
     "read_rows",
     "read_values",
+    "tokenizer_fields",
     "weight_suffixes",
     "with_rows",
 ]

@@ -16,7 +16,15 @@ from typing import Any, TypeAlias
 
 from moemerge.checkpoint import weight_suffixes
 from moemerge.errors import DiskFull, Findings, WriteError
-from moemerge.files import CONFIG_FILE, GGUF_SUFFIX, WEIGHTS_SUFFIX, is_inside, place_of, read_json
+from moemerge.files import (
+    CONFIG_FILE,
+    GGUF_SUFFIX,
+    WEIGHTS_SUFFIX,
+    is_inside,
+    place_of,
+    read_json,
+    shown,
+)
 from moemerge.options import Options, PublishOptions, WriteOptions
 from moemerge.output.manifest import MANIFEST_FILE, OWN_FILES, PICTURE_FILE, read_manifest
 from moemerge.output.state import STATE_DIRECTORY, State
@@ -43,7 +51,7 @@ def check(
     """Record every reason not to write the plan's files and the `carried` files to `out`."""
     refusal = _unusable(out, sources) or _in_use(out, bool(options.shards))
     if refusal:
-        findings.problem(str(out), *refusal)
+        findings.problem(str(shown(out)), *refusal)
         return
     parent = _existing(out)
     files = file_names(plan, carried) if plan else ()
@@ -55,7 +63,7 @@ def check(
         _too_large(out, nbytes_at_once(plan, options)),
     )
     for refusal in filter(None, refusals):
-        findings.problem(str(out), *refusal)
+        findings.problem(str(shown(out)), *refusal)
 
 
 _Refusal: TypeAlias = tuple[str, str] | None
@@ -107,6 +115,9 @@ def _foreign(out: Path, files: Iterable[str], overwrite: bool) -> _Refusal:
     ))  # fmt: skip
     clash = [n for n in strangers if n in set(files) or n.endswith(MODEL_SUFFIXES)]
     ours = _listed(out)
+    for path in (place_of(out, name) for name in files):
+        if path.parent != out and path.exists() and path.name not in ours:
+            return "is there, and moemerge did not write it", "name another file, or move it away"
     if there and not ours and not overwrite:
         return f"is not empty ({strangers[0]})", "name a new directory"
     if clash:

@@ -32,6 +32,7 @@ from moemerge.plan.recipe import (
     Recipe,
     Sources,
     Transpose,
+    Values,
     locate,
     reads,
     shape_of,
@@ -80,6 +81,9 @@ def fill(
         _transpose(view, start, name, shape, dtype, recipe.of, sources)
     elif isinstance(recipe, Fill):
         np.frombuffer(view, numpy_dtype(dtype))[...] = recipe.value
+    elif isinstance(recipe, Values):
+        whole = np.array(recipe.values, numpy_dtype(dtype)).view(np.uint8)
+        np.frombuffer(view, np.uint8)[:] = whole[start : start + len(view)]
     elif isinstance(recipe, Join) and recipe.axis == 0:
         end = 0
         for number, part in enumerate(recipe.of):

@@ -27,6 +27,7 @@ from moemerge.plan.recipe import (
     Scale,
     Sources,
     Transpose,
+    Values,
     locate,
     shape_of,
 )
@@ -92,7 +93,7 @@ def evaluate(
         return evaluate(recipe.of, name, 0, every, sources, whole).T[rows.start : rows.stop]
     if isinstance(recipe, Halve):
         return _halve(recipe, name, block, rows, sources, whole)
-    assert not isinstance(recipe, Read)  # a Read has a location
+    assert not isinstance(recipe, Read | Values)  # a Read has a location, a file has Values
     value = evaluate(recipe.of, name, block, rows, sources, whole).float()
     if isinstance(recipe, Scale):
         return value * recipe.factor

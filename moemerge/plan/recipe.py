@@ -145,12 +145,21 @@ class Transpose:
     of: Recipe
 
 
-Recipe = Read | LowRank | Noise | Scale | Mean | Fill | Cut | Join | Renew | Halve | Transpose
+@dataclass(frozen=True)
+class Values:
+    """A small vector of these values."""
+
+    values: tuple[float, ...]
+
+
+Recipe = (
+    Values | Read | LowRank | Noise | Scale | Mean | Fill | Cut | Join | Renew | Halve | Transpose
+)
 
 _KINDS = {
     "read": Read, "low_rank": LowRank, "noise": Noise, "scale": Scale, "mean": Mean, "fill": Fill,
     "cut": Cut, "join": Join, "renew": Renew, "halve": Halve,
-    "transpose": Transpose,
+    "transpose": Transpose, "values": Values,
 }  # fmt: skip
 
 
@@ -199,7 +208,7 @@ def reads(recipe: Recipe) -> Iterator[Read]:
     elif isinstance(recipe, Mean | Join):
         for part in recipe.of:
             yield from reads(part)
-    elif not isinstance(recipe, Fill):
+    elif not isinstance(recipe, Fill | Values):
         yield from reads(recipe.of)
     if isinstance(recipe, LowRank):
         yield recipe.down
@@ -214,6 +223,8 @@ def shape_of(recipe: Recipe, sources: Sources) -> tuple[int, ...]:
         return sources[recipe.source][recipe.tensor].shape
     if isinstance(recipe, Fill):
         return recipe.shape
+    if isinstance(recipe, Values):
+        return (len(recipe.values),)
     if isinstance(recipe, Transpose):
         rows, columns = shape_of(recipe.of, sources)
         return columns, rows
@@ -237,7 +248,7 @@ def computes(recipe: Recipe) -> bool:
         return recipe.axis != 0 or any(map(computes, recipe.of))
     if isinstance(recipe, Halve | Transpose):
         return computes(recipe.of)
-    return not isinstance(recipe, Read | Fill)
+    return not isinstance(recipe, Read | Fill | Values)
 
 
 def locate(recipe: Recipe, sources: Sources) -> Location | None:

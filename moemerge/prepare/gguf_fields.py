@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moemerge.architectures.gguf_hosts import GgufHost
-from moemerge.checkpoint import Checkpoint
-from moemerge.errors import Findings
+from moemerge.architectures import Mixture
+from moemerge.architectures.gguf_hosts import GgufHost, counts
+from moemerge.checkpoint import Checkpoint, tokenizer_fields
 from moemerge.plan import encoded
-from moemerge.prepare.layout import Layout
 
 FREQUENCIES = "rope_freqs.weight"
 _LEFT_OUT = ("quantize.", "split.", "general.source.", "general.base_model.")
@@ -18,23 +17,26 @@ _LEFT_OUT = ("quantize.", "split.", "general.source.", "general.base_model.")
 
 def fields_of(
     base: Checkpoint,
-    made: Layout,
+    config: Mapping[str, Any],
     host: GgufHost,
-    counted: Mapping[str, int],
+    mixture: Mixture,
+    names: tuple[str, ...],
+    shared: int,
     number: int | None,
-    findings: Findings,
 ) -> dict[str, bytes]:
-    """The fields, each with its type and value; `number` is the kind of file, if it changes."""
-    config = made.parts.body.config
-    own = {
+    """The fields, each with its type and value; `number` is the kind of file, if it changes.
+
+    Raises:
+        ValueError: llama.cpp has no name for the base's tokenizer or rope scaling.
+    """
+    own: dict[str, Any] = {
         "general.architecture": host.name,
-        "general.name": " + ".join(donor.name for donor in made.donors),
-        **{f"{host.name}.{key}": value for key, value in counted.items()},
+        "general.name": " + ".join(names),
+        **{f"{host.name}.{key}": value for key, value in counts(mixture).items()},
         **{f"{host.name}.{key}": float(value) for key, value in host.more(config).items()},
     }
-    if made.parts.shared:
-        width = made.target.mixture.inner * len(made.parts.shared)
-        own[f"{host.name}.expert_shared_feed_forward_length"] = width
+    if shared:
+        own[f"{host.name}.expert_shared_feed_forward_length"] = shared
     if number is not None:
         own |= {"general.file_type": number, "general.quantization_version": 2}
     fields: dict[str, bytes] = {}
@@ -46,12 +48,40 @@ def fields_of(
             name = f"{host.name}.{name.removeprefix(old)}" if name.startswith(old) else name
             fields[name] = field.raw
     else:
-        for name, value in _of_config(base, config, host, findings).items():
-            fields[name] = encoded(value)
-    return fields | {name: encoded(value) for name, value in own.items()}
+        made = {f"{host.name}.{key}": value for key, value in _of_config(config)}
+        made |= {f"{host.name}.rope.scaling.{key}": value for key, value in _scaling(config)}
+        rows = int(config["vocab_size"])
+        made |= {"general.type": "model", **tokenizer_fields(base.directory, rows, config)}
+        fields = {name: encoded(value) for name, value in made.items()}
+    return {**fields, **{name: encoded(value) for name, value in own.items()}}
 
 
-def _of_config(
-    base: Checkpoint, config: Mapping[str, Any], host: GgufHost, findings: Findings
-) -> dict[str, Any]:
-    raise NotImplementedError
+def _of_config(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    head = config["head_dim"]
+    yield "vocab_size", config["vocab_size"]
+    yield "context_length", config["max_position_embeddings"]
+    yield "embedding_length", config["hidden_size"]
+    yield "block_count", config["num_hidden_layers"]
+    yield "feed_forward_length", config["intermediate_size"]
+    yield "attention.head_count", config["num_attention_heads"]
+    yield "attention.head_count_kv", config["num_key_value_heads"]
+    yield "attention.key_length", head
+    yield "attention.value_length", head
+    yield "attention.layer_norm_rms_epsilon", float(config["rms_norm_eps"])
+    yield "rope.dimension_count", head
+    yield "rope.freq_base", float(config["rope_theta"])
+
+
+def _scaling(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Rope scaling; a Llama 3's is a tensor."""
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", "default")
+    if kind in ("default", "llama3"):
+        return
+    if kind not in ("linear", "yarn"):
+        raise ValueError(f"rope scaling {kind!r} is not written as GGUF")
+    yield "type", kind
+    yield "factor", float(scaling["factor"])
+    if kind == "yarn":
+        length = scaling.get("original_max_position_embeddings", config["max_position_embeddings"])
+        yield "original_context_length", length

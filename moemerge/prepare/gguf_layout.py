@@ -7,15 +7,17 @@ same type of it, its bytes are copied.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from moemerge.architectures import dense_shapes
+from moemerge.architectures import Mixture, dense_shapes
 from moemerge.architectures.ggml_types import ALIASES, KINDS, Shape, type_of
-from moemerge.architectures.gguf_hosts import GGUF_HOSTS, TURNED, GgufHost, counts
-from moemerge.checkpoint import ENCODINGS, QUANTISED, Checkpoint, lacks
+from moemerge.architectures.gguf_hosts import GGUF_HOSTS, TURNED, GgufHost
+from moemerge.checkpoint import ENCODINGS, QUANTISED, Checkpoint, lacks, llama3_factors
 from moemerge.errors import Findings, nearest
 from moemerge.families import DOWN, EMBEDDING, GATE, HEAD, NORM, UP
+from moemerge.options import WriteOptions
 from moemerge.plan import (
     ROUTERS,
     Halve,
@@ -25,6 +27,7 @@ from moemerge.plan import (
     PlannedTensor,
     Recipe,
     Shard,
+    Values,
     digest_of,
     head_of,
     recipe,
@@ -34,13 +37,30 @@ from moemerge.prepare.layout import Layout
 
 _TOP = {EMBEDDING: "token_embd", NORM: "output_norm", HEAD: "output"}
 _MLP = {GATE: "ffn_gate", UP: "ffn_up", DOWN: "ffn_down"}
+Wanted = tuple[str, tuple[int, ...], Recipe, str, int | None]
+"""A tensor of the file: name, shape, recipe, what a gate mode makes of it, and whose it is."""
 
 
-def host_problem(name: str) -> tuple[str, str] | None:
-    """Why a class cannot be written as GGUF, and the fix; None if it can."""
-    if name in GGUF_HOSTS:
-        return None
-    return f"a {name} is not written as GGUF", f"use {', '.join(GGUF_HOSTS)}"
+@dataclass(frozen=True)
+class Content:
+    """What a GGUF file holds. `config` is that of the dense model, `base` gives fields and
+    tokenizer, `names` are the experts', and `shared` is the width of what is always active."""
+
+    host: GgufHost
+    config: Mapping[str, Any]
+    mixture: Mixture
+    tensors: Sequence[Wanted]
+    base: Checkpoint
+    names: tuple[str, ...]
+    shared: int = 0
+
+
+def host_of(name: str, where: str, findings: Findings) -> GgufHost | None:
+    """The GGUF architecture of a class; None, with a problem, if it is not written."""
+    if name not in GGUF_HOSTS:
+        fix = f"use {', '.join(GGUF_HOSTS)}"
+        findings.problem(where, f"a {name} is not written as GGUF", fix)
+    return GGUF_HOSTS.get(name)
 
 
 def as_gguf(
@@ -50,88 +70,136 @@ def as_gguf(
 
     Reasons against it are recorded as problems.
     """
-    host = GGUF_HOSTS.get(made.target.name)
+    host = host_of(made.target.name, made.config.where("architecture"), findings)
     if host is None:
-        what, fix = host_problem(made.target.name) or ("", "")
-        findings.problem(made.config.where("architecture"), what, fix)
         return plan
-    kind = made.options.type.lower()
+    body, mixture = made.parts.body, made.target.mixture
+    tensors = [*body_tensors(body.config, body.recipe, host), *_frequencies(body.base.model)]
+    tensors += _experts(made, plan)
+    shared = mixture.inner * len(made.parts.shared)
+    names = tuple(donor.name for donor in made.donors)
+    content = Content(host, body.config, mixture, tensors, body.base.model, names, shared)
+    sources = {name: one.tensors for name, one in opened.items()}
+    return planned(content, plan, file, sources, made.options, findings)
+
+
+def planned(
+    content: Content,
+    plan: Plan,
+    file: str,
+    sources: recipe.Sources,
+    options: WriteOptions,
+    findings: Findings,
+) -> Plan:
+    """The plan with one shard, the GGUF file of this content."""
+    kind = options.type.lower()
     kind = ALIASES.get(kind, kind)
     if kind and kind not in KINDS:
-        what = f"{made.options.type!r} is no type of GGUF files that can be written here"
+        what = f"{options.type!r} is no type of GGUF files that can be written here"
         findings.problem("--type", what, nearest(kind, KINDS))
         return plan
-    sources = {name: one.tensors for name, one in opened.items()}
-    shape = _shape_of(made, plan)
-    tensors = []
-    for name, own, of, made_by, expert in _tensors(made, host, plan):
-        shown = recipe.shape_of(of, sources) if not made_by else own
-        count = math.prod(own)
-        assert math.prod(shown) == count, name
+    shape, tensors, differ = _shape_of(content), list[PlannedTensor](), dict[str, list[str]]()
+    for name, own, of, made_by, expert in content.tensors:
         if len(own) == 1 or made_by:
             dtype = "F32"
         elif kind:
             dtype = type_of(kind, name, own[-1], shape)
         else:
-            dtype = _as_stored(name, of, sources, own[-1], made.options.exact, findings)
+            dtype = _as_stored(name, of, sources, own[-1], differ)
         tensors.append(PlannedTensor(name, own, dtype, of, expert, made_by))
-    for missing in sorted({lacks(t.dtype) for t in _computed(tensors, sources)} - {""}):
-        kinds = sorted({t.dtype for t in _computed(tensors, sources) if lacks(t.dtype) == missing})
-        findings.problem("--type", f"{', '.join(kinds)} needs llama.cpp's quantiser", missing)
-    base = made.parts.body.base.model
+    for what, names in differ.items():
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        findings.note(f"{names[0]}{more}: {what}")
+    computed = [one for one in tensors if not _is_copied(one, sources)]
+    if options.exact and (changed := [one for one in computed if len(one.shape) > 1]):
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        what = f"is made anew{more}, and --exact changes no values"
+        findings.problem(changed[0].name, what, "use files of one quantisation, or leave it out")
+    wanting: dict[str, set[str]] = {}
+    for one in computed:
+        if one.dtype in QUANTISED and (missing := lacks(one.dtype)):
+            wanting.setdefault(missing, set()).add(one.dtype)
+    for missing, kinds in wanting.items():
+        what = f"{', '.join(sorted(kinds))} needs llama.cpp's quantiser"
+        findings.problem("--type", what, missing)
     number = KINDS[kind][0] if kind else None
-    fields = fields_of(base, made, host, counts(made.target.mixture), number, findings)
+    try:
+        fields = fields_of(
+            content.base, content.config, content.host, content.mixture, content.names,
+            content.shared, number,
+        )  # fmt: skip
+    except ValueError as error:
+        fix = "write a directory, and convert it with llama.cpp's convert_hf_to_gguf.py"
+        findings.problem(content.base.reference.text, str(error), fix)
+        return plan
     head = head_of(fields, tensors)
-    digest = digest_of([
-        [vars(one) | {"recipe": recipe.to_json(one.recipe)} for one in tensors],
-        [source.fingerprint for source in plan.sources],
-        made.gate_inputs,
-    ])  # fmt: skip
+    told = [vars(one) | {"recipe": recipe.to_json(one.recipe)} for one in tensors]
+    prints = [source.fingerprint for source in plan.sources]
+    digest = digest_of([told, prints, plan.gate_inputs])
     shard = Shard(file, tuple(tensors), digest, Head.of(head), head)
-    config = {**plan.config, "dtype": kind or _most(tensors)}
-    return dataclasses.replace(plan, dtype=_most(tensors), config=config, shards=(shard,))
+    most = _most(tensors)
+    config = {**plan.config, "dtype": kind or most}
+    return dataclasses.replace(plan, dtype=most, config=config, shards=(shard,))
 
 
-def _tensors(
-    made: Layout, host: GgufHost, plan: Plan
-) -> Iterator[tuple[str, tuple[int, ...], Recipe, str, int | None]]:
-    """Each tensor: name, shape, recipe, whether a gate mode makes it, and whose it is."""
-    parts, mixture = made.parts, made.target.mixture
-    body, config = parts.body, parts.body.config
-    shapes = dense_shapes(config)
-    for name, own in shapes.items():
+def body_tensors(
+    config: dict[str, Any], recipe_of: Callable[[str], Recipe], host: GgufHost
+) -> Iterator[Wanted]:
+    """The tensors beside the MLPs, from the dense model's."""
+    head = config["head_dim"]
+    for name, own in dense_shapes(config).items():
         if ".mlp." in name:
             continue
+        of = recipe_of(name)
+        if name in _TOP:
+            yield f"{_TOP[name]}.weight", own, of, "", None
+            continue
         stem, _, leaf = name.rpartition(".")
-        part, turned = _TOP.get(name), False
-        if part is None:
-            _, _, layer, rest = stem.split(".", 3)
-            part, turned = f"blk.{layer}.{host.body[rest]}", rest in TURNED
-        of = body.recipe(name)
-        if turned and host.turns_neighbours:
-            of = Halve(of, config["head_dim"], config["head_dim"], back=True)
-        yield f"{part}.{leaf}" if name not in _TOP else f"{part}.weight", own, of, "", None
-    base = body.base.model
-    if FREQUENCIES in base.tensors:
-        at = base.tensors[FREQUENCIES]
-        yield FREQUENCIES, at.shape, recipe.Read(base.reference.text, FREQUENCIES), "", None
+        _, _, layer, rest = stem.split(".", 3)
+        if rest in TURNED and host.turns_neighbours:
+            of = Halve(of, head, head, back=True)
+        yield f"blk.{layer}.{host.body[rest]}.{leaf}", own, of, "", None
+
+
+def _frequencies(base: Checkpoint) -> Iterator[Wanted]:
+    """The tensor that a Llama 3's rope scaling becomes."""
+    scaling = base.config.get("rope_scaling") or {}
+    if scaling.get("rope_type") == "llama3":
+        theta, head = base.config["rope_theta"], base.config["head_dim"]
+        values = tuple(llama3_factors(scaling, theta, head))
+        yield FREQUENCIES, (len(values),), Values(values), "", None
+
+
+def expert_tensors(
+    layer: int, which: str, routed: Sequence[Recipe], one: tuple[int, ...]
+) -> Wanted:
+    """One matrix of all experts of a layer, end to end."""
+    name = f"blk.{layer}.{_MLP[which]}_exps.weight"
+    return name, (len(routed), *one), Join(tuple(routed)), "", -1
+
+
+def router_name(layer: int) -> str:
+    """The name of a layer's router."""
+    return f"blk.{layer}.ffn_gate_inp.weight"
+
+
+def _experts(made: Layout, plan: Plan) -> Iterator[Wanted]:
+    parts, mixture, seed = made.parts, made.target.mixture, made.options.seed
+    hidden, inner = parts.body.config["hidden_size"], mixture.inner
     routers = [tensor for tensor in plan.shards[0].tensors if tensor.made == "router"]
-    hidden, inner = config["hidden_size"], mixture.inner
-    for number, router in enumerate(routers):
-        layer = str(number)
-        name = f"blk.{layer}.ffn_gate_inp.weight"
+    for layer, router in enumerate(routers):
+        name = router_name(layer)
         rows = _renamed(router.recipe, router.name, name)
         yield name, (mixture.experts, hidden), rows, "router", None
-        for which, ours in _MLP.items():
+        for which in _MLP:
             dense = f"model.layers.{layer}.mlp.{which}.weight"
             one = (hidden, inner) if which == DOWN else (inner, hidden)
-            routed = tuple(
-                member.recipe(dense, made.options.seed, f"expert {at}")
-                for at, member in enumerate(parts.routed)
-            )
-            yield f"blk.{layer}.{ours}_exps.weight", (len(routed), *one), Join(routed), "", -1
+            routed = [
+                member.recipe(dense, seed, f"expert {at}") for at, member in enumerate(parts.routed)
+            ]
+            yield expert_tensors(layer, which, routed, one)
             always = tuple(
-                member.recipe(dense, made.options.seed, f"shared expert {at}")
+                member.recipe(dense, seed, f"shared expert {at}")
                 for at, member in enumerate(parts.shared)
             )
             if always:
@@ -139,7 +207,7 @@ def _tensors(
                 wide = list(one)
                 wide[axis] *= len(always)
                 of = Join(always, axis) if len(always) > 1 else always[0]
-                yield f"blk.{layer}.{ours}_shexp.weight", tuple(wide), of, "", None
+                yield f"blk.{layer}.{_MLP[which]}_shexp.weight", tuple(wide), of, "", None
 
 
 def _renamed(of: Recipe, old: str, new: str) -> Recipe:
@@ -153,57 +221,36 @@ def _renamed(of: Recipe, old: str, new: str) -> Recipe:
     return Join(tuple(_renamed(part, old, new) for part in of.of), of.axis)
 
 
-def _shape_of(made: Layout, plan: Plan) -> Shape:
-    config, mixture = made.parts.body.config, made.target.mixture
+def _shape_of(content: Content) -> Shape:
+    config = content.config
     heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
-    layers = config["num_hidden_layers"]
-    tied = bool(config.get("tie_word_embeddings"))
-    of_70b = made.target.name == "mixtral" and layers == 80 and heads != keys
-    return Shape(heads // keys, mixture.experts, layers, tied, of_70b)
+    layers, tied = config["num_hidden_layers"], bool(config.get("tie_word_embeddings"))
+    of_70b = content.host.name == "llama" and layers == 80 and heads != keys
+    return Shape(heads // keys, content.mixture.experts, layers, tied, of_70b)
 
 
 def _as_stored(
-    name: str,
-    of: Recipe,
-    sources: recipe.Sources,
-    width: int,
-    exact: bool,
-    findings: Findings,
+    name: str, of: Recipe, sources: recipe.Sources, width: int, differ: dict[str, list[str]]
 ) -> str:
-    """The type that all sources of a tensor have, or the widest of theirs."""
+    """The type that all sources of a tensor have, or the widest of theirs, which is noted."""
     found = {
         sources[read.source][read.tensor].encoding.name: None
         for read in recipe.reads(of)
-        if read.source != ROUTERS and not _is_small(sources, read)
+        if read.source != ROUTERS and ".lora_" not in read.tensor
     }
-    types = ["F32" if one == "F64" else one for one in found]
+    types = [*dict.fromkeys("F32" if one == "F64" else one for one in found)]
     widest = max(types, key=lambda one: ENCODINGS[one].block_bytes / ENCODINGS[one].block_values)
     if len(types) > 1:
-        if exact:
-            what = f"its sources have {', '.join(types)}, and --exact changes no values"
-            findings.problem(name, what, "use files of one quantisation, or leave out --exact")
-        else:
-            findings.note(f"{name}: of {', '.join(types)}; all become {widest}")
-    if width % ENCODINGS[widest].block_values:
-        widest = "F16"
-    if not recipe.is_copy(of, widest, sources) and exact and len(types) == 1:
-        findings.problem(name, "is computed, and --exact changes no values", "leave out --exact")
-    return widest
+        line = f"its sources are {', '.join(types)}; all become {widest}"
+        differ.setdefault(line, []).append(name)
+    return widest if width % ENCODINGS[widest].block_values == 0 else "F16"
 
 
-def _is_small(sources: recipe.Sources, read: recipe.Read) -> bool:
-    """Whether it is a part of an adapter, which decides no type."""
-    return sources[read.source][read.tensor].shape == () or ".lora_" in read.tensor
-
-
-def _computed(tensors: list[PlannedTensor], sources: recipe.Sources) -> list[PlannedTensor]:
-    """The quantised tensors that are not only copied."""
-    return [
-        one
-        for one in tensors
-        if one.dtype in QUANTISED and not one.made
-        and not recipe.is_copy(one.recipe, one.dtype, sources)
-    ]  # fmt: skip
+def _is_copied(tensor: PlannedTensor, sources: recipe.Sources) -> bool:
+    """Whether the tensor's bytes are copies, or no source's."""
+    if tensor.made or isinstance(tensor.recipe, Values):
+        return True
+    return recipe.is_copy(tensor.recipe, tensor.dtype, sources)
 
 
 def _most(tensors: list[PlannedTensor]) -> str:

@@ -21,13 +21,13 @@ FOLDER = Path(os.environ["LIBLLAMA"])
 class Parameters(ctypes.Structure):
     """Any of llama.cpp's structures of parameters, and room behind it."""
 
-    _fields_ = [("first", ctypes.c_uint32 * 8), ("rest", ctypes.c_char * 480)]  # noqa: RUF012
+    _fields_ = [("first", ctypes.c_uint32 * 8), ("rest", ctypes.c_char * 480)]
 
 
 class Batch(ctypes.Structure):
     """`llama_batch`."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("n_tokens", ctypes.c_int32), ("token", ctypes.c_void_p), ("embd", ctypes.c_void_p),
         ("pos", ctypes.c_void_p), ("n_seq_id", ctypes.c_void_p), ("seq_id", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),

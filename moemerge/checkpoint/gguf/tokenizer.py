@@ -8,7 +8,8 @@ A pre-tokenizer is stored as a name alone; `_SPLITS` has the expression of each 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint.gguf.header import Header
@@ -180,3 +181,96 @@ def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> Iterato
     found.sort()
     for *_, left, right in found:
         yield [left, right]
+
+
+def fields_of_files(directory: Path, rows: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a model directory's tokenizer; `rows` is the number of its embeddings.
+
+    Raises:
+        ValueError: there is none, or llama.cpp has no name for its kind.
+    """
+    try:
+        data = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+        model, own = data["model"], data.get("added_tokens") or ()
+        vocabulary: dict[str, int] = model["vocab"]
+        told = _object(directory / "tokenizer_config.json")
+        if model.get("type") != "BPE":
+            raise ValueError(f"its tokenizer is {model.get('type')}, not BPE")
+        pairs = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its tokenizer.json cannot be read ({error})") from error
+    added = {one["content"]: one for one in own}
+    numbered = {**vocabulary, **{text: one["id"] for text, one in added.items()}}
+    if numbered and max(numbered.values()) >= rows:
+        raise ValueError(f"its tokenizer has more tokens than its {rows} embeddings")
+    tokens = [f"[PAD{number}]" for number in range(rows)]
+    kinds = [UNUSED] * rows
+    pieces = bool(model.get("byte_fallback"))
+    for token, number in numbered.items():
+        tokens[number], kinds[number] = token, NORMAL
+        if token in added:
+            kinds[number] = CONTROL if added[token].get("special") else USER
+        elif pieces and len(token) == 6 and token.startswith("<0x"):
+            kinds[number] = BYTE
+    made: dict[str, Any] = {"tokenizer.ggml.model": "llama" if pieces else "gpt2"}
+    if pieces:
+        made |= {
+            "tokenizer.ggml.scores": _scores(tokens, pairs),
+            "tokenizer.ggml.add_space_prefix": "Prepend" in json.dumps(data.get("normalizer")),
+        }
+    else:
+        made |= {"tokenizer.ggml.pre": _name_of(data), "tokenizer.ggml.merges": pairs}
+    made |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    for ours, theirs in names.items():
+        said = told.get(f"{ours}_token")
+        said = said.get("content") if isinstance(said, dict) else said
+        number = numbered.get(said, config.get(f"{ours}_token_id")) if said else None
+        number = config.get(f"{ours}_token_id") if number is None else number
+        if isinstance(number, int) and 0 <= number < rows:
+            made[f"tokenizer.ggml.{theirs}_token_id"] = number
+            if pieces and ours == "unk":
+                kinds[number] = UNKNOWN
+    first = json.dumps((data.get("post_processor") or {}).get("single", ""))
+    bos = made.get("tokenizer.ggml.bos_token_id")
+    begins = bos is not None and f'"id": {json.dumps(tokens[bos])}' in first
+    made["tokenizer.ggml.add_bos_token"] = bool(told.get("add_bos_token", begins))
+    template = told.get("chat_template")
+    file = directory / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.is_file() else template
+    return made | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """Each piece's score: the earlier it is merged, the higher."""
+    ranks = {
+        pair.replace(" ", "", 1): -float(rank) for rank, pair in reversed([*enumerate(merges)])
+    }
+    return [ranks.get(token, -1e6) for token in tokens]
+
+
+def _name_of(data: Mapping[str, Any]) -> str:
+    """llama.cpp's name of a tokenizer.json's pre-tokenizer.
+
+    Raises:
+        ValueError: it has none that is known.
+    """
+    said = data.get("pre_tokenizer") or {}
+    steps = said.get("pretokenizers", [said])
+    kinds = [one.get("type") for one in steps]
+    composed = "NFC" in json.dumps(data.get("normalizer"))
+    if kinds == ["ByteLevel"]:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"]:
+        split = (steps[0].get("pattern") or {}).get("Regex")
+        for name, known in _SPLITS.items():
+            if split == known and (name in _COMPOSED) == composed:
+                return name
+    raise ValueError("its pre-tokenizer is none that moemerge can name for llama.cpp")

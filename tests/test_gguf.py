@@ -1,0 +1,297 @@
+"""Mixtures of GGUF files: their bytes are copied, and llama.cpp says what the dense file says."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from babies import simple_config, write_config
+from gguf_files import KINDS, convert, libraries, make_wide, quantise
+from safetensors.torch import load_file
+from smollm2 import model_dir
+from test_readers import read_all
+from tokenizers import Tokenizer
+
+from moemerge import InputError, Options, VerifyError, make_plan, merge, verify_checkpoint
+from moemerge.checkpoint.gguf.header import Header, read_header
+from moemerge.output import write as writing
+
+pytestmark = pytest.mark.skipif(transformers.__version__ < "5", reason="5 is enough")
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"family": "qwen3", "head_dim": 64},
+    "granite": {
+        "family": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+        "logits_scaling": 2.0, "attention_multiplier": 0.2,
+    },
+}  # fmt: skip
+PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time, by the sea,"]
+
+
+@pytest.fixture(scope="module")
+def dense(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Of each family: a model (`llama`), another of the same shapes, and their F16 files."""
+    root, pairs = tmp_path_factory.mktemp("dense"), list[tuple[Path, Path]]()
+    for family, settings in FAMILIES.items():
+        for number in range(2):
+            directory = make_wide(root / f"{family}{number}", number, **settings)
+            pairs.append((directory, root / f"{family}{number}.gguf"))
+    convert(pairs)
+    yield root
+    shutil.rmtree(root)
+
+
+def of(dense: Path, family: str, kind: str, number: int = 0) -> Path:
+    """The file of that kind."""
+    file = dense / f"{family}{number}.gguf"
+    if kind == "f16":
+        return file
+    made = dense / f"{family}{number}-{kind}.gguf"
+    return made if made.exists() else quantise(file, made, kind)
+
+
+def tensor_bytes(path: Path, header: Header, name: str) -> bytes:
+    at = header.tensors[name]
+    with path.open("rb") as file:
+        file.seek(at.offset)
+        return file.read(at.nbytes)
+
+
+def config_of(root: Path, base: Path, experts: list[Path], head: str = "") -> Path:
+    return write_config(root / "c.yaml", simple_config(base, list(experts), head))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_is_the_model_that_it_was_made_of(tmp_path: Path, dense: Path, family: str) -> None:
+    """F16 files give the same bytes as the models in transformers' format, and the same routers."""
+    settings = "dtype: float16\ngate_mode: ridge"
+    for name, suffix in (("a", ""), ("b", ".gguf")):
+        models = [dense / f"{family}{number}{suffix}" for number in range(2)]
+        merge(config_of(tmp_path, models[0], models, settings), tmp_path / name)
+    ours, theirs = (load_all(tmp_path / name) for name in ("b", "a"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        if "gate.weight" in name or "router" in name:
+            assert torch.allclose(ours[name].float(), tensor.float(), rtol=0.2, atol=1e-3), name
+        else:
+            assert torch.equal(ours[name], tensor), name
+    one, other = (Tokenizer.from_file(str(tmp_path / n / "tokenizer.json")) for n in "ab")
+    for text in (*PROMPTS, "<|im_start|>user\n12345 ünïcödé 日本<|im_end|>"):
+        assert one.encode(text).ids == other.encode(text).ids
+    assert verify_checkpoint(tmp_path / "b").compared
+
+
+def load_all(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+Case = tuple[str, str, int, int]
+USUAL = ("f16", "q8_0", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "iq4_xs")
+COPIED: list[Case] = [
+    *(("llama", kind, 2, 2) for kind in USUAL),
+    *(("qwen3", kind, 3, 2) for kind in ("f16", "q4_k_m")),
+    *(("granite", kind, 2, 1) for kind in ("f16", "q4_k_m")),
+    ("llama", "q4_k_m", 3, 1), ("llama", "q5_k_m", 4, 2), ("llama", "q4_k_m", 8, 2),
+]  # fmt: skip
+RARE: list[Case] = [
+    *(("llama", kind, 2, 2) for kind in KINDS if kind not in USUAL),
+    *(("qwen3", kind, 4, 1) for kind in ("q8_0", "q5_k_m", "iq4_xs")),
+]
+
+
+@pytest.mark.parametrize("cases", [COPIED, pytest.param(RARE, marks=pytest.mark.full)])
+def test_experts_are_copied_and_llama_cpp_says_what_the_dense_file_says(
+    tmp_path: Path, smollm2: Path, dense: Path, cases: list[Case]
+) -> None:
+    """All in one test: to start llama.cpp takes longer than to ask it."""
+    made = dict[Path, list[Path]]()
+    for number, (family, kind, count, per_token) in enumerate(cases):
+        file, out = of(dense, family, kind), tmp_path / f"{number}.gguf"
+        head = f"experts_per_token: {per_token}\ngate_mode: random"
+        merged = merge(config_of(tmp_path, file, [file] * count, head), out)
+        assert merged.written == out.stat().st_size
+        check_copies(file, out, count, per_token)
+        assert verify_checkpoint(out).compared
+        made.setdefault(file, []).append(out)
+    for number, (file, outs) in enumerate(made.items()):
+        first, *others = said_by([file, *outs], tmp_path / f"said{number}")
+        for other in others:
+            agree(first, other, 0.2 if "-q" in file.name or "-i" in file.name else 0.01)
+
+
+def check_copies(file: Path, out: Path, count: int, per_token: int) -> None:
+    was, now = read_header(file), read_header(out)
+    for name, at in was.tensors.items():
+        if ".ffn_" not in name or name.endswith("ffn_norm.weight"):
+            assert now.tensors[name].encoding == at.encoding
+            assert tensor_bytes(out, now, name) == tensor_bytes(file, was, name), name
+            continue
+        stacked = name.replace(".weight", "_exps.weight")
+        assert now.tensors[stacked].shape == (count, *at.shape)
+        assert tensor_bytes(out, now, stacked) == tensor_bytes(file, was, name) * count, name
+    name = now.value("general.architecture", str)
+    assert now.value(f"{name}.expert_count", int) == count
+    assert now.value(f"{name}.expert_used_count", int) == per_token
+
+
+def said_by(files: list[Path], work: Path) -> list[list[np.ndarray]]:
+    """The logits of each file in llama.cpp, fed what the first of them says."""
+    libraries()
+    tokenizer = Tokenizer.from_file(str(model_dir() / "tokenizer.json"))
+    ids = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+    work.mkdir()
+    [told] = read_all("GGUF", files[:1], work / "w", token_ids=ids, new_tokens=16)
+    assert "error" not in told, told
+    texts = [[*own, *made] for own, made in zip(ids, told["generated"], strict=True)]
+    found = []
+    for one in read_all("GGUF", files, work / "v", token_ids=texts, new_tokens=0, logits=True):
+        assert "error" not in one, one
+        found.append([*np.load(one["logits_npy"]).values()])
+    return found
+
+
+def agree(dense: list[np.ndarray], mixture: list[np.ndarray], margin: float) -> None:
+    """The same next token wherever the dense model is sure, and nearly the same chances."""
+    for was, now in zip(dense, mixture, strict=True):
+        best = np.sort(was, axis=1)
+        sure = best[:, -1] - best[:, -2] > margin
+        assert (was.argmax(1) == now.argmax(1))[sure].all()
+        p, q = (torch.log_softmax(torch.from_numpy(one), -1) for one in (was, now))
+        assert float((p.exp() * (p - q)).sum(-1).mean()) <= 1e-3
+
+
+def test_different_experts_are_all_there(tmp_path: Path, dense: Path) -> None:
+    files = [of(dense, "llama", "q4_k_m", number) for number in range(2)]
+    out = tmp_path / "out.gguf"
+    merge(config_of(tmp_path, files[0], files, "gate_mode: ridge"), out)
+    now, (one, other) = read_header(out), (read_header(file) for file in files)
+    for which in ("gate", "up", "down"):
+        name = f"blk.1.ffn_{which}.weight"
+        wanted = tensor_bytes(files[0], one, name) + tensor_bytes(files[1], other, name)
+        assert tensor_bytes(out, now, f"blk.1.ffn_{which}_exps.weight") == wanted
+    router = np.frombuffer(tensor_bytes(out, now, "blk.1.ffn_gate_inp.weight"), np.float32)
+    assert np.isfinite(router).all() and router.std() > 0
+    assert now.value("general.name", str) == "llama0-q4_k_m + llama1-q4_k_m"
+    assert now.fields["tokenizer.ggml.tokens"] == one.fields["tokenizer.ggml.tokens"]
+
+
+def test_types_that_differ_are_said_or_refused(tmp_path: Path, dense: Path) -> None:
+    files = [of(dense, "llama", "q8_0"), of(dense, "llama", "q4_k_m", 1)]
+    config = config_of(tmp_path, files[0], files, "gate_mode: random")
+    with pytest.raises(InputError, match="exact changes no values"):
+        merge(config, tmp_path / "exact.gguf", Options(exact=True))
+    assert not (tmp_path / "exact.gguf").exists()
+    merged = merge(config, tmp_path / "out.gguf")
+    told = "\n".join(map(str, merged.notes))
+    assert "blk.0.ffn_gate_exps.weight: of Q8_0, Q4_K; all become Q8_0" in told
+    now, was = read_header(tmp_path / "out.gguf"), read_header(files[0])
+    made = tensor_bytes(tmp_path / "out.gguf", now, "blk.0.ffn_gate_exps.weight")
+    own = tensor_bytes(files[0], was, "blk.0.ffn_gate.weight")
+    assert made.startswith(own) and made != own * 2
+    assert verify_checkpoint(tmp_path / "out.gguf").compared
+
+
+@pytest.mark.parametrize("at", [0.0005, 0.3, 0.6, 0.999])
+def test_a_flipped_byte_is_found(tmp_path: Path, dense: Path, at: float) -> None:
+    file, out = of(dense, "llama", "f16"), tmp_path / "out.gguf"
+    merge(config_of(tmp_path, file, [file] * 2, "gate_mode: random"), out)
+    with out.open("r+b") as opened:
+        place = int(at * out.stat().st_size)
+        opened.seek(place)
+        was = opened.read(1)
+        opened.seek(place)
+        opened.write(bytes([was[0] ^ 1]))
+    with pytest.raises(VerifyError):
+        verify_checkpoint(out)
+
+
+def test_a_killed_merge_goes_on_where_it_was(
+    tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = of(dense, "llama", "f16")
+    config = config_of(tmp_path, file, [file] * 2, "gate_mode: random")
+    for module in ("disk", "shard_file"):
+        monkeypatch.setattr(f"moemerge.output.{module}.CHUNK_BYTES", 1 << 20)
+    merge(config, tmp_path / "whole.gguf", Options(jobs=1))
+    noted, wanted = list[int](), (tmp_path / "whole.gguf").read_bytes()
+    real = writing.Journal.note
+    stop = 0
+
+    def note(journal: Any, offset: int, digest: bytes) -> None:
+        if len(noted) == stop:
+            raise KeyboardInterrupt
+        real(journal, offset, digest)
+        noted.append(offset)
+
+    monkeypatch.setattr(writing.Journal, "note", note)
+    for part in (1, 5, 9):
+        stop = len(noted) + (len(wanted) >> 20) * part // 10 - len(noted)
+        with pytest.raises(KeyboardInterrupt):
+            merge(config, tmp_path / "out.gguf", Options(jobs=1))
+        assert not (tmp_path / "out.gguf").exists()
+    stop = -1
+    merge(config, tmp_path / "out.gguf", Options(jobs=1))
+    assert (tmp_path / "out.gguf").read_bytes() == wanted
+    assert sorted(noted) == [*range(0, len(wanted), 1 << 20)]  # no chunk was written twice
+
+
+def test_what_a_user_had_is_not_lost(tmp_path: Path, dense: Path) -> None:
+    file, out = of(dense, "llama", "f16"), tmp_path / "out.gguf"
+    out.write_text("mine")
+    config = config_of(tmp_path, file, [file] * 2, "gate_mode: random")
+    for options in (Options(), Options(overwrite=True)):
+        with pytest.raises(InputError, match="moemerge did not write"):
+            merge(config, out, options)
+    assert out.read_text() == "mine"
+    out.unlink()
+    merge(config, out)
+    with pytest.raises(InputError, match="overwrite=True to replace it"):
+        merge(config, out)
+    merge(config, out, Options(overwrite=True))
+
+
+def test_a_split_file_is_one_model(tmp_path: Path, dense: Path) -> None:
+    file = of(dense, "llama", "f16")
+    header, content = read_header(file), file.read_bytes()
+    names = list(header.tensors)
+    for number, own in enumerate((names[:5], names[5:])):
+        fields = {**header.fields} if number == 0 else {}
+        raw = {name: field.raw for name, field in fields.items()}
+        raw["split.no"] = struct.pack("<IH", 2, number)
+        raw["split.count"] = struct.pack("<IH", 2, 2)
+        head, data = b"", b""
+        for name in own:
+            at = header.tensors[name]
+            shape = at.shape[::-1]
+            kind = {"F32": 0, "F16": 1}[at.encoding.name]
+            head += struct.pack("<Q", len(name)) + name.encode()
+            head += struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, len(data))
+            data += content[at.offset : at.offset + at.nbytes]
+            data += bytes(-len(data) % 32)
+        listed = b"".join(struct.pack("<Q", len(n)) + n.encode() + one for n, one in raw.items())
+        whole = b"GGUF" + struct.pack("<IQQ", 3, len(own), len(raw)) + listed + head
+        part = tmp_path / f"model-{number + 1:05d}-of-00002.gguf"
+        part.write_bytes(whole + bytes(-len(whole) % 32) + data)
+    first = tmp_path / "model-00001-of-00002.gguf"
+    merge(config_of(tmp_path, first, [first] * 2, "gate_mode: random"), tmp_path / "a.gguf")
+    merge(config_of(tmp_path, file, [file] * 2, "gate_mode: random"), tmp_path / "b.gguf")
+    one, other = (read_header(tmp_path / name) for name in ("a.gguf", "b.gguf"))
+    for name in one.tensors:
+        wanted = tensor_bytes(tmp_path / "b.gguf", other, name)
+        assert tensor_bytes(tmp_path / "a.gguf", one, name) == wanted
+    with pytest.raises(InputError, match="name the first part"):
+        make_plan(config_of(tmp_path, tmp_path / "model-00002-of-00002.gguf", [first]))
+    (tmp_path / "model-00002-of-00002.gguf").unlink()
+    with pytest.raises(InputError, match="is not there"):
+        make_plan(config_of(tmp_path, first, [first]))
