@@ -12,7 +12,7 @@ from moemerge.errors import (
 )
 from moemerge.evaluation import EvalSpec, evaluate
 from moemerge.evaluation import report as routing_report
-from moemerge.merging import MergeResult, merge, regate
+from moemerge.merging import Exported, MergeResult, export, merge, regate
 from moemerge.mixture import EditResult, add, drop, extract, repair, top_k
 from moemerge.options import Options
 from moemerge.output import Verified, verify_checkpoint
@@ -53,6 +53,7 @@ __all__ = [
     "Evaluation",
     "EvaluationRow",
     "Expert",
+    "Exported",
     "InputError",
     "Lora",
     "MergeConfig",
@@ -88,6 +89,7 @@ __all__ = [
     "check_family",
     "drop",
     "evaluate",
+    "export",
     "extract",
     "finetune",
     "load_config",

@@ -28,7 +28,7 @@ def plan_lines(ready: Any, options: Options) -> Iterator[str]:
         f"{count(made.parameters)} parameters in all, {count(made.active_parameters)} active "
         f"a token"
     )
-    tensors = [tensor for shard in made.shards[1:] for tensor in shard.tensors]
+    tensors = [tensor for tensor in made.tensors if not tensor.made]
     copied = [t for t in tensors if recipe.is_copy(t.recipe, t.dtype, sources)]
     yield (
         f"{size(made.nbytes)} in {len(made.shards)} shards; {len(copied)} of {len(tensors)} "

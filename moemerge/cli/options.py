@@ -97,6 +97,17 @@ OPTIONS = {
         help="Checksum every shard while it is written. With --no-checksum, the kernel copies "
         "unchanged tensors, and shares their blocks if the file system can (btrfs, xfs).",
     ),
+    "type": _option(
+        str,
+        "",
+        "--type",
+        metavar="KIND",
+        show_default=False,
+        help="For OUT.gguf, the kind of file: f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_xs and "
+        "others. Without it, tensors keep the types that they have.",
+    ),
+    "exact": _option(bool, False, "--exact",
+                     help="For OUT.gguf: only if all bytes beside the routers can be copied."),
     "shards": _option(
         str,
         "",

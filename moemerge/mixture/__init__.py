@@ -1,11 +1,12 @@
 """A mixture that is there: opened, loaded, edited, repaired, and taken apart."""
 
-from moemerge.mixture.edit import add, drop, top_k
+from moemerge.mixture.edit import add, drop, opened_mixture, top_k
 from moemerge.mixture.edited_plan import Edit
 from moemerge.mixture.extraction import extract
 from moemerge.mixture.linear_experts import experts_of
 from moemerge.mixture.loading import config_of, encoder_of, load_mixture
 from moemerge.mixture.open import Moe, open_moe, portions
+from moemerge.mixture.parts import Part
 from moemerge.mixture.rebuild import EditResult, build
 from moemerge.mixture.repairing import repair
 from moemerge.mixture.unfused import (
@@ -21,6 +22,7 @@ __all__ = [
     "Edit",
     "EditResult",
     "Moe",
+    "Part",
     "add",
     "build",
     "check_memory",
@@ -35,6 +37,7 @@ __all__ = [
     "load_mixture",
     "name_in_files",
     "open_moe",
+    "opened_mixture",
     "portions",
     "repair",
     "routers_of",

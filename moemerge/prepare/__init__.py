@@ -3,6 +3,15 @@
 from moemerge.prepare.choose import caveats, listing, no_host
 from moemerge.prepare.compatibility import compare
 from moemerge.prepare.costs import Transfer, check_cache_room, expected_peak, transfer
+from moemerge.prepare.gguf_layout import (
+    Content,
+    Wanted,
+    body_tensors,
+    expert_tensors,
+    host_of,
+    planned,
+    router_name,
+)
 from moemerge.prepare.layout import source_of
 from moemerge.prepare.likely_family import check_family
 from moemerge.prepare.records import Prepared
@@ -12,20 +21,27 @@ from moemerge.prepare.stages import make_plan, prepare
 
 __all__ = [
     "Claims",
+    "Content",
     "Prepared",
     "Tensors",
     "Transfer",
+    "Wanted",
+    "body_tensors",
     "caveats",
     "check_cache_room",
     "check_family",
     "claims_of",
     "compare",
     "expected_peak",
+    "expert_tensors",
     "fetch",
+    "host_of",
     "listing",
     "make_plan",
     "no_host",
+    "planned",
     "prepare",
+    "router_name",
     "source_of",
     "split_own",
     "transfer",

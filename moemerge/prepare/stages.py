@@ -174,6 +174,11 @@ class _Preparation:
         parts = parts_of(config, split, target, body, donors, shared)
         name = out.name if out else ""
         as_file = name.removesuffix(BESIDE) if name.endswith(GGUF_SUFFIX + BESIDE) else ""
+        if options.type or options.exact:
+            as_file = as_file or ("" if out else f"model{GGUF_SUFFIX}")
+            if not as_file:
+                flagged = "--type" if options.type else "--exact"
+                findings.problem(flagged, "is for GGUF files alone", f"write {name}{GGUF_SUFFIX}")
         layout = Layout(
             config, options, target, parts, donors, shared, gate.needs, made_of, bool(as_file)
         )
