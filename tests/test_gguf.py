@@ -19,7 +19,15 @@ from smollm2 import model_dir
 from test_readers import read_all
 from tokenizers import Tokenizer
 
-from moemerge import InputError, Options, VerifyError, make_plan, merge, verify_checkpoint
+from moemerge import (
+    InputError,
+    Options,
+    VerifyError,
+    export,
+    make_plan,
+    merge,
+    verify_checkpoint,
+)
 from moemerge.checkpoint.gguf.header import Header, read_header
 from moemerge.output import write as writing
 
@@ -194,7 +202,7 @@ def test_types_that_differ_are_said_or_refused(tmp_path: Path, dense: Path) -> N
     assert not (tmp_path / "exact.gguf").exists()
     merged = merge(config, tmp_path / "out.gguf")
     told = "\n".join(map(str, merged.notes))
-    assert "blk.0.ffn_gate_exps.weight: of Q8_0, Q4_K; all become Q8_0" in told
+    assert "its sources are Q8_0, Q4_K; all become Q8_0" in told
     now, was = read_header(tmp_path / "out.gguf"), read_header(files[0])
     made = tensor_bytes(tmp_path / "out.gguf", now, "blk.0.ffn_gate_exps.weight")
     own = tensor_bytes(files[0], was, "blk.0.ffn_gate.weight")
@@ -295,3 +303,68 @@ def test_a_split_file_is_one_model(tmp_path: Path, dense: Path) -> None:
     (tmp_path / "model-00002-of-00002.gguf").unlink()
     with pytest.raises(InputError, match="is not there"):
         make_plan(config_of(tmp_path, first, [first]))
+
+
+SHORT = [(2, "q4_k_m"), (8, "q4_k_m"), (2, "q6_k"), (2, "q8_0")]
+LONG = [(2, kind) for kind in KINDS] + [(8, kind) for kind in KINDS]
+
+
+@pytest.mark.parametrize(
+    ("count", "kind"),
+    [*SHORT, *(pytest.param(*one, marks=pytest.mark.full) for one in LONG if one not in SHORT)],
+)
+def test_types_and_bytes_are_those_of_llama_cpps_quantiser(
+    tmp_path: Path, dense: Path, count: int, kind: str
+) -> None:
+    """A mixture exported in f16 and quantised by llama.cpp, and the same exported at once."""
+    models = [dense / f"llama{number % 2}" for number in range(count)]
+    head = "gate_mode: random\ndtype: float16"
+    merge(config_of(tmp_path, models[0], models, head), tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "f16.gguf")
+    export(tmp_path / "out", tmp_path / "ours.gguf", Options(type=kind))
+    quantise(tmp_path / "f16.gguf", tmp_path / "theirs.gguf", kind)
+    ours, theirs = (read_header(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name, at in theirs.tensors.items():
+        assert ours.tensors[name].encoding.name == at.encoding.name, name
+        made = tensor_bytes(tmp_path / "ours.gguf", ours, name)
+        assert made == tensor_bytes(tmp_path / "theirs.gguf", theirs, name), name
+    assert ours.value("general.file_type", int) == theirs.value("general.file_type", int)
+    assert verify_checkpoint(tmp_path / "ours.gguf").compared
+
+
+def test_an_exported_mixture_is_what_llama_cpps_converter_makes(
+    tmp_path: Path, dense: Path
+) -> None:
+    models = [dense / f"llama{number}" for number in range(2)]
+    head = "gate_mode: random\ndtype: float16"
+    merge(config_of(tmp_path, models[0], models, head), tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "ours.gguf")
+    convert([(tmp_path / "out", tmp_path / "theirs.gguf")])
+    ours, theirs = (read_header(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
+    for name in ours.tensors:
+        assert ours.tensors[name].encoding.name == theirs.tensors[name].encoding.name, name
+        made = tensor_bytes(tmp_path / "ours.gguf", ours, name)
+        assert made == tensor_bytes(tmp_path / "theirs.gguf", theirs, name), name
+    assert {*theirs.tensors} - {*ours.tensors} <= {"output.weight"}
+    for name, field in theirs.fields.items():
+        own = ours.fields.get(name)
+        said = name.startswith(("tokenizer.", "llama."))
+        assert not said or (own and own.value == field.value), name
+
+
+def test_a_merge_of_models_becomes_a_quantised_file_at_once(tmp_path: Path, dense: Path) -> None:
+    """The same file as by way of a directory."""
+    models = [dense / f"llama{number}" for number in range(2)]
+    config = config_of(tmp_path, models[0], models, "gate_mode: cheap_embed\ndtype: float32")
+    merge(config, tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "a.gguf", Options(type="q4_k_m"))
+    merge(config, tmp_path / "b.gguf", Options(type="q4_k_m"))
+    one, other = (read_header(tmp_path / f"{name}.gguf") for name in "ab")
+    for name in one.tensors:
+        made = tensor_bytes(tmp_path / "b.gguf", other, name)
+        assert made == tensor_bytes(tmp_path / "a.gguf", one, name), name
+    with pytest.raises(InputError, match="is for GGUF files alone"):
+        merge(config, tmp_path / "dir", Options(type="q4_k_m"))
+    with pytest.raises(InputError, match="no type of GGUF files"):
+        merge(config, tmp_path / "c.gguf", Options(type="q9"))

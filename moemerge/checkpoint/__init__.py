@@ -22,7 +22,7 @@ from moemerge.checkpoint.location import (
 from moemerge.checkpoint.lora import Adapter, open_adapter
 from moemerge.checkpoint.not_a_model import SourceProblem
 from moemerge.checkpoint.open import Checkpoint, fetch, open_checkpoint, with_rows
-from moemerge.checkpoint.quantise import lacks
+from moemerge.checkpoint.quantise import INSTALL, lacks
 from moemerge.checkpoint.reference import (
     NoSource,
     Reference,
@@ -36,6 +36,7 @@ from moemerge.checkpoint.reference import (
 __all__ = [
     "ENCODINGS",
     "FLOATS",
+    "INSTALL",
     "NUMBERS",
     "PLAIN",
     "QUANTISED",

@@ -10,6 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moemerge.checkpoint.location import PLAIN, Encoding
+from moemerge.checkpoint.quantise import INSTALL
+from moemerge.errors import ReadError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,8 +34,13 @@ _NUMBERS = {"F32": 0, "F16": 1, "I8": 24, "I16": 25, "I32": 26, "I64": 27, "F64"
 
 def _decode(number: int, raw: memoryview) -> Numbers:
     """The float32 values of whole blocks."""
-    import gguf
     import numpy as np
+
+    try:
+        import gguf
+    except ImportError as error:
+        what = "values in blocks cannot be decoded without the gguf package"
+        raise ReadError(f"{what}: {INSTALL}") from error
 
     data = np.frombuffer(raw, np.uint8)
     kind = gguf.GGMLQuantizationType(number)

@@ -113,7 +113,7 @@ def mean_loss(
     with reporter.progress(what, len(passages), "text") as advance, torch.inference_mode():
         for batch in _batches(passages):
             seen: list[Any] = []
-            with _router_logits(model, seen if routed is not None else None):
+            with router_logits(model, seen if routed is not None else None):
                 done = model(**batch.inputs(model))
             if routed is not None and not seen:
                 raise RunError(f"{what}: the model has no router that moemerge knows")
@@ -217,7 +217,7 @@ def _by_layer(
 
 
 @contextmanager
-def _router_logits(model: Any, seen: list[Any] | None) -> Iterator[None]:
+def router_logits(model: Any, seen: list[Any] | None) -> Iterator[None]:
     """Note every router's logits, (B * T, E), layer by layer: what it is given, times its rows."""
     if seen is None:
         yield

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moemerge import output
-from moemerge.checkpoint import Donor, Opener
+from moemerge.checkpoint import INSTALL, QUANTISED, Donor, Opener
 from moemerge.config import Expert, MergeConfig, as_config, check_values
 from moemerge.dense import Body
 from moemerge.errors import Findings, InputError, flag, nearest
@@ -16,7 +16,7 @@ from moemerge.files import BESIDE, GGUF_SUFFIX
 from moemerge.gates import ExpertPrompts, Gate, check_device_is_here
 from moemerge.gates import setup as gate_setup
 from moemerge.options import Options
-from moemerge.plan import Plan
+from moemerge.plan import Plan, recipe
 from moemerge.prepare.choose import no_host
 from moemerge.prepare.compatibility import compare
 from moemerge.prepare.gguf_layout import as_gguf
@@ -186,6 +186,7 @@ class _Preparation:
         if as_file and not findings.problems:
             opened = {ref.text: one for ref, one in self.opener.opened.items()}
             plan = as_gguf(layout, plan, as_file, opened, findings)
+        self._check_decoder(plan, gate)
         factor = factor_of(config, split, target)
         if plan.dtype != "F32" and factor & (factor - 1):
             findings.note(
@@ -209,6 +210,25 @@ class _Preparation:
             carried=carried,
             notes=tuple(findings.notes),
         )
+
+    def _check_decoder(self, plan: Plan, gate: Gate) -> None:
+        """Values in blocks are decoded by a package; copies need none."""
+        opened = {one.reference.text: one for one in self.opener.opened.values()}
+        sources = {name: one.tensors for name, one in opened.items()}
+        blocks = any(at.encoding.name in QUANTISED for of in sources.values() for at in of.values())
+        if not blocks or importlib.util.find_spec("gguf"):
+            return
+        reads = (
+            gate.needs.body_pass
+            or gate.needs.text
+            or any(
+                not (tensor.made or recipe.is_copy(tensor.recipe, tensor.dtype, sources))
+                for tensor in plan.tensors
+            )
+        )
+        if reads:
+            what = "values of quantised GGUF files are to be read, and the gguf package is missing"
+            self.findings.problem("GGUF", what, INSTALL)
 
     def _cutting(
         self,

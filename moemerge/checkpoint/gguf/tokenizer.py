@@ -220,6 +220,8 @@ def fields_of_files(directory: Path, rows: int, config: Mapping[str, Any]) -> di
         }
     else:
         made |= {"tokenizer.ggml.pre": _name_of(data), "tokenizer.ggml.merges": pairs}
+        if isinstance(space := told.get("add_prefix_space"), bool):
+            made["tokenizer.ggml.add_space_prefix"] = space
     made |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     for ours, theirs in names.items():
