@@ -12,11 +12,12 @@ from moemerge.errors import (
 )
 from moemerge.evaluation import EvalSpec, evaluate
 from moemerge.evaluation import report as routing_report
-from moemerge.merging import Exported, MergeResult, export, merge, regate
+from moemerge.gguf import Exported, export
+from moemerge.merging import MergeResult, merge, regate
 from moemerge.mixture import EditResult, add, drop, extract, repair, top_k
 from moemerge.options import Options
 from moemerge.output import Verified, verify_checkpoint
-from moemerge.plan import Plan, PlannedTensor, Shard, Source
+from moemerge.plan import Head, Plan, PlannedTensor, Shard, Source
 from moemerge.prepare import Prepared, Transfer, check_family, make_plan
 from moemerge.publish import push
 from moemerge.report import (
@@ -54,6 +55,7 @@ __all__ = [
     "EvaluationRow",
     "Expert",
     "Exported",
+    "Head",
     "InputError",
     "Lora",
     "MergeConfig",

@@ -36,6 +36,7 @@ def make_wide(directory: Path, seed: int = 0, **settings: Any) -> Path:
     make_model(directory, seed=seed, **{**SIZES, **settings})
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model_dir() / name, directory / name)
+    (directory / "chat_template.jinja").unlink()
     return directory
 
 

@@ -16,7 +16,8 @@ PACKAGE = ROOT / "moemerge"
 ROOMS = [
     "version", "errors", "reporting", "options", "files", "report", "hub", "families",
     "architectures", "tokenizer", "config", "checkpoint", "plan", "text", "dense", "split", "gates",
-    "output", "prepare", "card", "publish", "merging", "mixture", "evaluation", "training",
+    "output", "prepare", "card", "publish", "merging", "mixture", "gguf", "evaluation", "training",
+    "chat",
     "public", "cli",
 ]  # fmt: skip
 """In the order of the flow: each imports only from rooms that stand before it."""
@@ -184,7 +185,7 @@ def test_the_public_names() -> None:
         "RoutingSummary", "TextRouting",
         "Reporter", "RunError", "Shard", "Silent", "Source", "Trained", "Transfer", "Tuned",
         "Tuning", "Verified", "VerifyError", "Wanted", "WriteError", "__version__", "add",
-        "Picture", "check_family",
+        "Picture", "check_family", "Exported", "Head", "export",
         "drop", "evaluate", "extract", "finetune",
         "load_config", "make_plan", "merge", "merge_adapter", "parse_config", "push", "regate",
         "repair", "routing_page", "routing_report", "top_k", "tune", "undo_tune",

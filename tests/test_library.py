@@ -180,7 +180,7 @@ def test_every_flag_in_a_message_is_an_argument() -> None:
         known |= {one.name for one in dataclasses.fields(kind)}
     assert known >= set(ARGUMENTS.values()) | SWITCHES
     alone = {"version", "quiet", "verbose", "json", "html", "cuda", "only", "lora", "undo", "help"}
-    alone |= {"probe"}
+    alone |= {"probe", "prompt", "tokens", "temperature", "top_k", "layer"}
     renamed = {"name", "expert", "card", "max_examples"}
     group = get_command(app)
     for command in group.commands.values():  # type: ignore[attr-defined]

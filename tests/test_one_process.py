@@ -97,12 +97,20 @@ def reported(turn: Turn) -> dict[str, Any]:
     return moemerge.routing_report(turn.copied(), texts, options=turn.options)
 
 
+def refused(turn: Turn) -> str:
+    """Their tokenizer has no name in llama.cpp."""
+    with pytest.raises(moemerge.InputError) as error:
+        moemerge.export(turn.mixture, Path(turn.out) / "made.gguf", turn.options)
+    return str(error.value)
+
+
 CALLS: dict[str, Callable[[Turn], object]] = {
     "add": lambda t: moemerge.add(t.mixture, f"lab/{t.other}", t.out, "more", t.options),
     "drop": lambda t: moemerge.drop(t.larger, "1", t.out, t.options),
     "evaluate": lambda t: moemerge.evaluate(
         t.copied(), moemerge.EvalSpec(texts={"own": t.text}), t.options
     ),
+    "export": refused,
     "extract": lambda t: moemerge.extract(t.mixture, "1", t.out, t.options),
     "finetune": lambda t: moemerge.finetune(t.mixture, t.out, t.tuning, None, t.options),
     "load_config": lambda t: moemerge.load_config(t.work / f"config-{t.own}.yaml"),

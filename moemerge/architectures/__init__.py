@@ -1,5 +1,9 @@
 """Output architectures: the slots of each class, and what a class cannot hold."""
 
+from moemerge.architectures.ggml_types import ALIASES as GGUF_ALIASES
+from moemerge.architectures.ggml_types import KINDS as GGUF_KINDS
+from moemerge.architectures.ggml_types import Shape, type_of
+from moemerge.architectures.gguf_hosts import GGUF_HOSTS, TURNED, GgufHost, counts
 from moemerge.architectures.limits import Holds
 from moemerge.architectures.reading import (
     LAYER,
@@ -41,6 +45,9 @@ from moemerge.architectures.types import (
 
 __all__ = [
     "COUNTS",
+    "GGUF_ALIASES",
+    "GGUF_HOSTS",
+    "GGUF_KINDS",
     "LAYER",
     "MLP",
     "PER_TOKEN",
@@ -48,10 +55,12 @@ __all__ = [
     "ROUTING",
     "SEGMENTS",
     "SPLIT_FACTOR",
+    "TURNED",
     "Architecture",
     "Constant",
     "FromBody",
     "FromExpert",
+    "GgufHost",
     "Holds",
     "Joined",
     "Made",
@@ -59,10 +68,12 @@ __all__ = [
     "Names",
     "Reading",
     "RouterInput",
+    "Shape",
     "Slot",
     "Transposed",
     "as_file",
     "count_of",
+    "counts",
     "dense_shapes",
     "find",
     "in_files",
@@ -71,5 +82,6 @@ __all__ = [
     "names",
     "reading_of",
     "turned_rows",
+    "type_of",
     "width_of",
 ]

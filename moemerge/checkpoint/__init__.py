@@ -1,10 +1,11 @@
 """Sources: opened by their headers; tensors are read only when they are needed."""
 
-from moemerge.checkpoint.blocks import ENCODINGS, NUMBERS, QUANTISED, encode
 from moemerge.checkpoint.claims import TIED
 from moemerge.checkpoint.donor import Donor, Opener
 from moemerge.checkpoint.formats import read_header, weight_suffixes
+from moemerge.checkpoint.gguf.blocks import ENCODINGS, NUMBERS, QUANTISED, encode
 from moemerge.checkpoint.gguf.kinds import llama3_factors
+from moemerge.checkpoint.gguf.quantise import INSTALL, lacks
 from moemerge.checkpoint.gguf.tokenizer import fields_of_files as tokenizer_fields
 from moemerge.checkpoint.location import (
     FLOATS,
@@ -22,7 +23,6 @@ from moemerge.checkpoint.location import (
 from moemerge.checkpoint.lora import Adapter, open_adapter
 from moemerge.checkpoint.not_a_model import SourceProblem
 from moemerge.checkpoint.open import Checkpoint, fetch, open_checkpoint, with_rows
-from moemerge.checkpoint.quantise import INSTALL, lacks
 from moemerge.checkpoint.reference import (
     NoSource,
     Reference,

@@ -1,14 +1,13 @@
-"""The whole merge, new routers for a finished mixture, and its export as a GGUF file."""
+"""The whole merge, and new routers for a finished mixture."""
 
-from moemerge.merging.export import Exported, export
 from moemerge.merging.new_routers import regate
 from moemerge.merging.pipeline import MergeResult, merge
 from moemerge.merging.routers import run_gate, save
+from moemerge.merging.shard_loop import ShardLoop
 
 __all__ = [
-    "Exported",
     "MergeResult",
-    "export",
+    "ShardLoop",
     "merge",
     "regate",
     "run_gate",

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moemerge.architectures import Mixture
-from moemerge.architectures.gguf_hosts import GgufHost, counts
+from moemerge.architectures import GgufHost, Mixture, counts
 from moemerge.checkpoint import Checkpoint, tokenizer_fields
 from moemerge.plan import encoded
 

@@ -11,9 +11,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moemerge.architectures import Mixture, dense_shapes
-from moemerge.architectures.ggml_types import ALIASES, KINDS, Shape, type_of
-from moemerge.architectures.gguf_hosts import GGUF_HOSTS, TURNED, GgufHost
+from moemerge.architectures import (
+    GGUF_ALIASES,
+    GGUF_HOSTS,
+    GGUF_KINDS,
+    TURNED,
+    GgufHost,
+    Mixture,
+    Shape,
+    dense_shapes,
+    type_of,
+)
 from moemerge.checkpoint import ENCODINGS, QUANTISED, Checkpoint, lacks, llama3_factors
 from moemerge.errors import Findings, nearest
 from moemerge.families import DOWN, EMBEDDING, GATE, HEAD, NORM, UP
@@ -93,10 +101,10 @@ def planned(
 ) -> Plan:
     """The plan with one shard, the GGUF file of this content."""
     kind = options.type.lower()
-    kind = ALIASES.get(kind, kind)
-    if kind and kind not in KINDS:
+    kind = GGUF_ALIASES.get(kind, kind)
+    if kind and kind not in GGUF_KINDS:
         what = f"{options.type!r} is no type of GGUF files that can be written here"
-        findings.problem("--type", what, nearest(kind, KINDS))
+        findings.problem("--type", what, nearest(kind, GGUF_KINDS))
         return plan
     shape, tensors, differ = _shape_of(content), list[PlannedTensor](), dict[str, list[str]]()
     for name, own, of, made_by, expert in content.tensors:
@@ -122,7 +130,7 @@ def planned(
     for missing, kinds in wanting.items():
         what = f"{', '.join(sorted(kinds))} needs llama.cpp's quantiser"
         findings.problem("--type", what, missing)
-    number = KINDS[kind][0] if kind else None
+    number = GGUF_KINDS[kind][0] if kind else None
     try:
         fields = fields_of(
             content.base, content.config, content.host, content.mixture, content.names,

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moemerge.checkpoint.blocks import BY_NUMBER
+from moemerge.checkpoint.gguf.blocks import BY_NUMBER
 from moemerge.checkpoint.location import Location
 
 ALIGNMENT = 32

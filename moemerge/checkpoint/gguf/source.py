@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from moemerge.checkpoint.blocks import QUANTISED
+from moemerge.checkpoint.gguf.blocks import QUANTISED
 from moemerge.checkpoint.gguf.header import Field, Header, read_header
 from moemerge.checkpoint.gguf.kinds import FREQUENCIES, Kind, config_of, kind_of, scaling_of
 from moemerge.checkpoint.gguf.tokenizer import files_of

@@ -20,7 +20,7 @@ File = Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to writ
 @with_options("type", "exact", *(name for name in BUILDING if name != "copy_tokenizer"))
 def export(moe: Moe, out: File, options: Options, terminal: Terminal) -> None:
     """Write a mixture as a GGUF file, for llama.cpp and the programs made of it."""
-    from moemerge.merging import export
+    from moemerge.gguf import export
 
     made = export(moe, out, options, terminal)
     checked = "verified" if options.verify else "not verified"

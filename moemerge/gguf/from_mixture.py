@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moemerge import output
-from moemerge.architectures import MLP, Mixture, name_of
-from moemerge.architectures.gguf_hosts import GgufHost
+from moemerge.architectures import MLP, GgufHost, Mixture, name_of
 from moemerge.checkpoint import fetch
 from moemerge.errors import Findings, InputError, Problem
 from moemerge.files import GGUF_SUFFIX, folder_of
-from moemerge.merging.shard_loop import ShardLoop
+from moemerge.merging import ShardLoop
 from moemerge.mixture import Moe, Part, opened_mixture
 from moemerge.options import Options
 from moemerge.output import FileEntry, Manifest, held, settle, verify_shards

@@ -9,8 +9,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from moemerge.checkpoint.gguf.quantise import INSTALL
 from moemerge.checkpoint.location import PLAIN, Encoding
-from moemerge.checkpoint.quantise import INSTALL
 from moemerge.errors import ReadError
 
 if TYPE_CHECKING:
@@ -69,6 +69,6 @@ def encode(values: Numbers, name: str) -> memoryview:
     Raises:
         QuantiserError: the type needs llama.cpp's own code, which is not installed.
     """
-    from moemerge.checkpoint import quantise
+    from moemerge.checkpoint.gguf import quantise
 
     return quantise.encode(values, name, NUMBERS[name])
