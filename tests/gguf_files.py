@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import struct
@@ -13,8 +14,14 @@ from typing import Any
 
 import pytest
 from babies import make_model
+from safetensors.torch import load_file
 from smollm2 import model_dir
 from test_readers import READERS, ROOT, WIDE, python_of
+
+from moemerge.checkpoint import tokenizer_fields
+from moemerge.checkpoint.gguf.kinds import KINDS as KINDS_READ
+from moemerge.checkpoint.gguf.kinds import TOP
+from moemerge.plan import Fill, PlannedTensor, encoded, head_of
 
 READERS["GGUF"] = ("test", "read_gguf.py")
 KINDS = {
@@ -56,6 +63,40 @@ def convert(pairs: list[tuple[Path, Path]], kind: str = "f16") -> None:
     command = [python_of("readers"), "-c", program, "-", *names]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def as_dense_file(model: Path, out: Path, arch: str) -> None:
+    """A model directory as a GGUF file in float16, for a family whose test tokenizer llama.cpp's
+    converter does not know. Rows of q and k stay in transformers' order, as Qwen's do."""
+    config = json.loads((model / "config.json").read_text())
+    leaves = {ours: theirs for theirs, ours in KINDS_READ[arch].leaves.items()}
+    top = {ours: theirs for theirs, ours in TOP.items()}
+    tensors, data = list[PlannedTensor](), list[bytes]()
+    for name, value in load_file(model / "model.safetensors").items():
+        named = top.get(name)
+        if named is None:
+            _, _, layer, rest = name.split(".", 3)
+            stem, _, leaf = rest.rpartition(".")
+            named = f"blk.{layer}.{leaves[stem]}.{leaf}"
+        kind = "F16" if value.dim() > 1 else "F32"
+        raw = value.half() if kind == "F16" else value.float()
+        shape = tuple(value.shape)
+        tensors.append(PlannedTensor(named, shape, kind, Fill(0.0, shape)))
+        data.append(raw.numpy().tobytes())
+    own = {
+        "block_count": config["num_hidden_layers"], "context_length": 512,
+        "embedding_length": config["hidden_size"], "vocab_size": config["vocab_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "rope.freq_base": float(config.get("rope_theta", 10000.0)),
+    }  # fmt: skip
+    fields = {"general.architecture": arch, "general.file_type": 1}
+    fields |= {f"{arch}.{key}": value for key, value in own.items()}
+    fields |= tokenizer_fields(model, config["vocab_size"], config)
+    head = head_of({name: encoded(value) for name, value in fields.items()}, tensors)
+    out.write_bytes(head + b"".join(raw + bytes(-len(raw) % 32) for raw in data))
 
 
 @lru_cache(maxsize=1)

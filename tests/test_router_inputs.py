@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ import torch
 from babies import make_model, save_weights, simple_config, write_config
 from safetensors.torch import load_file
 from test_laws import BODIES, PROMPT, logits
+from transformers import AutoModel
 
 from moemerge import Options, make_plan, merge
 from moemerge.config.schema import parse_config
+from moemerge.dense.calls import calls_of
 from moemerge.dense.run import whole_model
 
 EXTRA = {
@@ -66,3 +71,19 @@ def test_the_model_that_writes_texts_is_the_dense_one(
     model = whole_model(ready.body.config, ready.body.recipe, sources, Options(lazy=lazy))
     with torch.inference_mode():
         assert (model(PROMPT).logits - logits(base)).abs().max() <= 1e-5
+
+
+def test_the_weights_of_a_layer_go_with_its_copy(tmp_path: Path) -> None:
+    """At once: a circle would keep them in memory until the collector comes."""
+    model = AutoModel.from_pretrained(make_model(tmp_path / "m"))
+    with torch.inference_mode():
+        entered = calls_of(model, model.layers, input_ids=PROMPT)
+    assert len(entered.layers) == len(model.layers)
+    gc.disable()
+    try:
+        copied = copy.deepcopy(model.layers[0])
+        gone = weakref.ref(copied)
+        del copied
+        assert gone() is None
+    finally:
+        gc.enable()

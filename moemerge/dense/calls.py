@@ -49,12 +49,13 @@ def calls_of(model: Any, layers: Sequence[Any], **given: Any) -> Calls:
         found.append((arguments, named))
         return state.new_zeros(state.shape)
 
-    forwards = [layer.forward for layer in layers]
     try:
         for layer in layers:
             layer.forward = note
         model(**given, use_cache=False)
     finally:
-        for layer, forward in zip(layers, forwards, strict=True):
-            layer.forward = forward
+        for layer in layers:
+            # The class's own again: a bound method in the layer would be a circle, which keeps the
+            # weights of every copy in memory.
+            del layer.forward
     return Calls(entered.pop(0), found, entered)

@@ -20,6 +20,7 @@ from moemerge.architectures import (
     Mixture,
     Shape,
     dense_shapes,
+    find,
     type_of,
 )
 from moemerge.checkpoint import ENCODINGS, QUANTISED, Checkpoint, lacks, llama3_factors
@@ -69,6 +70,12 @@ def host_of(name: str, where: str, findings: Findings) -> GgufHost | None:
         fix = f"use {', '.join(GGUF_HOSTS)}"
         findings.problem(where, f"a {name} is not written as GGUF", fix)
     return GGUF_HOSTS.get(name)
+
+
+def gguf_host(config: Mapping[str, Any]) -> str | None:
+    """The first class that is written as GGUF and holds models of this config's family."""
+    family = config.get("model_type")
+    return next((name for name in GGUF_HOSTS if family in find(name).HOLDS.families), None)
 
 
 def as_gguf(

@@ -19,7 +19,7 @@ from moemerge.options import Options
 from moemerge.plan import Plan, recipe
 from moemerge.prepare.choose import no_host
 from moemerge.prepare.compatibility import compare
-from moemerge.prepare.gguf_layout import as_gguf
+from moemerge.prepare.gguf_layout import as_gguf, gguf_host
 from moemerge.prepare.layout import Layout, check_dtype, lay_out
 from moemerge.prepare.likely_family import likely_family, read_as, unread
 from moemerge.prepare.members import factor_of, parts_of, target_of
@@ -62,7 +62,7 @@ def prepare(
         InputError: with every problem of the config, the models and the output directory.
     """
     with reporter.progress("opening the models", 1, "config"):
-        return _Preparation(config, options).run(out)
+        return _Preparation(config, options, out).run()
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,30 @@ class _Opened:
 class _Preparation:
     """The stages of a preparation: open, choose, plan. Each stage records all its problems."""
 
-    def __init__(self, config: MergeConfig, options: Options):
-        self.config, self.options = config, options
+    def __init__(self, config: MergeConfig, options: Options, out: Path | None):
+        self.config, self.options, self.out = config, options, out
         self.findings = Findings()
         self.opener = Opener(self.findings, config.folder, options.cache_dir)
         self.refused: set[str] = set()
 
-    def run(self, out: Path | None) -> Prepared:
+    def run(self) -> Prepared:
+        self.file = self._gguf_file()
         chosen = self._choose(self._open())
         if chosen is None:
-            self._check_output(out, None, ())
+            self._check_output(self.out, None, ())
             raise InputError(self.findings.problems)
-        return self._plan(chosen, out)
+        return self._plan(chosen)
+
+    def _gguf_file(self) -> str:
+        """The name of the GGUF file to write; empty if it is a directory."""
+        name, options = self.out.name if self.out else "", self.options
+        if name.endswith(GGUF_SUFFIX + BESIDE):
+            return name.removesuffix(BESIDE)
+        asked = "--type" if options.type else "--exact" if options.exact else ""
+        if asked and self.out:
+            fix = f"write {name}{GGUF_SUFFIX}"
+            self.findings.problem(asked, "is for GGUF files alone", fix)
+        return f"model{GGUF_SUFFIX}" if asked else ""
 
     def _open(self) -> _Opened:
         """The gate mode, the split, and the headers of every model."""
@@ -123,6 +135,8 @@ class _Preparation:
         config, gate, split, base = opened.config, opened.gate, opened.split, opened.base
         options, findings = self.options, self.findings
         every = [*opened.donors, *opened.shared]
+        if base and self.file and config.architecture is None:
+            config = replace(config, architecture=gguf_host(base.model.config))
         target = target_of(config, split, base, findings) if base else None
         check_dtype(config, findings)
         own_card = read_own(options.card, findings) if options.card else ""
@@ -162,7 +176,7 @@ class _Preparation:
             cutting, own_card,
         )  # fmt: skip
 
-    def _plan(self, chosen: Chosen, out: Path | None) -> Prepared:
+    def _plan(self, chosen: Chosen) -> Prepared:
         """The plan of every tensor; the output directory is checked for its files."""
         config, options, findings = chosen.config, self.options, self.findings
         gate, split, target, base = chosen.gate, chosen.split, chosen.target, chosen.base
@@ -172,20 +186,13 @@ class _Preparation:
         body = replace(self._body(config, base, donors), vocabulary=vocabulary, sees=sees)
         made_of = gate_setup.digest_of_inputs(config, options, gate, chosen.prompts, chosen.cutting)
         parts = parts_of(config, split, target, body, donors, shared)
-        name = out.name if out else ""
-        as_file = name.removesuffix(BESIDE) if name.endswith(GGUF_SUFFIX + BESIDE) else ""
-        if options.type or options.exact:
-            as_file = as_file or ("" if out else f"model{GGUF_SUFFIX}")
-            if not as_file:
-                flagged = "--type" if options.type else "--exact"
-                findings.problem(flagged, "is for GGUF files alone", f"write {name}{GGUF_SUFFIX}")
         layout = Layout(
-            config, options, target, parts, donors, shared, gate.needs, made_of, bool(as_file)
+            config, options, target, parts, donors, shared, gate.needs, made_of, bool(self.file)
         )
         plan = lay_out(layout, self.opener.opened.values(), findings)
-        if as_file and not findings.problems:
+        if self.file and not findings.problems:
             opened = {ref.text: one for ref, one in self.opener.opened.items()}
-            plan = as_gguf(layout, plan, as_file, opened, findings)
+            plan = as_gguf(layout, plan, self.file, opened, findings)
         self._check_decoder(plan, gate)
         factor = factor_of(config, split, target)
         if plan.dtype != "F32" and factor & (factor - 1):
@@ -197,10 +204,10 @@ class _Preparation:
             what = f"{base.model.reference.text}: the Hub's cache has no tokenizer for it"
             fix = "download it where there is a network, or pass --no-copy-tokenizer"
             findings.problem(base.where, what, fix)
-        copied = options.copy_tokenizer and not as_file
-        carried = () if as_file else output.carried_files(vocabulary, copied)
+        copied = options.copy_tokenizer and not self.file
+        carried = () if self.file else output.carried_files(vocabulary, copied)
         output.check_carried(vocabulary, carried, base.where, findings)
-        self._check_output(out, plan, carried)
+        self._check_output(self.out, plan, carried)
         findings.refuse()
         return Prepared(
             **vars(chosen),
