@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 import transformers
 from babies import simple_config, write_config
+from fake_hub import FakeHub
 from gguf_files import KINDS, as_dense_file, convert, libraries, make_wide, quantise
 from safetensors.torch import load_file
 from smollm2 import model_dir
@@ -381,3 +384,38 @@ def test_a_merge_of_models_becomes_a_quantised_file_at_once(tmp_path: Path, dens
         merge(config, tmp_path / "dir", Options(type="q4_k_m"))
     with pytest.raises(InputError, match="no type of GGUF files"):
         merge(config, tmp_path / "c.gguf", Options(type="q9"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_file_on_the_hub_is_a_source(tmp_path: Path, dense: Path, stream: bool) -> None:
+    """Its header is read by ranges, then it is downloaded, or its tensors are read there."""
+    (tmp_path / "repo").mkdir()
+    local = [tmp_path / f"repo/m{number}.gguf" for number in range(2)]
+    for number, path in enumerate(local):
+        shutil.copy(of(dense, "llama", "q8_0", number), path)
+    text = simple_config("lab/a:m0.gguf", ["lab/a:m0.gguf", "lab/a/m1.gguf"], "gate_mode: random")
+    config, out = write_config(tmp_path / "c.yaml", text), tmp_path / "out.gguf"
+    cache, streamed = ["--cache-dir", tmp_path / "cache"], ["--stream"] * stream
+    with FakeHub() as hub:
+        hub.publish("lab/a", tmp_path / "repo")
+        environment = hub.environment(tmp_path / "home")
+
+        def run(*arguments: object) -> str:
+            command = [sys.executable, "-m", "moemerge", *map(str, arguments)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            return f"{done.returncode}{done.stdout}{done.stderr}"
+
+        assert run("plan", config, *cache).startswith("0")
+        assert 0 < hub.sent("lab/a") < local[0].stat().st_size  # the headers alone
+        assert run(config, out, *cache, *streamed).startswith("0")
+        assert run("verify", out).startswith("0")
+        wrong = write_config(tmp_path / "d.yaml", text.replace("m1.gguf", "m7.gguf"))
+        told = run("plan", wrong, *cache)
+        assert told.startswith("2") and "no m7.gguf; it has m0.gguf (and 1 more)" in told
+    merge(config_of(tmp_path, local[0], local, "gate_mode: random"), tmp_path / "local.gguf")
+    one, other = (read_header(path) for path in (out, tmp_path / "local.gguf"))
+    for name in one.tensors:
+        wanted = tensor_bytes(tmp_path / "local.gguf", other, name)
+        assert tensor_bytes(out, one, name) == wanted, name
+    there = [path.name for path in (tmp_path / "cache").rglob("*.gguf")]
+    assert sorted(there) == ([] if stream else ["m0.gguf", "m1.gguf"])

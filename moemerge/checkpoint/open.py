@@ -13,9 +13,9 @@ from moemerge.architectures import language_part, reading_of
 from moemerge.checkpoint import claims, fingerprint, formats
 from moemerge.checkpoint.folder import IN_REPOSITORY, POINTER, Folder, is_pointer, read_json
 from moemerge.checkpoint.fused import View, rows_named, views_of, with_views
-from moemerge.checkpoint.gguf.source import GgufModel, open_gguf
+from moemerge.checkpoint.gguf.source import GgufModel, files_of, open_gguf
 from moemerge.checkpoint.location import Location, Stamp
-from moemerge.checkpoint.not_a_model import GATHER, ORIGINALS, SourceProblem
+from moemerge.checkpoint.not_a_model import GATHER, ORIGINALS, SourceProblem, some
 from moemerge.checkpoint.prefixes import usual
 from moemerge.checkpoint.reference import GGUF, Reference, nearest_directory
 from moemerge.errors import ReadError
@@ -71,7 +71,7 @@ class Checkpoint:
     @property
     def streams(self) -> bool:
         """Whether single tensors of its absent files can be read on the Hub."""
-        return all(formats.format_of(file).STREAMS for file in self.absent)
+        return bool(self.gguf) or all(formats.format_of(f).STREAMS for f in self.absent)
 
     @property
     def is_adapter(self) -> bool:
@@ -107,6 +107,8 @@ def open_checkpoint(
         snapshot = hub.open_snapshot(
             reference.repo, reference.revision, cache_dir, {} if known is None else known
         )
+        if reference.file:
+            return _open_gguf(reference, snapshot.directory / reference.file, snapshot)
         return _open(reference, snapshot.directory, snapshot)
     except ReadError as error:
         raise SourceProblem(str(error), "check that its files are whole") from error
@@ -138,6 +140,8 @@ def fetch(
     names = set(names)
     if stream and checkpoint.streams:
         return _streamed(checkpoint, names)
+    if checkpoint.gguf:
+        return _fetched(checkpoint, checkpoint.gguf, names, cache_dir, reporter)
     doubted = EMBEDDING in names and _is_doubtful(checkpoint)
     if doubted:
         names.add(HEAD)
@@ -292,9 +296,36 @@ def _open(reference: Reference, directory: Path, snapshot: hub.Snapshot | None) 
     )
 
 
-def _open_gguf(reference: Reference, path: Path) -> Checkpoint:
+def _fetched(
+    checkpoint: Checkpoint,
+    model: GgufModel,
+    names: set[str],
+    cache_dir: str | Path | None,
+    reporter: Reporter | None,
+) -> Checkpoint:
+    """A GGUF model of the Hub, with its files downloaded if a tensor of theirs is needed."""
+    if not any(checkpoint.tensors[name].file.name in checkpoint.absent for name in names):
+        return checkpoint
+    what = f"{checkpoint.reference.text}: downloading it into the Hub's cache"
+    listener(reporter, False).say(what)
+    hub.fetch(checkpoint.absent.values(), cache_dir, reporter)
     try:
-        model = open_gguf(path)
+        opened = open_gguf(model.path)
+    except (OSError, ValueError) as error:
+        raise ReadError(f"{model.path}: {error}; download it again") from error
+    if opened.digest != model.digest or opened.tensors.keys() != model.tensors.keys():
+        raise ReadError(f"{model.path}: is not what the Hub said; run again")
+    return dataclasses.replace(checkpoint, tensors=opened.tensors, absent={}, gguf=opened)
+
+
+def _open_gguf(
+    reference: Reference, path: Path, snapshot: hub.Snapshot | None = None
+) -> Checkpoint:
+    absent: dict[str, Remote] = {}
+    try:
+        if snapshot:
+            absent = _gguf_files(path, snapshot)
+        model = open_gguf(path, absent)
         config = normalise(dict(model.config))
     except ValueError as error:
         fix = "download or convert it again, or name another file"
@@ -302,18 +333,39 @@ def _open_gguf(reference: Reference, path: Path) -> Checkpoint:
     record = record_of(config)
     assert record
     digest = fingerprint.of_headers(model.raw) + model.digest
-    tensors = with_views(model.tensors, views_of(model.tensors, record.name, config))
+    commit = snapshot.commit if snapshot else None
+    own = f"{commit}:{reference.file}" if commit else None
+    stamps = [at.stamp[1] for at in model.tensors.values() if at.stamp]
     return Checkpoint(
         reference=reference,
         directory=model.directory,
         config=config,
-        tensors=tensors,
-        fingerprint=fingerprint.of_content(model.raw, digest, model.config, False),
+        tensors=model.tensors,
+        fingerprint=own or fingerprint.of_content(model.raw, digest, model.config, False),
         headers=digest,
-        modified=max(at.stamp[1] for at in model.tensors.values() if at.stamp),
-        notes=tuple(filter(None, [model.note])),
+        commit=commit,
+        modified=None if snapshot else max(stamps),
+        absent=absent,
+        notes=tuple(filter(None, [model.note, snapshot.note if snapshot else ""])),
         gguf=model,
     )
+
+
+def _gguf_files(path: Path, snapshot: hub.Snapshot) -> dict[str, Remote]:
+    """The files of a GGUF model that are on the Hub alone, by name.
+
+    Raises:
+        ValueError: the repository has no such file.
+    """
+    folder = path.relative_to(snapshot.directory).parent
+    names = [(folder / file.name).as_posix() for file in files_of(path)]
+    here = snapshot.directory
+    if missing := [n for n in names if n not in snapshot.files and not (here / n).exists()]:
+        there = [name for name in snapshot.files if name.endswith(GGUF)]
+        told = f"it has {some(there)}" if there else "it has none"
+        raise ValueError(f"the repository has no {missing[0]}; {told}")
+    snapshot = hub.measured(snapshot, names)
+    return {Path(name).name: snapshot.files[name] for name in names if not (here / name).exists()}
 
 
 def _is_read(name: str) -> bool:

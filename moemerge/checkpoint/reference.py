@@ -12,6 +12,9 @@ from pathlib import Path
 GGUF = ".gguf"
 """The suffix of a file that is a model by itself."""
 
+_HUB_FILE = re.compile(
+    r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^:@/]+))?[:/]([\w.-]+(?:/[\w.-]+)*\.gguf)"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w.-]*")
 
 
@@ -27,19 +30,21 @@ class NoSource(ValueError):
 class Reference:
     """One model or adapter: a local `directory`, otherwise the Hub's `repo` at `revision`.
 
-    `directory` may also be a GGUF file. A relative path may have been meant relative to `beside`.
+    `directory` may also be a GGUF file; on the Hub, `file` is one of the repository. A relative
+    path may have been meant relative to `beside`.
     """
 
     text: str
     directory: Path | None = None
     repo: str = ""
     revision: str | None = None
+    file: str = ""
     beside: Path | None = field(default=None, compare=False)
 
     @property
     def short(self) -> str:
         """The last part of the path, which names an expert that has no name of its own."""
-        return last_part(self.directory or self.repo).removesuffix(GGUF)
+        return last_part(self.directory or self.file or self.repo).removesuffix(GGUF)
 
 
 def last_part(path: str | Path) -> str:
@@ -89,6 +94,8 @@ def _reference(text: str, beside: Path | None) -> Reference:
     if directory := _directory(repo, beside):
         what = f"{directory} is a directory, which has no revision {revision!r}"
         raise NoSource(what, check)
+    if (found := _HUB_FILE.fullmatch(text)) and ".." not in text:
+        return Reference(text, repo=found[1], revision=found[2], file=found[3], beside=beside)
     if text[:1] in ("", ".", "/", "~") or Path(repo).is_absolute() or repo.count("/") > 1:
         kind = "file" if repo.endswith(GGUF) else "directory"
         raise NoSource(f"there is no {kind} {text!r}", nearest_directory(text, beside) or check)

@@ -12,6 +12,7 @@ from moemerge.checkpoint import (
     SourceProblem,
     nearest_directory,
     open_checkpoint,
+    parse_source,
     with_rows,
 )
 from moemerge.errors import InputError, Problem, VerifyError
@@ -140,5 +141,6 @@ def _reopen(source: Source, cache_dir: str | Path | None, known: dict[str, Path]
         raise SourceProblem("it was a directory on the machine of the merge", "")
     if directory is not None and not directory.exists():
         raise SourceProblem(f"{directory} is gone", "")
-    reference = Reference(source.reference, directory, source.repo or "", source.commit)
+    file = "" if directory else parse_source(source.reference)[0].file
+    reference = Reference(source.reference, directory, source.repo or "", source.commit, file)
     return open_checkpoint(reference, cache_dir, known)

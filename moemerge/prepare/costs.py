@@ -71,7 +71,8 @@ def transfer(ready: Prepared, options: RunOptions) -> Transfer:
             if name in opened.absent:
                 files += opened.absent[name].size
             else:
-                cached += (opened.directory / name).stat().st_size
+                folder = opened.gguf.path.parent if opened.gguf else opened.directory
+                cached += (folder / name).stat().st_size
         remote = {t: n for t, n in of_one.items() if opened.tensors[t].file.name in opened.absent}
         if not opened.streams:
             whole.append(text)

@@ -6,17 +6,19 @@ import dataclasses
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from moemerge.checkpoint.gguf.blocks import QUANTISED
 from moemerge.checkpoint.gguf.header import Field, Header, read_header
 from moemerge.checkpoint.gguf.kinds import FREQUENCIES, Kind, config_of, kind_of, scaling_of
-from moemerge.checkpoint.gguf.tokenizer import files_of
+from moemerge.checkpoint.gguf.tokenizer import files_of as tokenizer_files
 from moemerge.checkpoint.location import Location, Stamp, read_values
+from moemerge.hub import Remote, open_remote
 
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _MOST_FILES = 10_000
@@ -36,6 +38,7 @@ class GgufModel:
     raw: dict[str, dict[str, Location]]
     tensors: dict[str, Location]
     directory: Path
+    path: Path
 
     @property
     def digest(self) -> str:
@@ -56,14 +59,16 @@ class GgufModel:
         return f"quantised ({', '.join(most)}): what that lost stays lost" if most else ""
 
 
-def open_gguf(path: Path) -> GgufModel:
+def open_gguf(path: Path, remotes: Mapping[str, Remote] = MappingProxyType({})) -> GgufModel:
     """Read the headers of a file, or of all files of a split one.
+
+    A file that is not there is read on the Hub, if `remotes` has its name.
 
     Raises:
         ValueError: the file is damaged, hostile or of a kind that is not read; says which.
         OSError: it cannot be read.
     """
-    headers = {file: _stamped(file) for file in _files(path)}
+    headers = {file: _read(file, remotes.get(file.name)) for file in files_of(path)}
     header = _joined(list(headers.values()))
     kind = kind_of(header)
     config = config_of(header, kind)
@@ -73,13 +78,15 @@ def open_gguf(path: Path) -> GgufModel:
         if layers > count:  # to go on would cost memory
             raise ValueError(f"its {kind.name}.block_count is {layers}, it has {count} tensors")
     at = header.tensors.get(FREQUENCIES)
+    if at and not at.file.exists():
+        at = dataclasses.replace(at, remote=remotes[at.file.name])
     values = read_values(at, 0, at.shape[0]).tolist() if at else None
     config |= scaling_of(header, kind, values)
     raw = {file.name: one.tensors for file, one in headers.items()}
-    return GgufModel(kind, header.fields, config, raw, tensors, _directory(header))
+    return GgufModel(kind, header.fields, config, raw, tensors, _directory(header), path)
 
 
-def _files(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """All files of a model; a split one is named by its first file."""
     found = _SPLIT.fullmatch(path.name)
     if not found:
@@ -91,7 +98,10 @@ def _files(path: Path) -> list[Path]:
     return [path.with_name(name) for name in names]
 
 
-def _stamped(path: Path) -> Header:
+def _read(path: Path, remote: Remote | None) -> Header:
+    if not path.is_file() and remote:
+        with open_remote(remote) as file:
+            return read_header(path, file)
     if not path.is_file():
         raise ValueError(f"its part {path.name} is not there")
     stamp = Stamp.of(path.stat())
@@ -149,7 +159,7 @@ def _directory(header: Header) -> Path:
             made.update(name.encode() + field.raw)
     folder = Path(_shelf().name) / made.hexdigest()
     if not folder.exists():
-        content = files_of(header)
+        content = tokenizer_files(header)
         folder.mkdir()
         for name, data in content.items():
             (folder / name).write_bytes(data)
