@@ -19,7 +19,7 @@ from fake_hub import FakeHub
 from gguf_files import KINDS, as_dense_file, convert, libraries, make_wide, quantise
 from safetensors.torch import load_file
 from smollm2 import model_dir
-from test_readers import read_all
+from test_readers import asked, read_all
 from tokenizers import Tokenizer
 
 from moemerge import (
@@ -33,6 +33,8 @@ from moemerge import (
 )
 from moemerge.checkpoint.gguf.header import Header, read_header
 from moemerge.output import write as writing
+
+__all__ = ["asked"]
 
 pytestmark = pytest.mark.skipif(transformers.__version__ < "5", reason="5 is enough")
 
@@ -419,3 +421,15 @@ def test_a_file_on_the_hub_is_a_source(tmp_path: Path, dense: Path, stream: bool
         assert tensor_bytes(out, one, name) == wanted, name
     there = [path.name for path in (tmp_path / "cache").rglob("*.gguf")]
     assert sorted(there) == ([] if stream else ["m0.gguf", "m1.gguf"])
+
+
+@pytest.mark.full
+def test_mistral_rs_says_what_the_dense_file_says(
+    tmp_path: Path, dense: Path, asked: dict[str, Any]
+) -> None:
+    for family in ("llama", "qwen3"):
+        file, out = of(dense, family, "f16"), tmp_path / f"{family}.gguf"
+        merge(config_of(tmp_path, file, [file] * 2, "gate_mode: random"), out)
+        one, other = read_all("mistral.rs", [file, out], tmp_path / family, **asked)
+        assert "error" not in one and "error" not in other, (one, other)
+        assert one["generated"] == other["generated"]

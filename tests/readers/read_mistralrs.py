@@ -17,8 +17,16 @@ def read(model_dir: Path, request: Request, work: Path) -> Response:
     os.environ["MISTRALRS_CPU_KV_F32"] = "1"
     (work / "plain.jinja").write_text(PLAIN)
     response = Response(f"mistral.rs {version('mistralrs')}")
+    which = mistralrs.Which.Plain(model_id=str(model_dir), dtype=mistralrs.ModelDType.F32)
+    if model_dir.is_file():
+        folder = str(model_dir.parent)
+        which = mistralrs.Which.GGUF(
+            quantized_model_id=folder,
+            quantized_filename=model_dir.name,
+            dtype=mistralrs.ModelDType.F32,
+        )
     runner = mistralrs.Runner(
-        which=mistralrs.Which.Plain(model_id=str(model_dir), dtype=mistralrs.ModelDType.F32),
+        which=which,
         jinja_explicit=str(work / "plain.jinja"),
         prefix_cache_n=0,
         token_source="none",
