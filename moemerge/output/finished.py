@@ -16,7 +16,7 @@ from moemerge.checkpoint import (
     with_rows,
 )
 from moemerge.errors import InputError, Problem, VerifyError
-from moemerge.files import CONFIG_FILE, place_of
+from moemerge.files import CONFIG_FILE, place_of, shown
 from moemerge.output.change import settle
 from moemerge.output.manifest import MANIFEST_FILE, Manifest, read_manifest
 from moemerge.plan import Plan, Source, recipe
@@ -66,9 +66,14 @@ def open_manifest(out: Path) -> Manifest:
     try:
         return read_manifest(out)
     except (FileNotFoundError, NotADirectoryError) as error:
-        near = "" if out.exists() else nearest_directory(str(out), None)
+        near = "" if out.exists() or shown(out) != out else nearest_directory(str(out), None)
         what, fix = f"holds no {MANIFEST_FILE}", near or "name a directory that moemerge finished"
-        raise InputError([Problem(str(out), what, fix)]) from error
+        if shown(out) != out:
+            what, fix = (
+                f"there is no {out.name} beside it, which tells what it holds",
+                "merge again",
+            )
+        raise InputError([Problem(str(shown(out)), what, fix)]) from error
     except OSError as error:
         what = f"{MANIFEST_FILE} cannot be read ({error.strerror})"
         raise InputError([Problem(str(out), what, "check its permissions")]) from error

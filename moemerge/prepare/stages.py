@@ -101,6 +101,9 @@ class _Preparation:
         """The name of the GGUF file to write; empty if it is a directory."""
         name, options = self.out.name if self.out else "", self.options
         if name.endswith(GGUF_SUFFIX + BESIDE):
+            if options.push:
+                fix = f"upload {name.removesuffix(BESIDE)} with `hf upload`"
+                self.findings.problem("--push", "does not take GGUF files", fix)
             return name.removesuffix(BESIDE)
         asked = "--type" if options.type else "--exact" if options.exact else ""
         if asked and self.out:
