@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 
 from moemerge import merge
 from moemerge.checkpoint.gguf.header import read_header
+from moemerge.evaluation import router_logits
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERTS = ("c", "french", "legal", "sql")
@@ -73,11 +74,7 @@ def row(kind: str, work: Path, texts: dict[str, list[list[int]]]) -> str:
     merge(path, work / "directory")
     own = np.mean([loss(files[name], texts[name], work) for name in EXPERTS])
     mixed = np.mean([loss(work / "mixture.gguf", texts[name], work) for name in EXPERTS])
-    command = [sys.executable, "-m", "moemerge", "routing", str(work / "directory"), "--json"]
-    for name in EXPERTS:
-        command += ["--text", f"{name}={ROOT}/examples/heldout/{name}.jsonl"]
-    told = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    right = np.mean([text["first"][text["expert"]] for text in told["texts"]])
+    right = found(work / "directory", texts)
     same = copied(files["c"], work / "mixture.gguf")
     return f"| {kind} | {own:.4f} | {mixed:.4f} | {right:.0%} | {'yes' if same else 'no'} |"
 
@@ -132,6 +129,24 @@ def loss(file: Path, texts: list[list[int]], work: Path) -> float:
         path.unlink()
     folder.rmdir()
     return total / count
+
+
+def found(directory: Path, texts: dict[str, list[list[int]]]) -> float:
+    """The share of layers and tokens whose first expert is the text's own."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    right = total = 0
+    for expert, name in enumerate(EXPERTS):
+        for ids in texts[name]:
+            seen: list[Any] = []
+            with torch.inference_mode(), router_logits(model, seen):
+                model(input_ids=torch.tensor([ids]))
+            first = torch.stack(seen).argmax(-1)
+            right += int((first == expert).sum())
+            total += first.numel()
+    return right / total
 
 
 def copied(file: Path, mixture: Path) -> bool:

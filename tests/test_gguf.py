@@ -437,3 +437,49 @@ def test_mistral_rs_says_what_the_dense_file_says(
         one, other = read_all("mistral.rs", [file, out], tmp_path / family, **asked)
         assert "error" not in one and "error" not in other, (one, other)
         assert one["generated"] == other["generated"]
+
+
+def test_a_file_of_parts_is_written_by_runs_that_share_it(
+    tmp_path: Path, smollm2: Path, dense: Path
+) -> None:
+    file, out = of(dense, "llama", "f16"), tmp_path / "out.gguf"
+    config = config_of(tmp_path, file, [file] * 2, "gate_mode: random")
+    merge(config, tmp_path / "whole.gguf")
+    share = [Options(shard_size="10MB", shards=f"{part}/2") for part in range(2)]
+    assert merge(config, out, share[0]).missing
+    assert not merge(config, out, share[1]).missing
+    parts = sorted(tmp_path.glob("out-*.gguf"))
+    assert len(parts) > 2 and parts[0].name == f"out-00001-of-{len(parts):05d}.gguf"
+    assert not out.exists()
+    assert verify_checkpoint(out).compared
+    first, *others = (read_header(path) for path in parts)
+    assert "tokenizer.ggml.tokens" in first.fields
+    assert all([*one.fields] == [*others[0].fields] for one in others)
+    one, other = said_by([tmp_path / "whole.gguf", parts[0]], tmp_path / "said")
+    for ours, theirs in zip(one, other, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_a_shared_expert_is_beside_the_others(tmp_path: Path, dense: Path) -> None:
+    """As llama.cpp's converter writes it, of a directory made of the same files."""
+    models = [dense / f"granite{number}.gguf" for number in range(2)]
+    text = simple_config(models[0], models, "gate_mode: cheap_embed\ndtype: float16")
+    text += f"architecture: granitemoeshared\nshared_experts:\n  - source_model: {models[1]}\n"
+    config = write_config(tmp_path / "c.yaml", text)
+    merge(config, tmp_path / "out")
+    merge(config, tmp_path / "ours.gguf")
+    convert([(tmp_path / "out", tmp_path / "theirs.gguf")])
+    ours, theirs = (read_header(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
+    assert ours.tensors.keys() >= theirs.tensors.keys() - {"output.weight"}
+    for name, at in ours.tensors.items():
+        if len(at.shape) == 1 or "ffn_gate_inp" in name:  # through 16 bits in the directory
+            continue
+        assert theirs.tensors[name].encoding.name == at.encoding.name, name
+        made = tensor_bytes(tmp_path / "ours.gguf", ours, name)
+        assert made == tensor_bytes(tmp_path / "theirs.gguf", theirs, name), name
+    assert "blk.0.ffn_up_shexp.weight" in ours.tensors
+    for name, field in theirs.fields.items():
+        if name.startswith("granitemoe.") and name in ours.fields:
+            assert ours.fields[name].value == pytest.approx(field.value), name
+    lacking = {n for n in theirs.fields if n.startswith("granitemoe.")} - ours.fields.keys()
+    assert not lacking

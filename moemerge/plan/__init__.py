@@ -3,7 +3,7 @@
 from moemerge.plan import arithmetic, recipe
 from moemerge.plan.arithmetic import load, load_rows
 from moemerge.plan.blocks import BLOCK_VALUES, WithStatistics, generator
-from moemerge.plan.gguf_head import encoded, head_of
+from moemerge.plan.gguf_head import encoded, head_of, split_fields
 from moemerge.plan.plan import (
     INDEX_FILE,
     ROUTERS,
@@ -81,5 +81,6 @@ __all__ = [
     "recipe",
     "rows",
     "shards_of",
+    "split_fields",
     "weight_index",
 ]

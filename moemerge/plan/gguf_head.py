@@ -10,7 +10,7 @@ from moemerge.checkpoint import NUMBERS
 from moemerge.plan.plan import ALIGNMENT, PlannedTensor
 
 _MAGIC, _VERSION = b"GGUF", 3
-_U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_U16, _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 2, 4, 5, 6, 7, 8, 9
 
 
 def encoded(value: Any) -> bytes:
@@ -36,6 +36,15 @@ def encoded(value: Any) -> bytes:
     if kind == _STRING:
         return head + b"".join(map(_text, items))
     return head + struct.pack(f"<{len(items)}{'f' if kind == _F32 else 'i'}", *items)
+
+
+def split_fields(number: int, count: int, tensors: int) -> dict[str, bytes]:
+    """The fields of part `number` (from 0) of a split file, whose parts have so many tensors."""
+    return {
+        "split.no": struct.pack("<IH", _U16, number),
+        "split.count": struct.pack("<IH", _U16, count),
+        "split.tensors.count": struct.pack("<Ii", _I32, tensors),
+    }
 
 
 def _text(value: str) -> bytes:

@@ -26,7 +26,8 @@ from moemerge.architectures import (
 from moemerge.checkpoint import ENCODINGS, QUANTISED, Checkpoint, lacks, llama3_factors
 from moemerge.errors import Findings, nearest
 from moemerge.families import DOWN, EMBEDDING, GATE, HEAD, NORM, UP
-from moemerge.options import WriteOptions
+from moemerge.files import GGUF_SUFFIX
+from moemerge.options import ShardSize, WriteOptions
 from moemerge.plan import (
     ROUTERS,
     Halve,
@@ -37,9 +38,11 @@ from moemerge.plan import (
     Recipe,
     Shard,
     Values,
+    cut,
     digest_of,
     head_of,
     recipe,
+    split_fields,
 )
 from moemerge.prepare.gguf_fields import FREQUENCIES, fields_of
 from moemerge.prepare.layout import Layout
@@ -106,7 +109,7 @@ def planned(
     options: WriteOptions,
     findings: Findings,
 ) -> Plan:
-    """The plan with one shard, the GGUF file of this content."""
+    """The plan with this content as a GGUF file, or several parts of one."""
     kind = options.type.lower()
     kind = GGUF_ALIASES.get(kind, kind)
     if kind and kind not in GGUF_KINDS:
@@ -147,14 +150,38 @@ def planned(
         fix = "write a directory, and convert it with llama.cpp's convert_hf_to_gguf.py"
         findings.problem(content.base.reference.text, str(error), fix)
         return plan
-    head = head_of(fields, tensors)
-    told = [vars(one) | {"recipe": recipe.to_json(one.recipe)} for one in tensors]
-    prints = [source.fingerprint for source in plan.sources]
-    digest = digest_of([told, prints, plan.gate_inputs])
-    shard = Shard(file, tuple(tensors), digest, Head.of(head), head)
     most = _most(tensors)
     config = {**plan.config, "dtype": kind or most}
-    return dataclasses.replace(plan, dtype=most, config=config, shards=(shard,))
+    shards = _files(file, tensors, fields, plan, options)
+    return dataclasses.replace(plan, dtype=most, config=config, shards=shards)
+
+
+def _files(
+    file: str,
+    tensors: list[PlannedTensor],
+    fields: Mapping[str, bytes],
+    plan: Plan,
+    options: WriteOptions,
+) -> tuple[Shard, ...]:
+    """The file, or its parts if a size is asked for; the first has the fields and the routers."""
+    groups = [tuple(tensors)]
+    if options.shard_size != WriteOptions.shard_size:
+        most = ShardSize.parse(options.shard_size).max_bytes(2)
+        made = [one for one in tensors if one.made]
+        groups = list(cut([*made, *(one for one in tensors if not one.made)], most))
+    prints = [source.fingerprint for source in plan.sources]
+    shards = []
+    for number, group in enumerate(groups):
+        own, name = dict(fields), file
+        if len(groups) > 1:
+            stem = file.removesuffix(GGUF_SUFFIX)
+            name = f"{stem}-{number + 1:05d}-of-{len(groups):05d}{GGUF_SUFFIX}"
+            own = (own if number == 0 else {}) | split_fields(number, len(groups), len(tensors))
+        head = head_of(own, group)
+        told = [vars(one) | {"recipe": recipe.to_json(one.recipe)} for one in group]
+        digest = digest_of([told, prints, plan.gate_inputs])
+        shards.append(Shard(name, group, digest, Head.of(head), head))
+    return tuple(shards)
 
 
 def body_tensors(
