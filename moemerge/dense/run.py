@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moemerge.checkpoint import PLAIN, Location
+from moemerge.checkpoint import PLAIN, QUANTISED, Location
 from moemerge.families import ATTENTION, EMBEDDING, HEAD, LAYER, PARTIAL, TRAINED, Family, record_of
 from moemerge.options import RunOptions
 from moemerge.plan import Recipe, Sources, arithmetic, recipe
@@ -62,7 +62,7 @@ def compute_dtype(embedding: Recipe, sources: Sources, device: str) -> torch.dty
 
     read = next(recipe.reads(embedding))
     at = sources[read.source][read.tensor]
-    stored = "BF16" if at.encoding.decode else at.dtype
+    stored = "BF16" if at.encoding.name in QUANTISED else at.dtype
     if stored == "F16" and device != "cpu":
         return torch.float16
     return torch.bfloat16 if stored == "BF16" else torch.float32
