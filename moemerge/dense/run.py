@@ -54,7 +54,7 @@ def pick_device(name: str) -> str:
 
 def compute_dtype(embedding: Recipe, sources: Sources, device: str) -> torch.dtype:
     """The dtype to compute in: the stored dtype, but float32 for float16 on a CPU, and bfloat16 for
-    what is stored in blocks.
+    what is stored in ggml's blocks.
 
     CPUs have no float16 arithmetic.
     """

@@ -108,7 +108,7 @@ def load(
 ) -> torch.Tensor:
     """Return the whole tensor, of `shape`.
 
-    A recipe that only reads gives the source's dtype, or bfloat16 if it is stored in blocks; any
+    A recipe that only reads gives the source's dtype, or bfloat16 if it is in ggml's blocks; any
     other recipe gives float32. `into` is an
     earlier result of the same shape and dtype. Its memory is used again, because fresh memory pages
     cost more time than the read itself.
@@ -120,7 +120,7 @@ def load(
 
     location = locate(recipe, sources)
     dtype = location.dtype if location else "F32"
-    if location and location.encoding.decode:
+    if location and location.encoding.name in QUANTISED:
         dtype = "BF16"
     if into is None or (into.shape, into.dtype) != (shape, torch_dtype(dtype)):
         into = torch.empty(shape, dtype=torch_dtype(dtype))
