@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import struct
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from babies import simple_config, write_config
+from babies import make_adapter, simple_config, write_config
 from fake_hub import FakeHub
 from gguf_files import KINDS, as_dense_file, convert, libraries, make_wide, quantise
 from safetensors.torch import load_file
@@ -31,6 +32,7 @@ from moemerge import (
     merge,
     verify_checkpoint,
 )
+from moemerge.checkpoint import read_rows
 from moemerge.checkpoint.gguf.header import Header, read_header
 from moemerge.output import write as writing
 
@@ -483,3 +485,29 @@ def test_a_shared_expert_is_beside_the_others(tmp_path: Path, dense: Path) -> No
             assert ours.fields[name].value == pytest.approx(field.value), name
     lacking = {n for n in theirs.fields if n.startswith("granitemoe.")} - ours.fields.keys()
     assert not lacking
+
+
+def test_an_adapter_on_a_file_is_computed_and_quantised(tmp_path: Path, dense: Path) -> None:
+    file, out = of(dense, "llama", "q8_0"), tmp_path / "out.gguf"
+    adapter = make_adapter(tmp_path / "lora", dense / "llama0", target_modules=["up_proj"])
+    text = simple_config(file, [file, f"{file}+{adapter}"], "gate_mode: random")
+    config = write_config(tmp_path / "c.yaml", text)
+    merge(config, out)
+    was, now = read_header(file), read_header(out)
+    own = tensor_bytes(file, was, "blk.1.ffn_up.weight")
+    both = tensor_bytes(out, now, "blk.1.ffn_up_exps.weight")
+    assert both[: len(own)] == own and both[len(own) :] != own  # the first is copied
+    merge(config, tmp_path / "dir", Options())
+    wanted = load_all(tmp_path / "dir")["model.layers.1.block_sparse_moe.experts.1.w3.weight"]
+    at = dataclasses.replace(
+        now.tensors["blk.1.ffn_up_exps.weight"], shape=(2 * wanted.shape[0], wanted.shape[1])
+    )
+    rows = [*range(wanted.shape[0], 2 * wanted.shape[0])]
+    made = torch.from_numpy(read_rows(at, rows))
+    assert (made - wanted.float()).abs().max() < 0.01 * wanted.float().abs().max()
+    assert verify_checkpoint(out).compared
+    with out.open("r+b") as opened:
+        opened.seek(now.tensors["blk.1.ffn_up_exps.weight"].offset + len(own) + 5)
+        opened.write(b"\x55")
+    with pytest.raises(VerifyError):
+        verify_checkpoint(out)
