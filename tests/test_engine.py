@@ -425,10 +425,10 @@ def test_a_disk_that_fills_up_keeps_what_was_finished(
     full = iter([False, False, False, True])
     original = disk.OutputFile.__init__
 
-    def filling(self: Any, path: Path, nbytes: int, direct: bool) -> None:
+    def filling(self: Any, path: Path, nbytes: int, *how: bool, **more: bool) -> None:
         if nbytes > 4096 and next(full, False):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        original(self, path, nbytes, direct)
+        original(self, path, nbytes, *how, **more)
 
     monkeypatch.setattr(disk.OutputFile, "__init__", filling)
     with pytest.raises(RunError, match=r"9 shards are still to come; free \d.* run the same"):

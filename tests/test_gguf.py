@@ -211,6 +211,8 @@ def test_different_experts_are_all_there(tmp_path: Path, dense: Path) -> None:
     router = np.frombuffer(tensor_bytes(out, now, "blk.1.ffn_gate_inp.weight"), np.float32)
     assert np.isfinite(router).all() and router.std() > 0
     assert now.value("general.name", str) == "llama0-q4_k_m + llama1-q4_k_m"
+    card = (tmp_path / "out.gguf.moemerge/README.md").read_text(encoding="utf-8")
+    assert "llama-cli -m out.gguf" in card and "from_pretrained" not in card
     assert now.fields["tokenizer.ggml.tokens"] == one.fields["tokenizer.ggml.tokens"]
 
 

@@ -195,6 +195,13 @@ def _running(ready: Prepared) -> Iterator[str]:
         said = (ready.base.model.directory / "tokenizer_config.json").read_bytes()
         chat = b'"chat_template"' in said
     yield "## Running it"
+    if ready.plan.is_gguf:
+        first = ready.plan.shards[0].file
+        yield "\n".join([
+            "```sh", f'llama-cli -m {first} -p "Once upon a time"    # llama.cpp',
+            f"moemerge chat {first}", "```",
+        ])  # fmt: skip
+        return
     yield (
         "`.` stands for this directory; get it with `hf download user/name --local-dir .` if it is "
         "on the Hub, or write its name there, `user/name`, in place of `.` (not for llama.cpp)."
@@ -210,7 +217,12 @@ def _running(ready: Prepared) -> Iterator[str]:
         version="4.57" if "transformers 4.57" in known else "5",
         kind="AutoModelForImageTextToText" if sees(ready.plan) else "AutoModelForCausalLM",
     )
-    others = [lines for reader, lines in _OTHERS.items() if reader in known]
+    target, config = ready.target, ready.base.model.config
+    told = caveats(target.architecture, config, target.mixture)
+    cannot = {reader for reader, line in told if "cannot" in line}
+    others = [
+        lines for reader, lines in _OTHERS.items() if reader in known and reader not in cannot
+    ]
     if others:
         yield "\n".join(["```sh", *others, "```"])
 
