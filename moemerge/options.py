@@ -81,7 +81,8 @@ class WriteOptions:
     the file system can; True also tells where it cannot. `shards` is this run's share, such as
     `0/8`. `ray` is the address of a cluster; `local` starts one on this machine. `type` is the kind
     of a GGUF file, such as q4_k_m; without it, tensors stay as they are in the sources. With
-    `exact`, a GGUF file is made only if all its bytes beside the routers can be copied.
+    `exact`, a GGUF file is made only if all its bytes beside the routers can be copied. `imatrix`
+    is a file of llama-imatrix, by which values are weighed when they are quantised.
     """
 
     shard_size: str = "5GB"
@@ -95,6 +96,7 @@ class WriteOptions:
     ray: str = ""
     type: str = ""
     exact: bool = False
+    imatrix: str | Path = ""
 
     def problems(self) -> Iterator[Problem]:
         """Values that no files can be written with: (option, what is wrong, the fix)."""

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from babies import make_model
 from safetensors.torch import load_file
@@ -30,6 +31,12 @@ KINDS = {
     "iq3_s": 26, "iq3_m": 27, "iq4_xs": 30,
 }  # fmt: skip
 """llama.cpp's numbers of kinds of files."""
+
+TINY = {
+    "q2_k_s": 21, "iq3_xs": 22, "iq3_xxs": 23, "iq1_s": 24, "iq1_m": 31, "iq2_xxs": 19,
+    "iq2_xs": 20, "iq2_s": 28, "iq2_m": 29,
+}  # fmt: skip
+"""Those that need an importance matrix."""
 
 SIZES = {
     **WIDE, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
@@ -109,21 +116,57 @@ def libraries() -> Path:
     return Path(done.stdout.strip())
 
 
+def write_imatrix(
+    path: Path, sums: dict[str, np.ndarray], counts: dict[str, np.ndarray], **fields: str
+) -> None:
+    """An importance matrix as llama-imatrix writes it."""
+    tensors, data = list[PlannedTensor](), list[bytes]()
+    for name, values in sums.items():
+        for end, own in ((".in_sum2", values), (".counts", counts[name][:, None])):
+            shape = tuple(own.shape)
+            tensors.append(PlannedTensor(f"{name}{end}", shape, "F32", Fill(0.0, shape)))
+            data.append(own.astype(np.float32).tobytes())
+    told = {name: encoded(value) for name, value in {"general.type": "imatrix", **fields}.items()}
+    head = head_of(told, tensors)
+    path.write_bytes(head + b"".join(raw + bytes(-len(raw) % 32) for raw in data))
+
+
 class _Parameters(ctypes.Structure):
     _fields_ = [
-        ("threads", ctypes.c_int32), ("kind", ctypes.c_int32), ("rest", ctypes.c_char * 248),
+        ("threads", ctypes.c_int32), ("kind", ctypes.c_int32), ("types", ctypes.c_int32 * 2),
+        ("flags", ctypes.c_char * 8), ("imatrix", ctypes.c_void_p), ("rest", ctypes.c_char * 224),
     ]  # fmt: skip
 
 
-def quantise(file: Path, out: Path, kind: str) -> Path:
-    """A GGUF file quantised by llama.cpp's own quantiser."""
+class _Importance(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p), ("data", ctypes.POINTER(ctypes.c_float)),
+        ("size", ctypes.c_size_t),
+    ]  # fmt: skip
+
+
+def _importances(weights: dict[str, np.ndarray]) -> ctypes.Array[_Importance]:
+    """Importances as llama.cpp's quantiser takes them; an entry without a name ends the list."""
+    made = (_Importance * (len(weights) + 1))()
+    for one, (name, values) in zip(made, weights.items(), strict=False):
+        data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        one.name, one.data, one.size = name.encode(), data, values.size
+    return made
+
+
+def quantise(
+    file: Path, out: Path, kind: str, weights: dict[str, np.ndarray] | None = None
+) -> Path:
+    """A GGUF file quantised by llama.cpp's own quantiser; `weights` are importances by tensor."""
     folder = libraries()
     ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(next(folder.glob("libggml.v*.so"))), mode=ctypes.RTLD_GLOBAL)
     code = ctypes.CDLL(str(next(folder.glob("libllama.v*.so"))))
     code.llama_model_quantize_default_params.restype = _Parameters
     asked = code.llama_model_quantize_default_params()
-    asked.threads, asked.kind = 2, KINDS[kind]
+    asked.threads, asked.kind = 2, {**KINDS, **TINY}[kind]
+    given = _importances(weights or {})
+    asked.imatrix = ctypes.addressof(given) if weights else None
     done = code.llama_model_quantize(str(file).encode(), str(out).encode(), ctypes.byref(asked))
     assert done == 0
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import shutil
 import struct
 import subprocess
@@ -17,7 +18,16 @@ import torch
 import transformers
 from babies import make_adapter, simple_config, write_config
 from fake_hub import FakeHub
-from gguf_files import KINDS, as_dense_file, convert, libraries, make_wide, quantise
+from gguf_files import (
+    KINDS,
+    TINY,
+    as_dense_file,
+    convert,
+    libraries,
+    make_wide,
+    quantise,
+    write_imatrix,
+)
 from safetensors.torch import load_file
 from smollm2 import model_dir
 from test_readers import asked, read_all
@@ -26,6 +36,7 @@ from tokenizers import Tokenizer
 from moemerge import (
     InputError,
     Options,
+    ReadError,
     VerifyError,
     export,
     make_plan,
@@ -33,6 +44,7 @@ from moemerge import (
     verify_checkpoint,
 )
 from moemerge.checkpoint import read_rows
+from moemerge.checkpoint.gguf import quantise as quantiser
 from moemerge.checkpoint.gguf.header import Header, read_header
 from moemerge.output import write as writing
 
@@ -353,6 +365,99 @@ def test_types_and_bytes_are_those_of_llama_cpps_quantiser(
         assert made == tensor_bytes(tmp_path / "theirs.gguf", theirs, name), name
     assert ours.value("general.file_type", int) == theirs.value("general.file_type", int)
     assert verify_checkpoint(tmp_path / "ours.gguf").compared
+
+
+WEIGHED = [(2, "q4_k_m"), (8, "iq2_xxs")]
+WEIGHED_LONG = [(n, kind) for n in (2, 8) for kind in (*KINDS, *TINY)]
+
+
+@pytest.mark.parametrize(
+    ("count", "kind"),
+    [
+        *WEIGHED,
+        *(pytest.param(*n, marks=pytest.mark.full) for n in WEIGHED_LONG if n not in WEIGHED),
+    ],
+)
+def test_an_importance_matrix_weighs_as_in_llama_cpps_quantiser(
+    tmp_path: Path, dense: Path, count: int, kind: str
+) -> None:
+    """Types and bytes are equal; experts that saw no token count each input alike."""
+    models = [dense / f"llama{number % 2}" for number in range(count)]
+    head = "gate_mode: random\ndtype: float16"
+    merge(config_of(tmp_path, models[0], models, head), tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "f16.gguf")
+    drawn, sums, counts = np.random.default_rng(1), dict[str, Any](), dict[str, Any]()
+    header = read_header(tmp_path / "f16.gguf")
+    for name, at in header.tensors.items():
+        if len(at.shape) > 1 and "gate_inp" not in name and not name.startswith("token_embd"):
+            rows = at.shape[0] if len(at.shape) == 3 else 1
+            sums[name] = drawn.exponential(3.0, (rows, at.shape[-1])).astype(np.float32)
+            counts[name] = drawn.integers(1, 9, rows).astype(np.float32)
+    counts["blk.1.ffn_up_exps.weight"][0] = 0
+    write_imatrix(tmp_path / "i.gguf", sums, counts)
+    seen = {name: np.maximum(counts[name], 1)[:, None] for name in sums}
+    weights = {name: np.ascontiguousarray(sums[name] / seen[name]) for name in sums}
+    weights["blk.1.ffn_up_exps.weight"][0] = 1
+    quantise(tmp_path / "f16.gguf", tmp_path / "theirs.gguf", kind, weights)
+    export(
+        tmp_path / "out", tmp_path / "ours.gguf", Options(type=kind, imatrix=tmp_path / "i.gguf")
+    )
+    ours, theirs = (read_header(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
+    for name, at in theirs.tensors.items():
+        assert ours.tensors[name].encoding.name == at.encoding.name, name
+        made = tensor_bytes(tmp_path / "ours.gguf", ours, name)
+        assert made == tensor_bytes(tmp_path / "theirs.gguf", theirs, name), name
+    assert verify_checkpoint(tmp_path / "ours.gguf").compared == len(ours.tensors)
+    if kind in TINY:
+        with pytest.raises(InputError, match="needs an importance matrix"):
+            export(tmp_path / "out", tmp_path / "no.gguf", Options(type=kind))
+
+
+def test_an_importance_matrix_must_fit(tmp_path: Path, dense: Path) -> None:
+    """It may be the dense model's; what is of another model, or no number, is refused."""
+    models, up = [dense / "llama0"] * 2, "blk.0.ffn_up.weight"
+    text = simple_config(models[0], models, "gate_mode: random\ndtype: float16")
+    config, matrix = write_config(tmp_path / "c.yaml", text), tmp_path / "i.gguf"
+
+    def merged(name: str, width: int = 256, value: float = 2.0, kind: str = "q4_0") -> list[str]:
+        write_imatrix(matrix, {up: np.full((1, width), value)}, {up: np.ones(1)})
+        made = merge(config, tmp_path / name, Options(type=kind, imatrix=matrix))
+        return [*map(str, made.notes)]
+
+    assert any("not in i, so not weighed" in note for note in merged("a.gguf"))
+    assert any("no effect" in note for note in merged("b.gguf", kind="f16"))
+    with pytest.raises(InputError, match="imatrix: has blk"):
+        merged("c.gguf", width=128)
+    with pytest.raises(ReadError, match="holds NaN"):
+        merged("d.gguf", value=float("nan"))
+    with pytest.raises(InputError, match="is no importance matrix"):
+        merge(config, tmp_path / "e.gguf", Options(type="q4_0", imatrix=dense / "llama0.gguf"))
+    with pytest.raises(InputError, match="is for GGUF files alone"):
+        merge(config, tmp_path / "dir", Options(imatrix=matrix))
+
+
+def test_a_llama_cpp_on_the_path_quantises_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its library beside llama-quantize is used where the package is not installed."""
+    values = np.random.default_rng(0).standard_normal((4, 256), np.float32)
+    wanted = bytes(quantiser.encode(values, "Q4_K", 12))
+    for path in libraries().glob("libggml-base.*"):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "llama-quantize").touch(mode=0o755)
+    real, missing = importlib.util.find_spec, ("xllamacpp",)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in missing else real(name)
+    )
+    try:
+        quantiser.library.cache_clear()
+        assert "pip install" in quantiser.lacks("Q4_K")
+        quantiser.library.cache_clear()
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert not quantiser.lacks("Q4_K")
+        assert bytes(quantiser.encode(values, "Q4_K", 12)) == wanted
+    finally:
+        quantiser.library.cache_clear()
 
 
 def test_an_exported_mixture_is_what_llama_cpps_converter_makes(

@@ -19,6 +19,7 @@ LLAMA = [
     field("llama.embedding_length", 4), field("llama.feed_forward_length", 8),
     field("llama.attention.head_count", 1),
 ]  # fmt: skip
+MATRIX = field("general.type", "imatrix")
 EMBEDDING = tensor("token_embd.weight", (4, 4))
 
 
@@ -56,6 +57,13 @@ FILES: dict[str, tuple[bytes, str]] = {
         whole([field("x", struct.pack("<IQQ", 8, 1, 1 << 50), 9)], []), "more than there can be"),
     "neither true nor false": (whole([field("x", b"\x02", 7)], []), "neither true nor false"),
     "a field twice": (whole([ARCH, ARCH], []), "twice"),
+    "an importance matrix": (whole([MATRIX], [tensor("x.in_sum2", (4, 1)),
+        tensor("x.counts", (1, 1), offset=32)]), "is an importance matrix"),
+    "sums without counts": (whole([MATRIX], [tensor("x.in_sum2", (4, 1))]), "has no pair"),
+    "importances of another type": (whole([MATRIX], [tensor("x.in_sum2", (4, 1), 1),
+        tensor("x.counts", (1, 1), offset=32)]), "which cannot be"),
+    "more counts than sums": (whole([MATRIX], [tensor("x.in_sum2", (4, 1)),
+        tensor("x.counts", (1, 3), offset=32)]), "which cannot be"),
     "a tensor twice": (whole(LLAMA, [EMBEDDING, EMBEDDING]), "twice"),
     "a long name of a tensor": (whole(LLAMA, [tensor("x" * 65)]), "more than there can be"),
     "no dimension": (whole(LLAMA, [tensor("x", (), count=0)]), "0 dimensions"),

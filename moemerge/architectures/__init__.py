@@ -2,7 +2,7 @@
 
 from moemerge.architectures.ggml_types import ALIASES as GGUF_ALIASES
 from moemerge.architectures.ggml_types import KINDS as GGUF_KINDS
-from moemerge.architectures.ggml_types import Shape, type_of
+from moemerge.architectures.ggml_types import Shape, needs_importance, type_of
 from moemerge.architectures.gguf_hosts import GGUF_HOSTS, TURNED, GgufHost, counts
 from moemerge.architectures.limits import Holds
 from moemerge.architectures.reading import (
@@ -80,6 +80,7 @@ __all__ = [
     "language_part",
     "name_of",
     "names",
+    "needs_importance",
     "reading_of",
     "turned_rows",
     "type_of",

@@ -4,6 +4,7 @@ from moemerge.checkpoint.claims import TIED
 from moemerge.checkpoint.donor import Donor, Opener
 from moemerge.checkpoint.formats import read_header, weight_suffixes
 from moemerge.checkpoint.gguf.blocks import ENCODINGS, NUMBERS, QUANTISED, encode
+from moemerge.checkpoint.gguf.imatrix import COUNTS, SUMS, weights_of
 from moemerge.checkpoint.gguf.kinds import llama3_factors
 from moemerge.checkpoint.gguf.quantise import INSTALL, lacks
 from moemerge.checkpoint.gguf.tokenizer import fields_of_files as tokenizer_fields
@@ -34,12 +35,14 @@ from moemerge.checkpoint.reference import (
 )
 
 __all__ = [
+    "COUNTS",
     "ENCODINGS",
     "FLOATS",
     "INSTALL",
     "NUMBERS",
     "PLAIN",
     "QUANTISED",
+    "SUMS",
     "TIED",
     "Adapter",
     "Checkpoint",
@@ -71,5 +74,6 @@ __all__ = [
     "read_values",
     "tokenizer_fields",
     "weight_suffixes",
+    "weights_of",
     "with_rows",
 ]

@@ -55,6 +55,8 @@ class Opener:
         opening = reference
         try:
             model = self._open(opening)
+            if model.is_imatrix:
+                raise SourceProblem("is an importance matrix", "pass it as --imatrix FILE")
             if model.is_adapter:
                 raise SourceProblem("is a LoRA adapter", "write `base+adapter`")
             adapter = None
@@ -72,6 +74,22 @@ class Opener:
             self.findings.problem(where, f"{opening.text}: {error.what}", error.fix)
             return None
         return Donor(where, name or (on_top or reference).short, model, adapter)
+
+    def imatrix(self, text: str) -> Checkpoint | None:
+        """Open an importance matrix; on a problem, record it and return None."""
+        where, fix = "--imatrix", "name a GGUF file that llama-imatrix wrote"
+        try:
+            reference, _ = parse_source(text)
+            opened = self._open(reference) if reference.directory else None
+        except NoSource as error:
+            self.findings.problem(where, str(error), fix)
+        except SourceProblem as error:
+            self.findings.problem(where, f"{text}: {error.what}", error.fix)
+        else:
+            if opened and opened.is_imatrix:
+                return opened
+            self.findings.problem(where, f"{text} is no importance matrix", fix)
+        return None
 
     def _open(self, reference: Reference) -> Checkpoint:
         if reference not in self.opened:

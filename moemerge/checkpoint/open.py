@@ -13,7 +13,8 @@ from moemerge.architectures import language_part, reading_of
 from moemerge.checkpoint import claims, fingerprint, formats
 from moemerge.checkpoint.folder import IN_REPOSITORY, POINTER, Folder, is_pointer, read_json
 from moemerge.checkpoint.fused import View, rows_named, views_of, with_views
-from moemerge.checkpoint.gguf.source import GgufModel, files_of, open_gguf
+from moemerge.checkpoint.gguf.imatrix import FAMILY as IMATRIX
+from moemerge.checkpoint.gguf.source import GgufModel, IsImatrix, files_of, open_gguf
 from moemerge.checkpoint.location import Location, Stamp
 from moemerge.checkpoint.not_a_model import GATHER, ORIGINALS, SourceProblem, some
 from moemerge.checkpoint.prefixes import usual
@@ -60,7 +61,9 @@ class Checkpoint:
     def place(self) -> Path:
         """Its directory, or its GGUF file."""
         return (
-            self.reference.directory if self.gguf and self.reference.directory else self.directory
+            self.reference.directory
+            if (self.gguf or self.is_imatrix) and self.reference.directory
+            else self.directory
         )
 
     @property
@@ -72,6 +75,11 @@ class Checkpoint:
     def streams(self) -> bool:
         """Whether single tensors of its absent files can be read on the Hub."""
         return bool(self.gguf) or all(formats.format_of(f).STREAMS for f in self.absent)
+
+    @property
+    def is_imatrix(self) -> bool:
+        """Whether this is an importance matrix and not a model."""
+        return self.config.get("model_type") == IMATRIX
 
     @property
     def is_adapter(self) -> bool:
@@ -327,6 +335,8 @@ def _open_gguf(
             absent = _gguf_files(path, snapshot)
         model = open_gguf(path, absent)
         config = normalise(dict(model.config))
+    except IsImatrix as found:
+        return _open_imatrix(reference, path, found.tensors)
     except ValueError as error:
         fix = "download or convert it again, or name another file"
         raise SourceProblem(str(error), fix) from error
@@ -349,6 +359,15 @@ def _open_gguf(
         notes=tuple(filter(None, [model.note, snapshot.note if snapshot else ""])),
         gguf=model,
     )
+
+
+def _open_imatrix(reference: Reference, path: Path, tensors: dict[str, Location]) -> Checkpoint:
+    found = {path.name: tensors}
+    digest = fingerprint.of_headers(found)
+    own = fingerprint.of_content(found, digest, {}, whole=True)
+    modified = path.stat().st_mtime_ns
+    kind = {"model_type": IMATRIX}
+    return Checkpoint(reference, path.parent, kind, tensors, own, digest, modified=modified)
 
 
 def _gguf_files(path: Path, snapshot: hub.Snapshot) -> dict[str, Remote]:

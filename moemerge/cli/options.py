@@ -108,6 +108,15 @@ OPTIONS = {
     ),
     "exact": _option(bool, False, "--exact",
                      help="For OUT.gguf: only if all bytes beside the routers can be copied."),
+    "imatrix": _option(
+        str,
+        "",
+        "--imatrix",
+        metavar="FILE",
+        show_default=False,
+        help="For OUT.gguf, an importance matrix: a GGUF file that llama-imatrix wrote. The kinds "
+        "of fewer than three bits need one.",
+    ),
     "shards": _option(
         str,
         "",

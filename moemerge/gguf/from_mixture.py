@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moemerge import output
 from moemerge.architectures import MLP, GgufHost, Mixture, name_of
-from moemerge.checkpoint import fetch
+from moemerge.checkpoint import Opener, fetch
 from moemerge.errors import Findings, InputError, Problem
 from moemerge.files import GGUF_SUFFIX, folder_of
 from moemerge.merging import ShardLoop
@@ -20,6 +20,7 @@ from moemerge.output import FileEntry, Manifest, held, settle, verify_shards
 from moemerge.plan import Plan, recipe
 from moemerge.prepare import (
     Content,
+    Tensors,
     Wanted,
     body_tensors,
     expert_tensors,
@@ -60,18 +61,18 @@ def export(
     if Path(out).suffix != GGUF_SUFFIX:
         raise InputError([Problem(str(out), "is no name of a GGUF file", "write NAME.gguf")])
     opened = opened_mixture(moe, options, findings, reporter)
-    plan = _plan(opened, Path(out).name, options, findings)
+    plan, sources = _plan(opened, Path(out).name, options, findings)
     folder = folder_of(Path(out))
     settle(folder)
     output.check(folder, plan, (), [opened.checkpoint.place], options, findings)
     findings.refuse()
     for note in findings.notes:
         reporter.say(note)
-    _write(opened, plan, folder, options, reporter)
+    _write(opened, plan, sources, folder, options, reporter)
     return Exported(Path(out), plan, time.monotonic() - begun)
 
 
-def _plan(moe: Moe, file: str, options: Options, findings: Findings) -> Plan:
+def _plan(moe: Moe, file: str, options: Options, findings: Findings) -> tuple[Plan, Tensors]:
     name = name_of(moe.family) or moe.family
     host = host_of(name, moe.text, findings)
     if any(part.shared for part in moe.parts) or moe.factor:
@@ -82,7 +83,11 @@ def _plan(moe: Moe, file: str, options: Options, findings: Findings) -> Plan:
     assert host
     mixture = Mixture(moe.experts, moe.per_token, moe.inner)
     own = moe.checkpoint
-    content = Content(host, moe.dense, mixture, [*_tensors(moe, host)], own, moe.names)
+    opener = Opener(findings, None, options.cache_dir)
+    imatrix = opener.imatrix(str(options.imatrix)) if options.imatrix else None
+    findings.refuse()
+    opened = {one.reference.text: one for one in (own, imatrix) if one}
+    content = Content(host, moe.dense, mixture, [*_tensors(moe, host)], own, moe.names, 0, imatrix)
     plan = Plan(
         architecture=name,
         gate_mode=moe.manifest.plan.gate_mode if moe.manifest else "given",
@@ -92,12 +97,13 @@ def _plan(moe: Moe, file: str, options: Options, findings: Findings) -> Plan:
         experts=moe.names,
         experts_per_token=moe.per_token // moe.segments,
         config=moe.config,
-        sources=(source_of(own),),
+        sources=tuple(map(source_of, opened.values())),
         shards=(),
     )
-    made = planned(content, plan, file, {own.reference.text: own.tensors}, options, findings)
+    sources = {text: one.tensors for text, one in opened.items()}
+    made = planned(content, plan, file, sources, options, findings)
     findings.refuse()
-    return made
+    return made, sources
 
 
 def _tensors(moe: Moe, host: GgufHost) -> Iterator[Wanted]:
@@ -116,10 +122,18 @@ def _tensors(moe: Moe, host: GgufHost) -> Iterator[Wanted]:
             yield expert_tensors(layer, dense, [part.recipe for part in own], own[0].shape)
 
 
-def _write(moe: Moe, plan: Plan, folder: Path, options: Options, reporter: Reporter) -> None:
-    names = {read.tensor for tensor in plan.tensors for read in recipe.reads(tensor.recipe)}
+def _write(
+    moe: Moe, plan: Plan, sources: Tensors, folder: Path, options: Options, reporter: Reporter
+) -> None:
+    own = moe.checkpoint.reference.text
+    names = {
+        read.tensor
+        for tensor in plan.tensors
+        for read in recipe.reads(tensor.recipe)
+        if read.source == own
+    }
     opened = fetch(moe.checkpoint, names, options.cache_dir, reporter, options.stream)
-    sources = {opened.reference.text: opened.tensors}
+    sources = {**sources, own: opened.tensors}
     with held(folder) as change:
         output.begin(folder, plan, output.file_names(plan, ()), options)
         loop = ShardLoop(plan, folder, options, reporter, change.state, None, threading.Event())

@@ -20,6 +20,7 @@ from moemerge.checkpoint import (
     read_into,
     read_rows,
     read_values,
+    weights_of,
 )
 from moemerge.errors import ReadError
 from moemerge.plan import blocks
@@ -33,6 +34,7 @@ from moemerge.plan.recipe import (
     Sources,
     Transpose,
     Values,
+    Weighed,
     locate,
     reads,
     shape_of,
@@ -77,6 +79,10 @@ def fill(
         _convert(view, start, dtype, recipe, location)
     elif isinstance(recipe, Halve) and (of := _plain(recipe.of, dtype, sources)):
         _halve(view, start, dtype, recipe, of)
+    elif isinstance(recipe, Weighed):
+        sums, counts = (sources[at.source][at.tensor] for at in (recipe.sums, recipe.counts))
+        weights = weights_of(sums, counts, recipe.row)
+        _quantise(view, start, name, shape, dtype, recipe.of, sources, weights)
     elif isinstance(recipe, Transpose):
         _transpose(view, start, name, shape, dtype, recipe.of, sources)
     elif isinstance(recipe, Fill):
@@ -178,8 +184,12 @@ def _quantise(
     dtype: str,
     recipe: Recipe,
     sources: Sources,
+    weights: np.ndarray[Any, Any] | None = None,
 ) -> None:
-    """Fill `view` with a matrix in blocks of `dtype`, made of float32 rows, some at a time."""
+    """Fill `view` with a matrix in blocks of `dtype`, made of float32 rows, some at a time.
+
+    `weights` are the importance of each column.
+    """
     import numpy as np
 
     width = shape[-1]
@@ -190,7 +200,7 @@ def _quantise(
         values = np.empty((count, width), np.float32)
         raw = values.data.cast("B")
         fill(raw, first * width * 4, name, shape, "F32", recipe, sources)
-        made = encode(values, dtype)
+        made = encode(values, dtype, weights)
         low, high = max(start, first * row_bytes), min(end, (first + count) * row_bytes)
         at = first * row_bytes
         view[low - start : high - start] = made[low - at : high - at]

@@ -28,6 +28,7 @@ from moemerge.plan.recipe import (
     Sources,
     Transpose,
     Values,
+    Weighed,
     locate,
     shape_of,
 )
@@ -95,6 +96,8 @@ def evaluate(
         return _halve(recipe, name, block, rows, sources, whole)
     assert not isinstance(recipe, Read | Values)  # a Read has a location, a file has Values
     value = evaluate(recipe.of, name, block, rows, sources, whole).float()
+    if isinstance(recipe, Weighed):
+        return value
     if isinstance(recipe, Scale):
         return value * recipe.factor
     if isinstance(recipe, Noise):

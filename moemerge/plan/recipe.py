@@ -152,14 +152,39 @@ class Values:
     values: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """The same values; where they are quantised, the error at each input counts by its importance.
+
+    That is row `row` of an importance matrix, with its sums of squares and its counts of tokens.
+    """
+
+    of: Recipe
+    sums: Read
+    counts: Read
+    row: int
+
+
 Recipe = (
-    Values | Read | LowRank | Noise | Scale | Mean | Fill | Cut | Join | Renew | Halve | Transpose
+    Weighed
+    | Values
+    | Read
+    | LowRank
+    | Noise
+    | Scale
+    | Mean
+    | Fill
+    | Cut
+    | Join
+    | Renew
+    | Halve
+    | Transpose
 )
 
 _KINDS = {
     "read": Read, "low_rank": LowRank, "noise": Noise, "scale": Scale, "mean": Mean, "fill": Fill,
     "cut": Cut, "join": Join, "renew": Renew, "halve": Halve,
-    "transpose": Transpose, "values": Values,
+    "transpose": Transpose, "values": Values, "weighed": Weighed,
 }  # fmt: skip
 
 
@@ -213,6 +238,9 @@ def reads(recipe: Recipe) -> Iterator[Read]:
     if isinstance(recipe, LowRank):
         yield recipe.down
         yield recipe.up
+    elif isinstance(recipe, Weighed):
+        yield recipe.sums
+        yield recipe.counts
     elif isinstance(recipe, Cut) and recipe.order:
         yield recipe.order
 
@@ -246,7 +274,7 @@ def computes(recipe: Recipe) -> bool:
         return recipe.axis != 0 or recipe.order is not None or computes(recipe.of)
     if isinstance(recipe, Join):
         return recipe.axis != 0 or any(map(computes, recipe.of))
-    if isinstance(recipe, Halve | Transpose):
+    if isinstance(recipe, Halve | Transpose | Weighed):
         return computes(recipe.of)
     return not isinstance(recipe, Read | Fill | Values)
 

@@ -3,7 +3,7 @@
 from moemerge.prepare.choose import caveats, listing, no_host
 from moemerge.prepare.compatibility import compare
 from moemerge.prepare.costs import Transfer, check_cache_room, expected_peak, transfer
-from moemerge.prepare.gguf_layout import (
+from moemerge.prepare.gguf.layout import (
     Content,
     Wanted,
     body_tensors,

@@ -19,7 +19,7 @@ from moemerge.options import Options
 from moemerge.plan import Plan, recipe
 from moemerge.prepare.choose import no_host
 from moemerge.prepare.compatibility import compare
-from moemerge.prepare.gguf_layout import as_gguf, gguf_host
+from moemerge.prepare.gguf.layout import as_gguf, gguf_host
 from moemerge.prepare.layout import Layout, check_dtype, lay_out
 from moemerge.prepare.likely_family import likely_family, read_as, unread
 from moemerge.prepare.members import factor_of, parts_of, target_of
@@ -105,7 +105,7 @@ class _Preparation:
                 fix = f"upload {name.removesuffix(BESIDE)} with `hf upload`"
                 self.findings.problem("--push", "does not take GGUF files", fix)
             return name.removesuffix(BESIDE)
-        asked = "--type" if options.type else "--exact" if options.exact else ""
+        asked = next((flag(n) for n in ("type", "exact", "imatrix") if getattr(options, n)), "")
         if asked and self.out:
             fix = f"write {name}{GGUF_SUFFIX}"
             self.findings.problem(asked, "is for GGUF files alone", fix)
@@ -192,10 +192,12 @@ class _Preparation:
         layout = Layout(
             config, options, target, parts, donors, shared, gate.needs, made_of, bool(self.file)
         )
+        weighing = options.imatrix and self.file
+        imatrix = self.opener.imatrix(str(options.imatrix)) if weighing else None
         plan = lay_out(layout, self.opener.opened.values(), findings)
         if self.file and not findings.problems:
             opened = {ref.text: one for ref, one in self.opener.opened.items()}
-            plan = as_gguf(layout, plan, self.file, opened, findings)
+            plan = as_gguf(layout, plan, self.file, opened, imatrix, findings)
         self._check_decoder(plan, gate)
         factor = factor_of(config, split, target)
         if plan.dtype != "F32" and factor & (factor - 1):

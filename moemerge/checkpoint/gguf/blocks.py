@@ -63,12 +63,14 @@ NUMBERS = _NUMBERS | {name: number for name, (number, _, _) in _BLOCKS.items()}
 BY_NUMBER = {number: ENCODINGS[name] for name, number in NUMBERS.items()}
 
 
-def encode(values: Numbers, name: str) -> memoryview:
+def encode(values: Numbers, name: str, weights: Numbers | None = None) -> memoryview:
     """The blocks of some rows of float32 values, (rows, width), as ggml writes them.
+
+    `weights` are the importance of each column, (width,), as float32.
 
     Raises:
         QuantiserError: the type needs llama.cpp's own code, which is not installed.
     """
     from moemerge.checkpoint.gguf import quantise
 
-    return quantise.encode(values, name, NUMBERS[name])
+    return quantise.encode(values, name, NUMBERS[name], weights)

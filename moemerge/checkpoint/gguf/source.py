@@ -15,10 +15,20 @@ from typing import Any
 
 from moemerge.checkpoint.gguf.blocks import QUANTISED
 from moemerge.checkpoint.gguf.header import Field, Header, read_header
+from moemerge.checkpoint.gguf.imatrix import importances, is_imatrix
 from moemerge.checkpoint.gguf.kinds import FREQUENCIES, Kind, config_of, kind_of, scaling_of
 from moemerge.checkpoint.gguf.tokenizer import files_of as tokenizer_files
 from moemerge.checkpoint.location import Location, Stamp, read_values
 from moemerge.hub import Remote, open_remote
+
+
+class IsImatrix(Exception):
+    """A file that is an importance matrix, with its `tensors`."""
+
+    def __init__(self, tensors: dict[str, Location]):
+        super().__init__("it is an importance matrix, not a model")
+        self.tensors = tensors
+
 
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _MOST_FILES = 10_000
@@ -65,11 +75,14 @@ def open_gguf(path: Path, remotes: Mapping[str, Remote] = MappingProxyType({})) 
     A file that is not there is read on the Hub, if `remotes` has its name.
 
     Raises:
+        IsImatrix: it is no model but an importance matrix.
         ValueError: the file is damaged, hostile or of a kind that is not read; says which.
         OSError: it cannot be read.
     """
     headers = {file: _read(file, remotes.get(file.name)) for file in files_of(path)}
     header = _joined(list(headers.values()))
+    if is_imatrix(header):
+        raise IsImatrix(importances(header))
     kind = kind_of(header)
     config = config_of(header, kind)
     tensors = dict(_named(header, kind, config))

@@ -17,7 +17,7 @@ File = Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to writ
 
 
 @app.command()
-@with_options("type", "exact", *(name for name in BUILDING if name != "copy_tokenizer"))
+@with_options("type", "exact", "imatrix", *(name for name in BUILDING if name != "copy_tokenizer"))
 def export(moe: Moe, out: File, options: Options, terminal: Terminal) -> None:
     """Write a mixture as a GGUF file, for llama.cpp and the programs made of it."""
     from moemerge.gguf import export

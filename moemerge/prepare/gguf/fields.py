@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moemerge.architectures import GgufHost, Mixture, counts
-from moemerge.checkpoint import Checkpoint, tokenizer_fields
+from moemerge.checkpoint import SUMS, Checkpoint, tokenizer_fields
 from moemerge.plan import encoded
 
 FREQUENCIES = "rope_freqs.weight"
@@ -22,6 +22,7 @@ def fields_of(
     names: tuple[str, ...],
     shared: int,
     number: int | None,
+    imatrix: Checkpoint | None = None,
 ) -> dict[str, bytes]:
     """The fields, each with its type and value; `number` is the kind of file, if it changes.
 
@@ -38,6 +39,10 @@ def fields_of(
         own[f"{host.name}.expert_shared_feed_forward_length"] = shared
     if number is not None:
         own |= {"general.file_type": number, "general.quantization_version": 2}
+    if imatrix:
+        count = sum(name.endswith(SUMS) for name in imatrix.tensors)
+        told = {"file": imatrix.place.name, "entries_count": count}
+        own |= {f"quantize.imatrix.{key}": value for key, value in told.items()}
     fields: dict[str, bytes] = {}
     if base.gguf:
         old = f"{base.gguf.kind.name}."

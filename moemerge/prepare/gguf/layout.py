@@ -21,6 +21,7 @@ from moemerge.architectures import (
     Shape,
     dense_shapes,
     find,
+    needs_importance,
     type_of,
 )
 from moemerge.checkpoint import ENCODINGS, QUANTISED, Checkpoint, lacks, llama3_factors
@@ -44,7 +45,8 @@ from moemerge.plan import (
     recipe,
     split_fields,
 )
-from moemerge.prepare.gguf_fields import FREQUENCIES, fields_of
+from moemerge.prepare.gguf.fields import FREQUENCIES, fields_of
+from moemerge.prepare.gguf.importance import Importance, is_copied, is_weighed
 from moemerge.prepare.layout import Layout
 
 _TOP = {EMBEDDING: "token_embd", NORM: "output_norm", HEAD: "output"}
@@ -56,7 +58,8 @@ Wanted = tuple[str, tuple[int, ...], Recipe, str, int | None]
 @dataclass(frozen=True)
 class Content:
     """What a GGUF file holds. `config` is that of the dense model, `base` gives fields and
-    tokenizer, `names` are the experts', and `shared` is the width of what is always active."""
+    tokenizer, `names` are the experts', and `shared` is the width of what is always active.
+    `imatrix` is the importance matrix."""
 
     host: GgufHost
     config: Mapping[str, Any]
@@ -65,6 +68,7 @@ class Content:
     base: Checkpoint
     names: tuple[str, ...]
     shared: int = 0
+    imatrix: Checkpoint | None = None
 
 
 def host_of(name: str, where: str, findings: Findings) -> GgufHost | None:
@@ -82,9 +86,14 @@ def gguf_host(config: Mapping[str, Any]) -> str | None:
 
 
 def as_gguf(
-    made: Layout, plan: Plan, file: str, opened: Mapping[str, Checkpoint], findings: Findings
+    made: Layout,
+    plan: Plan,
+    file: str,
+    opened: Mapping[str, Checkpoint],
+    imatrix: Checkpoint | None,
+    findings: Findings,
 ) -> Plan:
-    """The plan of the same mixture as the GGUF file `file`.
+    """The plan of the same mixture as the GGUF file `file`; `imatrix` is one of `opened`.
 
     Reasons against it are recorded as problems.
     """
@@ -96,7 +105,7 @@ def as_gguf(
     tensors += _experts(made, plan)
     shared = mixture.inner * len(made.parts.shared)
     names = tuple(donor.name for donor in made.donors)
-    content = Content(host, body.config, mixture, tensors, body.base.model, names, shared)
+    content = Content(host, body.config, mixture, tensors, body.base.model, names, shared, imatrix)
     sources = {name: one.tensors for name, one in opened.items()}
     return planned(content, plan, file, sources, made.options, findings)
 
@@ -125,10 +134,19 @@ def planned(
         else:
             dtype = _as_stored(name, of, sources, own[-1], differ)
         tensors.append(PlannedTensor(name, own, dtype, of, expert, made_by))
+    weighed = Importance(content.imatrix, sources, findings) if content.imatrix else None
+    tensors = [weighed.of(one) if weighed else one for one in tensors]
+    for one in tensors:
+        if kind and needs_importance(kind, one.name, one.dtype) and not is_weighed(one.recipe):
+            what = f"{one.name} becomes {one.dtype}, which needs an importance matrix"
+            findings.problem("--type", what, "pass --imatrix FILE, which llama-imatrix writes")
+            break
+    if weighed:
+        weighed.say()
     for what, names in differ.items():
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         findings.note(f"{names[0]}{more}: {what}")
-    computed = [one for one in tensors if not _is_copied(one, sources)]
+    computed = [one for one in tensors if not is_copied(one, sources)]
     if options.exact and (changed := [one for one in computed if len(one.shape) > 1]):
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         what = f"is made anew{more}, and --exact changes no values"
@@ -139,12 +157,14 @@ def planned(
             wanting.setdefault(missing, set()).add(one.dtype)
     for missing, kinds in wanting.items():
         what = f"{', '.join(sorted(kinds))} needs llama.cpp's quantiser"
-        findings.problem("--type", what, missing)
+        first = f"{file.removesuffix(GGUF_SUFFIX)}-f16{GGUF_SUFFIX}"
+        run = f", or write {first} with --type f16, then `llama-quantize {first} {file} {kind}`"
+        findings.problem("--type", what, missing + run * bool(kind))
     number = GGUF_KINDS[kind][0] if kind else None
     try:
         fields = fields_of(
             content.base, content.config, content.host, content.mixture, content.names,
-            content.shared, number,
+            content.shared, number, content.imatrix,
         )  # fmt: skip
     except ValueError as error:
         fix = "write a directory, and convert it with llama.cpp's convert_hf_to_gguf.py"
@@ -268,7 +288,8 @@ def _shape_of(content: Content) -> Shape:
     heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
     layers, tied = config["num_hidden_layers"], bool(config.get("tie_word_embeddings"))
     of_70b = content.host.name == "llama" and layers == 80 and heads != keys
-    return Shape(heads // keys, content.mixture.experts, layers, tied, of_70b)
+    weighed = content.imatrix is not None
+    return Shape(heads // keys, content.mixture.experts, layers, tied, of_70b, weighed)
 
 
 def _as_stored(
@@ -286,13 +307,6 @@ def _as_stored(
         line = f"its sources are {', '.join(types)}; all become {widest}"
         differ.setdefault(line, []).append(name)
     return widest if width % ENCODINGS[widest].block_values == 0 else "F16"
-
-
-def _is_copied(tensor: PlannedTensor, sources: recipe.Sources) -> bool:
-    """Whether the tensor's bytes are copies, or no source's."""
-    if tensor.made or isinstance(tensor.recipe, Values):
-        return True
-    return recipe.is_copy(tensor.recipe, tensor.dtype, sources)
 
 
 def _most(tensors: list[PlannedTensor]) -> str:
