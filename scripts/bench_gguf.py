@@ -45,7 +45,7 @@ print(json.dumps([time.monotonic() - begun, peak, made.plan.nbytes]))
 QUANTISE = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], f"{Path(sys.argv[1]).parent}/scripts"]
 from gguf_files import quantise
 quantise(Path(sys.argv[2]), Path(sys.argv[3]), "q4_k_m")
 """

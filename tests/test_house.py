@@ -16,8 +16,8 @@ PACKAGE = ROOT / "moemerge"
 ROOMS = [
     "version", "errors", "reporting", "options", "files", "report", "hub", "families",
     "architectures", "tokenizer", "config", "checkpoint", "plan", "text", "dense", "split", "gates",
-    "output", "prepare", "card", "publish", "merging", "mixture", "gguf", "evaluation", "training",
-    "chat",
+    "fit", "output", "prepare", "card", "publish", "merging", "mixture", "gguf", "evaluation",
+    "training", "chat",
     "public", "cli",
 ]  # fmt: skip
 """In the order of the flow: each imports only from rooms that stand before it."""

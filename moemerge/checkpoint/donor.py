@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moemerge.checkpoint.lora import Adapter, open_adapter
@@ -15,12 +15,22 @@ from moemerge.errors import Findings
 
 @dataclass(frozen=True)
 class Donor:
-    """A dense model of the config, opened. `where` is its key in the config, for errors."""
+    """A dense model of the config, opened. `where` is its key in the config, for errors.
+
+    Of `aligned` tensors, the computed checkpoint has the whole tensor (one name), or a change of it
+    as two factors (two names).
+    """
 
     where: str
     name: str
     model: Checkpoint
     adapter: Adapter | None = None
+    aligned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def alone(self) -> Donor:
+        """The model by itself, nothing of it aligned."""
+        return replace(self, aligned={}) if self.aligned else self
 
     def obstacle(self, tensors: Iterable[str]) -> tuple[str, str, str] | None:
         """One of these tensors that the adapter changes in a way that cannot be reproduced: its

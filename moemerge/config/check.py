@@ -5,7 +5,8 @@ from __future__ import annotations
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import Findings, nearest
 
-BODIES = ("base", "average")
+BODIES = ("base", "average", "regmean")
+ALIGN = ("auto", "true", "false")
 
 
 def check_values(config: MergeConfig, findings: Findings) -> None:
@@ -29,6 +30,9 @@ def check_values(config: MergeConfig, findings: Findings) -> None:
         findings.problem(config.where("body"), what, nearest(config.body, BODIES))
     elif config.experts and not sum(expert.body_weight for expert in config.experts) > 0:
         findings.problem(config.where("experts"), "have no body_weight above 0", "give one")
+    if config.align not in ALIGN:
+        what = f"{config.align!r} is none of {', '.join(ALIGN)}"
+        findings.problem(config.where("align"), what, nearest(config.align, ALIGN))
     names: dict[str, str] = {}
     for at, expert in config.every_expert:
         for name in ("noise_scale", "residual_scale"):

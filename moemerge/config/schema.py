@@ -51,8 +51,10 @@ class MergeConfig:
     `lines` are line numbers by key. `dtype` None is the base model's dtype. `experts_per_token`
     None is 2, or 1 for a single expert. `gate` holds the gate mode's own options, and `mode`, for
     which `gate_mode` is short. `family` is the known one as which models of an unknown model_type
-    are read. `body` says where attention, norms and embeddings come from: the
-    `base` model, or the `average` of the experts. `architecture` None is the one that fits.
+    are read. `body` says where attention, norms and embeddings come from: the `base` model, the
+    `average` of the experts, or that with attention fitted to texts (`regmean`). `align` fits the
+    experts' down projections to the body: `true`, `false`, or `auto`, where texts held out of the
+    fit get more likely. `architecture` None is the one that fits.
     `architecture_options` are its own options, and `training` holds training keys of its
     config.json. Each expert is cut into `segments`; `split` cuts the base model's MLPs into experts
     instead. `tokenizer` is the `base` model's, the `union` of all, or the one of the source that it
@@ -65,6 +67,7 @@ class MergeConfig:
     gate: Choices = field(default_factory=dict)
     family: str | None = None
     body: str = "base"
+    align: str = "false"
     dtype: str | None = None
     experts_per_token: int | None = None
     shared_experts: tuple[Expert, ...] = ()
@@ -93,6 +96,16 @@ class MergeConfig:
         if self.split:
             default = "activation" if self.split.get("text") else "random"
         return str(self.gate.get("mode") or self.gate_mode or default)
+
+    @property
+    def aligns(self) -> bool:
+        """Whether experts may be aligned to the body."""
+        return self.align != "false"
+
+    @property
+    def fits(self) -> bool:
+        """Whether the body or the experts are fitted to texts."""
+        return self.body == "regmean" or self.aligns
 
     @property
     def every_expert(self) -> list[tuple[str, Expert]]:

@@ -3,7 +3,8 @@
 from moemerge.dense.body import VOCABULARY, Body
 from moemerge.dense.entering import Passage, embed
 from moemerge.dense.generate import write_texts
-from moemerge.dense.inputs import ROUTER, layer_inputs, router_inputs
+from moemerge.dense.inputs import layer_inputs, router_inputs
+from moemerge.dense.lane import ROUTER, Lane
 from moemerge.dense.probe import differs_by
 from moemerge.dense.run import (
     Streamed,
@@ -20,6 +21,7 @@ __all__ = [
     "ROUTER",
     "VOCABULARY",
     "Body",
+    "Lane",
     "Passage",
     "Streamed",
     "available_memory",

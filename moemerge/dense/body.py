@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from moemerge.architectures import RouterInput
 from moemerge.checkpoint import Donor
 from moemerge.families import EMBEDDING, HEAD
-from moemerge.plan import Cut, Join, Mean, Recipe, of_donor
+from moemerge.plan import ROUTERS, Cut, Join, Mean, Read, Recipe, of_donor
 from moemerge.text import Vocabulary
 
 VOCABULARY = (EMBEDDING, HEAD)
@@ -27,6 +27,7 @@ class Body:
     embeddings and the head is the mean of the experts that have this row for the same token; an
     expert's `rows` list these rows. A row that no expert shares is the base model's. If the mixture
     has its own `vocabulary`, the vocabulary decides the rows. The mixture's routers see `sees`.
+    Matrices of `fitted` are read from the computed checkpoint, under the names that it gives.
     """
 
     base: Donor
@@ -35,6 +36,7 @@ class Body:
     rows: tuple[tuple[range, ...], ...] = ()
     vocabulary: Vocabulary | None = None
     sees: RouterInput = field(default_factory=RouterInput)
+    fitted: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -47,9 +49,14 @@ class Body:
         if tensor in VOCABULARY:
             made = self._by_rows(tensor)
             return self.vocabulary.recipe(tensor, made) if self.vocabulary else made
+        if tensor in self.fitted:
+            return Read(ROUTERS, self.fitted[tensor])
+        return self._mean(tensor, range(len(self.experts)) if self.is_mean(tensor) else ())
+
+    def is_mean(self, tensor: str) -> bool:
+        """Whether all experts have a tensor, in the base model's shape."""
         shape = _shape(self.base, tensor)
-        same = all(_shape(expert, tensor) == shape for expert in self.experts)
-        return self._mean(tensor, range(len(self.experts)) if same else ())
+        return all(_shape(expert, tensor) == shape for expert in self.experts)
 
     def shared(self) -> list[tuple[Donor, dict[str, tuple[int, ...]]]]:
         """Each expert that shares rows, with the names and shapes of its embeddings and head."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from moemerge.gates import load_balance, modes, setup, statistics
 from moemerge.gates.needs import Needs, Prompts
 from moemerge.gates.prompts import ExpertPrompts
-from moemerge.gates.setup import Gate, check_device_is_here
+from moemerge.gates.setup import Gate, check_device_is_here, planned_texts
 from moemerge.gates.statistics import Routed, verdict
 from moemerge.gates.task import Routers, Task
 
@@ -24,6 +24,7 @@ __all__ = [
     "check_device_is_here",
     "load_balance",
     "modes",
+    "planned_texts",
     "setup",
     "statistics",
     "verdict",

@@ -21,12 +21,14 @@ class Needs:
 
     `prompts`: the experts' prompts. `body_pass`: the mixture's body runs, so torch, a device and
     all of the base model's tensors are needed. `expert_models`: every expert's own dense model
-    runs. `text`: the text that a split names. `seed`: random numbers.
+    runs as a whole, and `own_passes`: layer by layer. `text`: the text that a split names. `seed`:
+    random numbers.
     """
 
     prompts: Prompts = Prompts.NONE
     body_pass: bool = False
     expert_models: bool = False
+    own_passes: bool = False
     text: bool = False
     seed: bool = False
 

@@ -47,13 +47,13 @@ class ExpertPrompts:
         return self.positive + self.calibration
 
 
-def check_prompts(config: MergeConfig, findings: Findings) -> None:
+def check_prompts(config: MergeConfig, needed_by: str, findings: Findings) -> None:
     """Record experts without prompts, and experts with the same prompts."""
     for index, expert in enumerate(config.experts):
         if not expert.positive_prompts and not expert.calibration:
             findings.problem(
                 config.where(f"experts[{index}]"),
-                f"has no positive_prompts; gate_mode: {config.mode} needs them",
+                f"has no positive_prompts; {needed_by} needs them",
                 "add some, or a calibration text; gate_mode: self needs none, and gate_mode: "
                 "random leaves the routers to training",
             )

@@ -87,6 +87,25 @@ def with_split(config: MergeConfig, gate: Gate, split: Split | None, findings: F
     return replace(gate, needs=needs)
 
 
+def planned_texts(
+    gate: Gate, experts: Sequence[ExpertPrompts], encoder: Encoder
+) -> list[list[Prompt]] | None:
+    """What each expert will write, as `modes.Writer.planned`; None if experts do not write."""
+    writes = modes.writer(gate.mode)
+    return writes.planned(gate.settings, experts, encoder.start()) if writes else None
+
+
+def with_fit(config: MergeConfig, gate: Gate) -> Gate:
+    """The gate with what a fitted body or fitted experts need: texts, and every model."""
+    if not config.fits or config.split:
+        return gate
+    prompts = gate.needs.prompts
+    prompts = Prompts.REQUIRED if prompts is Prompts.NONE else prompts
+    return replace(
+        gate, needs=replace(gate.needs, prompts=prompts, body_pass=True, own_passes=True)
+    )
+
+
 def _without_prompts() -> str:
     """The gate modes that a split can use, in words."""
     needs = {name: modes.find(name).NEEDS for name in modes.names()}
@@ -145,7 +164,9 @@ def read_prompts(
             findings.without_effect("calibration", f" with gate_mode: {config.mode}")
         return None, none
     if gate.needs.prompts is Prompts.REQUIRED:
-        check_prompts(config, findings)
+        own = gate.mode.NEEDS.prompts is not Prompts.NONE
+        fit = "align" if config.body != "regmean" else "body: regmean"
+        check_prompts(config, f"gate_mode: {config.mode}" if own else fit, findings)
     documents = read_documents(config, findings)
     encoder = open_encoder(vocabulary, findings) if vocabulary else None
     if vocabulary is None or encoder is None:
@@ -274,6 +295,7 @@ def digest_of_inputs(
         "mode": config.mode,
         "settings": dataclasses.asdict(gate.settings) or None,
         "body": [config.body, *(expert.body_weight for expert in config.experts)],
+        **({"align": config.align} if config.aligns else {}),
         "prompts": [
             {name: [_plain(one) for one in texts] for name, texts in vars(expert).items()}
             for expert in prompts

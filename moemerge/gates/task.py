@@ -27,7 +27,8 @@ class Task:
     """The input of a gate mode. `names` are the routers' tensor names, one for each layer.
 
     `donors` are the experts; with a split, they are its slices, and `cutter` computes them.
-    `encoder` is None if the mode uses no prompts. `settings` are the mode's options.
+    `encoder` is None if the mode uses no prompts. `settings` are the mode's options. `written` is
+    what each expert wrote already.
     """
 
     names: Sequence[str]
@@ -40,6 +41,7 @@ class Task:
     options: RunOptions
     reporter: Reporter
     cutter: Cutter | None = None
+    written: Sequence[Sequence[Prompt]] = ()
 
     @property
     def shape(self) -> tuple[int, int]:

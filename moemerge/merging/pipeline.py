@@ -16,6 +16,7 @@ from moemerge.checkpoint import read_header
 from moemerge.config import MergeConfig, as_config
 from moemerge.errors import InputError, Line, MoemergeError, RunError
 from moemerge.files import folder_of
+from moemerge.merging.fitting import fit_report, make_fit, written_texts
 from moemerge.merging.routers import make_routers, report_of
 from moemerge.merging.shard_loop import ShardLoop
 from moemerge.options import Options, PublishOptions
@@ -150,6 +151,7 @@ class _Merge:
         output.begin(self.out, plan, output.file_names(plan, self.ready.carried), options)
         if self.shipment:
             self.shipment.begin(plan)
+        self._make_fit(sources)
         part, parts = options.share or (0, 1)
         mine = list(plan.shards[part::parts])
         if there := sum(bool(self.state.entry(shard)) for shard in mine):
@@ -173,14 +175,28 @@ class _Merge:
             self._finish(sources, change)
         return written, missing
 
+    def _make_fit(self, sources: Tensors) -> None:
+        """Fit body and experts, unless an earlier or parallel run has done it."""
+        state = self.state
+        if self.ready.fit is None:
+            return
+        with ExitStack() as mine:
+            with self._waiting("the fit of another share"):
+                mine.enter_context(state.claim("fitted", wait=True))
+            if not state.fitted.exists():
+                make_fit(self.ready, sources, self.options, self.reporter, state)
+        sources[ROUTERS] = read_header(state.fitted)
+
     def _make_routers(self, sources: Tensors) -> None:
         """Compute the routers, unless an earlier or parallel run has computed them."""
         with ExitStack() as mine:
             with self._waiting("the routers of another share"):
                 mine.enter_context(self.state.claim("routers", wait=True))
             if not self.state.routers.exists():
-                make_routers(self.ready, sources, self.options, self.reporter, self.state.routers)
-        sources[ROUTERS] = read_header(self.state.routers)
+                given = self.ready, sources, self.options, self.reporter
+                written = written_texts(*given, self.state)
+                make_routers(*given, self.state.routers, written)
+        sources[ROUTERS] = {**sources.get(ROUTERS, {}), **read_header(self.state.routers)}
 
     def _only_reads(self, shards: list[Shard]) -> bool:
         """Whether the shards are only copied or converted, so that the disk is the bottleneck."""
@@ -205,7 +221,8 @@ class _Merge:
             verify_shards(plan, out, sources)
         files |= {**picture, **{name: {} for name in output.OWN_FILES}}
         text, said = ready.config.as_yaml(), vars(told)
-        manifest = Manifest(text, plan, files, report, ready.folder, card=said)
+        fitted = fit_report(ready, self.state.fitted)
+        manifest = Manifest(text, plan, files, report, ready.folder, card=said, fitted=fitted)
         if self.shipment:
             self.address = self.shipment.finish(manifest, change)
         change.finish(manifest, pushed=bool(self.shipment))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from moemerge.prepare import Prepared
 from moemerge.report import RoutingSummary
 from moemerge.reporting import Reporter
 from moemerge.split import Cutter
+from moemerge.text import Prompt
 
 if TYPE_CHECKING:
     from moemerge.gates import Matrix
@@ -37,7 +38,7 @@ def task_of(ready: Prepared, sources: Tensors, options: RunOptions, reporter: Re
     return Task(
         names=[t.name for t in ready.plan.shards[0].tensors if t.made == "router"],
         body=ready.body,
-        donors=(*ready.donors, *ready.shared[: ready.target.mixture.gated]),
+        donors=(*ready.experts, *ready.shared[: ready.target.mixture.gated]),
         sources=sources,
         experts=ready.prompts,
         encoder=ready.encoder,
@@ -58,17 +59,22 @@ def run_gate(ready: Prepared, sources: Tensors, options: RunOptions, reporter: R
 
 
 def make_routers(
-    ready: Prepared, sources: Tensors, options: RunOptions, reporter: Reporter, path: Path
+    ready: Prepared,
+    sources: Tensors,
+    options: RunOptions,
+    reporter: Reporter,
+    path: Path,
+    written: Sequence[Sequence[Prompt]] = (),
 ) -> None:
     """Run the gate mode, and save its routers and their report on held-out prompts at `path`.
 
-    For a split, the orders of neurons are saved there too.
+    For a split, the orders of neurons are saved there too. `written` is what experts wrote already.
 
     Raises:
         RunError: a router's rows are all equal, or a router is not finite.
         WriteError: `path` cannot be written.
     """
-    task = task_of(ready, sources, options, reporter)
+    task = replace(task_of(ready, sources, options, reporter), written=written)
     made, gates = _apart(ready, ready.gate.routers(task))
     routed = routing_stats.held_out(made, ready.encoder)
     names, per_token = ready.plan.experts, ready.plan.experts_per_token

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from moemerge.files import CONFIG_FILE, is_inside
 from moemerge.plan import INDEX_FILE, Plan, digest_of
-from moemerge.report import RoutingSummary
+from moemerge.report import FitSummary, RoutingSummary
 from moemerge.version import __version__
 
 MANIFEST_FILE = "moemerge.json"
@@ -39,8 +39,8 @@ class Manifest:
     `config` is the config's YAML text, and `folder` the directory of the config file, for relative
     paths. `files` has an entry for each file; entries of `OWN_FILES` are empty, because the plan
     decides these files or a person may edit them. `routing` is the report of the routers on the
-    prompts, `card` holds the user's settings of the model card, and `tuned` holds the settings and
-    losses of the router training, if there was one.
+    prompts, `card` holds the user's settings of the model card, `tuned` the settings and losses of
+    the router training, and `fitted` the report of the fit of body and experts, if there was one.
     """
 
     config: str
@@ -51,6 +51,7 @@ class Manifest:
     version: str = __version__
     card: dict[str, Any] = field(default_factory=dict)
     tuned: dict[str, Any] = field(default_factory=dict)
+    fitted: FitSummary = field(default_factory=lambda: FitSummary())
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain data."""
@@ -66,6 +67,7 @@ class Manifest:
             "routing": self.routing,
             "card": self.card,
             **({"tuned": self.tuned} if self.tuned else {}),
+            **({"fitted": self.fitted} if self.fitted else {}),
             "plan": plan,
         }
 
@@ -93,6 +95,7 @@ def read_manifest(out: Path) -> Manifest:
             data["moemerge"],
             data.get("card", {}),
             data.get("tuned", {}),
+            data.get("fitted", {}),
         )
     except KeyError as error:
         raise ValueError(f"it lacks {error}") from error
@@ -108,7 +111,7 @@ def _check_types(data: dict[str, Any], plan: Plan) -> None:
         "config": (data["config"], str),
         "folder": (data.get("folder"), str | None),
         "files": (files, dict),
-        **{key: (data.get(key, {}), dict) for key in ("routing", "card", "tuned")},
+        **{key: (data.get(key, {}), dict) for key in ("routing", "card", "tuned", "fitted")},
     }
     for source in plan.sources:
         for name in ("directory", "repo", "commit", "tokens"):

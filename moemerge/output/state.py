@@ -38,6 +38,16 @@ class State:
         """The path of the routers' file; the file exists once they are computed."""
         return self.directory / ROUTERS_FILE
 
+    @property
+    def fitted(self) -> Path:
+        """The path of the fitted tensors' file; the file exists once they are computed."""
+        return self.directory / f"fitted{WEIGHTS_SUFFIX}"
+
+    @property
+    def texts(self) -> Path:
+        """The path of the texts that experts wrote."""
+        return self.directory / "texts.json"
+
     def started(self) -> dict[str, Any]:
         """The unfinished merge: its `run` digest, its `files`, and its `sources` at the start.
 

@@ -2,11 +2,10 @@
 
 from moemerge.plan import arithmetic, recipe
 from moemerge.plan.arithmetic import load, load_rows
-from moemerge.plan.blocks import BLOCK_VALUES, WithStatistics, generator
+from moemerge.plan.blocks import BLOCK_VALUES, WithStatistics, generator, torch_dtype
 from moemerge.plan.gguf_head import encoded, head_of, split_fields
 from moemerge.plan.plan import (
     INDEX_FILE,
-    ROUTERS,
     Head,
     Plan,
     PlannedTensor,
@@ -16,6 +15,7 @@ from moemerge.plan.plan import (
     file_header,
 )
 from moemerge.plan.recipe import (
+    ROUTERS,
     Cut,
     Fill,
     Halve,
@@ -84,5 +84,6 @@ __all__ = [
     "rows",
     "shards_of",
     "split_fields",
+    "torch_dtype",
     "weight_index",
 ]

@@ -17,9 +17,6 @@ from moemerge.files import WEIGHTS_SUFFIX
 from moemerge.plan import recipe
 from moemerge.plan.recipe import Recipe
 
-ROUTERS = ""
-"""The source of router tensors: a gate mode makes this source, and no config can name it."""
-
 ALIGNMENT = 32
 """Tensors of a GGUF file begin at multiples of it."""
 

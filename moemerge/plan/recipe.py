@@ -18,6 +18,10 @@ Sources = Mapping[str, Mapping[str, Location]]
 """The tensors of each source: where each lies, by the source's reference and the tensor's name."""
 
 
+ROUTERS = ""
+"""The source of computed tensors, routers and what is fitted; no config can name it."""
+
+
 @dataclass(frozen=True)
 class Read:
     """A source's tensor, unchanged."""
@@ -189,11 +193,19 @@ _KINDS = {
 
 
 def of_donor(donor: Donor, tensor: str) -> Recipe:
-    """The recipe of a donor's tensor: the model's tensor with the adapter's delta, if any."""
+    """The recipe of a donor's tensor: the model's tensor with the adapter's delta, if any, or the
+    aligned one."""
     text, adapter = donor.model.reference.text, donor.adapter
-    if adapter is None:
-        return Read(text, tensor)
-    return adapted(adapter, tensor, Read(text, adapter.name_in_model(tensor)))
+    names = donor.aligned.get(tensor, ())
+    if len(names) == 1:
+        return Read(ROUTERS, names[0])
+    made: Recipe = Read(text, adapter.name_in_model(tensor) if adapter else tensor)
+    if adapter:
+        made = adapted(adapter, tensor, made)
+    if names:
+        down, up = names
+        return LowRank(made, Read(ROUTERS, down), Read(ROUTERS, up), 1.0)
+    return made
 
 
 def adapted(adapter: Adapter, tensor: str, own: Recipe) -> Recipe:
@@ -281,8 +293,8 @@ def computes(recipe: Recipe) -> bool:
 
 def locate(recipe: Recipe, sources: Sources) -> Location | None:
     """Where the recipe's values lie in one piece in a source; None if they do not."""
-    if isinstance(recipe, Read):
-        return sources[recipe.source][recipe.tensor]
+    if isinstance(recipe, Read):  # of what is computed, a plan does not know the place
+        return sources.get(recipe.source, {}).get(recipe.tensor)
     if isinstance(recipe, Halve) and recipe.back:
         own = locate(recipe.of, sources)
         return own.as_stored if own and own.neighbours == recipe.head == recipe.turned else None

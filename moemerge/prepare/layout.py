@@ -174,7 +174,7 @@ def _recipe(slot: Slot, made: Layout, dtype: str) -> Recipe:
 def _speakers(made: Layout) -> set[Reference]:
     """The models whose tokenizers the mixture depends on."""
     found = [made.parts.body.base, *made.parts.body.experts]
-    if made.config.tokenizer != BASE or made.needs.expert_models:
+    if made.config.tokenizer != BASE or made.needs.expert_models or made.needs.own_passes:
         found += [*made.donors, *made.shared]
     adapters = {donor.adapter.checkpoint.reference for donor in found if donor.adapter}
     return adapters | {donor.model.reference for donor in found}
@@ -220,7 +220,7 @@ def _needs(made: Layout, slots: Sequence[Slot]) -> list[_Need]:
         found += [_Need(donor, shapes) for donor, shapes in body.vocabulary.needs()]
     if made.needs.body_pass:
         found += [_Need(donor, mlps, False) for donor in (base, *body.experts)]
-    if made.needs.expert_models:
+    if made.needs.expert_models or made.needs.own_passes:
         found += [_Need(d, dense_shapes(d.model.config), False) for d in made.donors]
     return found
 
@@ -289,6 +289,8 @@ def _check_left_over(tensors: list[PlannedTensor], made: Layout, findings: Findi
     """Note tensors of the adapters and of the base model that are not used."""
     base = made.parts.body.base
     used = {read for tensor in tensors for read in recipe.reads(tensor.recipe)}
+    for name in made.parts.body.fitted:
+        used |= {read for one in made.donors for read in recipe.reads(recipe.of_donor(one, name))}
     body_only = "(attention, norms, embeddings): those parts are the base model's"
     for donor in (base, *made.donors, *made.shared):
         if donor.adapter is None:

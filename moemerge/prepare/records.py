@@ -9,6 +9,7 @@ from moemerge.checkpoint import Checkpoint, Donor
 from moemerge.config import MergeConfig
 from moemerge.dense import Body
 from moemerge.errors import Line
+from moemerge.fit import Fit
 from moemerge.gates import ExpertPrompts, Gate
 from moemerge.plan import Plan
 from moemerge.prepare.choose import Target
@@ -41,13 +42,23 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Prepared(Chosen):
-    """A merge that can begin: its plan, its opened models, and notes for a person."""
+    """A merge that can begin: its plan, its opened models, and notes for a person.
+
+    `donors` are the experts by themselves, and `experts` those of the mixture, which a `fit` may
+    have aligned.
+    """
 
     plan: Plan
     body: Body
+    fit: Fit | None
     checkpoints: dict[str, Checkpoint]
     carried: tuple[Path, ...]
     notes: tuple[Line, ...]
+
+    @property
+    def experts(self) -> tuple[Donor, ...]:
+        """The experts as the mixture has them."""
+        return self.fit.donors(self.donors) if self.fit else self.donors
 
     @property
     def folder(self) -> str | None:

@@ -31,7 +31,8 @@ def fetch(
             if read.source != ROUTERS:
                 needed[read.source].add(read.tensor)
     runs = [ready.base] if ready.gate.needs.body_pass else []
-    runs += ready.donors if ready.gate.needs.expert_models else ()
+    needs = ready.gate.needs
+    runs += ready.donors if needs.expert_models or needs.own_passes else ()
     for donor in (*runs, *whole):
         for text, names in _of_donor(donor):
             needed[text] |= names

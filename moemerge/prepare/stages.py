@@ -13,6 +13,7 @@ from moemerge.dense import Body
 from moemerge.errors import Findings, InputError, flag, nearest
 from moemerge.families import NO_HOST, RECORDS, record_of
 from moemerge.files import BESIDE, GGUF_SUFFIX
+from moemerge.fit import fit_of
 from moemerge.gates import ExpertPrompts, Gate, check_device_is_here
 from moemerge.gates import setup as gate_setup
 from moemerge.options import Options
@@ -125,6 +126,7 @@ class _Preparation:
             check_split(config, split, base.model.config.get("intermediate_size"), findings)
         if gate:
             gate = gate_setup.with_split(config, gate, split, findings)
+            gate = gate_setup.with_fit(config, gate)
             if gate.needs.body_pass:
                 check_device_is_here(self.options, findings)
         if split:
@@ -162,7 +164,7 @@ class _Preparation:
                     donor.where,
                     findings,
                     options.allow_crimes,
-                    attention=config.body == "average",
+                    attention=config.body != "base",
                     runs=gate is not None and gate.needs.expert_models,
                     vocabulary=vocabulary,
                 )
@@ -187,8 +189,13 @@ class _Preparation:
         self._note_what_has_no_effect(chosen)
         sees = target.architecture.READING.sees
         body = replace(self._body(config, base, donors), vocabulary=vocabulary, sees=sees)
+        fit = fit_of(
+            config, gate, body, donors, chosen.prompts, chosen.encoder, vocabulary, findings
+        )
+        body = fit.body(body) if fit else body
         made_of = gate_setup.digest_of_inputs(config, options, gate, chosen.prompts, chosen.cutting)
-        parts = parts_of(config, split, target, body, donors, shared)
+        experts = fit.donors(donors) if fit else donors
+        parts = parts_of(config, split, target, body, experts, shared)
         layout = Layout(
             config, options, target, parts, donors, shared, gate.needs, made_of, bool(self.file)
         )
@@ -218,6 +225,7 @@ class _Preparation:
             **vars(chosen),
             plan=plan,
             body=body,
+            fit=fit,
             checkpoints={ref.text: opened for ref, opened in self.opener.opened.items()},
             carried=carried,
             notes=tuple(findings.notes),

@@ -56,6 +56,27 @@ class RoutingSummary(TypedDict, total=False):
     texts: list[TextRouting]
 
 
+class FittedExpert(TypedDict):
+    """What alignment did for an expert: its mean loss on held-out texts without and with it, if
+    there are such texts, and whether it was kept."""
+
+    name: str
+    aligned: bool
+    losses: tuple[float, float] | None
+
+
+class FitSummary(TypedDict, total=False):
+    """What the fit of body and experts did; empty without a fit.
+
+    `drift` is, for each layer, the mean distance of the mixture's state from that of the expert's
+    own model, as a share of its size, on held-out texts without and with alignment.
+    """
+
+    body: str
+    experts: list[FittedExpert]
+    drift: list[tuple[float, float]]
+
+
 class PassageRouting(TypedDict):
     """A passage of text number `text`: its tokens, and the softmax of every layer's router over the
     experts, (L, T, E) as bytes in base64."""

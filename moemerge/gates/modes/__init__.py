@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 from moemerge.gates.needs import GateSettings, Needs
+from moemerge.gates.prompts import ExpertPrompts
 from moemerge.gates.task import Routers, Task
+from moemerge.text import Prompt
 
 if TYPE_CHECKING:
     from moemerge.gates.task import Matrix
 
 
-__all__ = ["GateMode", "Matrix", "Routers", "Task", "find", "names"]
+__all__ = ["GateMode", "Matrix", "Routers", "Task", "Writer", "find", "names", "writer"]
 
 
 class GateMode(Protocol):
@@ -27,6 +30,23 @@ class GateMode(Protocol):
 
     def routers(self, task: Task) -> Routers:
         """One float32 (E, D) matrix for each layer; row e gives the logit of expert e."""
+
+
+class Writer(GateMode, Protocol):
+    """A gate mode whose routers are made from what each expert writes."""
+
+    def planned(
+        self, own: GateSettings, experts: Sequence[ExpertPrompts], start: Prompt
+    ) -> list[list[Prompt]]:
+        """What each expert will write, with zeros for the tokens that are not known yet."""
+
+    def write(self, task: Task) -> list[list[Prompt]]:
+        """What each expert writes."""
+
+
+def writer(mode: GateMode) -> Writer | None:
+    """The gate mode, if its experts write."""
+    return cast(Writer, mode) if hasattr(mode, "write") else None
 
 
 def names() -> list[str]:

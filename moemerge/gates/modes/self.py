@@ -9,6 +9,7 @@ from moemerge.checkpoint import Donor
 from moemerge.dense import write_texts
 from moemerge.gates.fitting import KAPPA, examples_of, not_positive, ridge
 from moemerge.gates.needs import GateSettings, Needs, Passes, Prompts
+from moemerge.gates.prompts import ExpertPrompts
 from moemerge.gates.task import Example, Routers, Task
 from moemerge.text import Prompt, other_ids
 
@@ -45,16 +46,24 @@ class Settings(GateSettings):
         return Passes(own_mlps=True, texts=self.samples, tokens=self.tokens)
 
 
-def routers(task: Task) -> Routers:
-    """(E, D) for each layer: ridge on the experts' own text, which passes their own MLPs.
+def planned(own: Settings, experts: Sequence[ExpertPrompts], start: Prompt) -> list[list[Prompt]]:
+    """What each expert will write, with zeros for the tokens that are not known yet."""
+    return [
+        [
+            _settled(Prompt((*begun.ids, *[0] * own.tokens), len(begun.ids)), begun, start, own)
+            for begun in beginnings(one.positive, start, own.samples)
+        ]
+        for one in experts
+    ]
 
-    Text that a model writes shows what it was trained on (self-generated calibration data: Williams
-    and Aletras 2024, "Self-calibration for language model quantization and pruning",
-    https://arxiv.org/abs/2410.17170). If a text begins without a prompt, its first quarter is not
-    used, because it has no subject yet (`scripts/bench_routing.py`). Negative prompts, calibration
-    texts, and prompts with which no text begins, are used as in ridge.
+
+def write(task: Task) -> list[list[Prompt]]:
+    """What each expert writes.
+
+    If a text begins without a prompt, its first quarter is not its own, because it has no subject
+    yet (`scripts/bench_routing.py`).
     """
-    own, written, used = task.settings, [], set()
+    own, written = task.settings, []
     assert task.encoder is not None
     start = task.encoder.start()
     read = task.body.base.model.config["vocab_size"]  # the body has no row for larger ids
@@ -63,7 +72,7 @@ def routers(task: Task) -> Routers:
         others = _others(task, donor)
         begun = beginnings(task.experts[index].positive, start, own.samples)
         texts = write_texts(
-            donor,
+            donor.alone,
             f"expert {index}",
             begun,
             own,
@@ -72,12 +81,36 @@ def routers(task: Task) -> Routers:
             task.options,
             task.reporter,
         )
-        for text, beginning in zip(texts, begun, strict=True):
-            unsettled = own.tokens // 4 if beginning == start else 0
-            written.append(Example(Prompt(text.ids, text.own + unsettled), index))
-            used.add((index, beginning))
+        pairs = zip(texts, begun, strict=True)
+        written.append([_settled(text, beginning, start, own) for text, beginning in pairs])
+    return written
+
+
+def routers(task: Task) -> Routers:
+    """(E, D) for each layer: ridge on the experts' own text, which passes their own MLPs.
+
+    Text that a model writes shows what it was trained on (self-generated calibration data: Williams
+    and Aletras 2024, "Self-calibration for language model quantization and pruning",
+    https://arxiv.org/abs/2410.17170). Negative prompts, calibration texts, and prompts with which
+    no text begins, are used as in ridge.
+    """
+    own = task.settings
+    assert task.encoder is not None
+    start = task.encoder.start()
+    texts = task.written or write(task)
+    written = [Example(text, index) for index, of_one in enumerate(texts) for text in of_one]
+    used = {
+        (index, one)
+        for index, expert in enumerate(task.experts)
+        for one in beginnings(expert.positive, start, own.samples)
+    }
     given = [x for x in examples_of(task.experts) if (x.expert, x.prompt) not in used]
     return ridge(task, [*written, *given], own.lambda_, own.kappa, on_policy=True)
+
+
+def _settled(text: Prompt, beginning: Prompt, start: Prompt, own: Settings) -> Prompt:
+    """The text, without its first quarter where it begins without a prompt."""
+    return Prompt(text.ids, text.own + (own.tokens // 4 if beginning == start else 0))
 
 
 def _others(task: Task, donor: Donor) -> frozenset[int]:

@@ -1,0 +1,13 @@
+"""Bodies and experts fitted to texts, layer by layer: RegMean and alignment."""
+
+from moemerge.fit.passes import FitReport, run_fit
+from moemerge.fit.setup import fit_of
+from moemerge.fit.targets import Fit, with_written
+
+__all__ = [
+    "Fit",
+    "FitReport",
+    "fit_of",
+    "run_fit",
+    "with_written",
+]
