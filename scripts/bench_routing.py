@@ -1,7 +1,8 @@
 """Routers beside each other: held-out loss and first choices, of each gate mode and of mergekit's.
 
     PYTHONPATH=. "$(scripts/environment test)/bin/python" scripts/bench_routing.py \\
-        [--modes hidden ridge:on_policy=true] [--json FILE] [--no-peer]
+        [--modes hidden ridge:on_policy=true] [--bodies average regmean:align=auto]
+        [--json FILE] [--no-peer]
 
 Every mode of the installed moemerge is merged as a process of its own, from sentences and from
 keywords, into the base model's body and into the average of the experts', and so are mergekit's
@@ -17,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import shutil
 import signal
 import statistics
@@ -45,6 +47,8 @@ CONFIGS = ROOT / "examples/configs"
 OTHER = "other"
 UNIFORM = "uniform average of all experts"
 BODIES = ("base", "average")
+ALIKE = ("base", "average")
+"""The bodies that are the same whatever the prompts; a fitted one is kept of every merge."""
 PEER_MODES = {"random": False, "cheap_embed": True, "hidden": True}  # whether prompts matter
 VARIANTS = {"ridge": ("ridge:on_policy=true",)}  # of a mode, measured beside it
 NOTES = """
@@ -66,6 +70,13 @@ class Variant:
     body: str
     prompts: str
     peer: bool = False
+
+    @property
+    def whole(self) -> str:
+        """The name of the directory with a whole mixture of this body."""
+        if self.body in ALIKE:
+            return self.body
+        return re.sub(r"\W+", "-", f"{self.body} {self.label} {self.prompts}")
 
 
 @dataclass(frozen=True)
@@ -164,6 +175,8 @@ def parsed() -> argparse.Namespace:
     modes = [spec for mode in gates.for_merges() for spec in (mode, *VARIANTS.get(mode, ()))]
     add("--modes", nargs="*", default=modes, metavar="MODE[:KEY=VALUE,...]",
         help="gate modes, with the fields of a config's gate (default: %(default)s)")  # fmt: skip
+    add("--bodies", nargs="*", default=BODIES, metavar="BODY[:KEY=VALUE]",
+        help="bodies, with further keys of the config (default: %(default)s)")  # fmt: skip
     add("--passages", type=int, metavar="N", help="only N of each file, for a quick look")
     add("--runs", type=int, default=2, help="of each merge; the fastest counts (default: 2)")
     add("--no-peer", action="store_true", help="leave mergekit out, and with it what is closed")
@@ -261,8 +274,8 @@ def run_merges(
             continue
         routers = work / f"routers-{len(done)}.safetensors"
         in_child(save_routers, out, routers)
-        if not variant.peer and not (work / variant.body).exists():
-            out.rename(work / variant.body)
+        if not variant.peer and not (work / variant.whole).exists():
+            out.rename(work / variant.whole)
         seconds = min(sample.wall for sample in samples)
         done.append(Merged(variant, routers, seconds, max(sample.peak for sample in samples)))
         print(f"merged: {name}: {seconds:.1f} s", flush=True)
@@ -277,7 +290,7 @@ def variants(
     for mode, uses_prompts in PEER_MODES.items() if peer else ():
         for prompts in prompted if uses_prompts else ["none"]:
             yield Variant(f"mergekit {mode}", mode, {}, "base", prompts, peer=True)
-    for body in BODIES:
+    for body in options.bodies:
         for spec in options.modes:
             mode, _, rest = spec.partition(":")
             settings = yaml.safe_load(f"{{{rest.replace('=', ': ')}}}")
@@ -300,10 +313,12 @@ def with_gate(config: MergeConfig, variant: Variant) -> MergeConfig:
     if variant.mode not in gates.names():
         raise LookupError(f"this moemerge has no gate mode {variant.mode!r}")
     known = {f.name for f in dataclasses.fields(config)}
+    body, _, more = variant.body.partition(":")
     changes: dict[str, Any] = {
         "gate_mode": variant.mode,
         "gate": variant.settings,
-        "body": variant.body,
+        "body": body,
+        **dict(pair.split("=") for pair in filter(None, more.split(","))),
     }
     for name in changes.keys() - known:
         if changes.pop(name) not in ({}, "base"):
@@ -350,15 +365,14 @@ def evaluate(
     texts = load_texts(files, work / "dense/base", most)
     for label, body, losses in read_dense(work / "dense", domains, texts):
         yield Row(label, body, "", losses)
-    for body in BODIES:
-        if not (work / body).exists():  # moemerge made none
-            continue
-        mixture = Mixture(work / body, texts)
-        yield Row(UNIFORM, body, "", mixture.read_uniform())
+    for whole in dict.fromkeys(m.variant.whole for m in merges if not m.variant.peer):
+        mixture = Mixture(work / whole, texts)
+        if whole in ALIKE:
+            yield Row(UNIFORM, whole, "", mixture.read_uniform())
         for m in merges:
-            if m.variant.body == body:
+            if m.variant.whole == whole:
                 losses, chosen = mixture.read(m.routers)
-                name = (m.variant.label, body, m.variant.prompts)
+                name = (m.variant.label, m.variant.body, m.variant.prompts)
                 yield Row(*name, losses, chosen, m.seconds, m.megabytes)
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moemerge.architectures import dense_shapes
-from moemerge.checkpoint import Donor
+from moemerge.checkpoint import Donor, Location
 from moemerge.dense import Body
 from moemerge.families import ATTENTION, DOWN, record_of
 from moemerge.fit.align import MOST_TOKENS, is_factored
-from moemerge.plan import Fill, PlannedTensor
+from moemerge.plan import ROUTERS, Fill, PlannedTensor, Read, Recipe, of_donor
 from moemerge.text import Prompt
 
 EVERY = 4
@@ -81,6 +81,24 @@ class Fit:
                     sizes = [(texts.tokens, inner), (hidden, texts.tokens)]
                 for one, size in zip(names, sizes, strict=True):
                     yield PlannedTensor(one, size, dtype, none)
+
+
+def as_written(
+    fit: Fit, donors: Sequence[Donor], places: Mapping[Recipe, Location]
+) -> tuple[Fit, dict[str, Location]]:
+    """The fit whose tensors are all whole, and where each lies in a finished mixture, of which
+    `places` has the tensors by their recipes.
+
+    Raises:
+        KeyError: the mixture does not have one as it was fitted.
+    """
+    found = {name: places[Read(ROUTERS, name)] for name in fit.matrices.values()}
+    whole: list[dict[str, _Factors]] = []
+    for number, donor in enumerate(fit.donors(donors)):
+        own = {name: (f"aligned.{number}.{name}",) for name in donor.aligned}
+        found |= {own[name][0]: places[of_donor(donor, name)] for name in own}
+        whole.append(dict(own))
+    return replace(fit, downs=tuple(whole)), found
 
 
 def matrices_of(body: Body) -> dict[str, str]:
