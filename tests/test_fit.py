@@ -13,8 +13,10 @@ from babies import make_adapter, make_model, write_config
 from kinds import make_kind
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from moemerge import InputError, Options, merge, regate, verify_checkpoint
+from moemerge.cli import app
 from moemerge.fit import passes, targets
 from moemerge.fit.align import correction
 from moemerge.fit.regmean import LAMBDA, regmean
@@ -246,3 +248,16 @@ def test_a_fit_needs_texts(tmp_path: Path, babies: dict[str, Path]) -> None:
     text += f"  - source_model: {babies['base']}\n" * 2
     with pytest.raises(InputError, match="body: regmean needs them"):
         merge(write_config(tmp_path / "c.yaml", text), tmp_path / "out")
+
+
+def test_the_fit_is_told(tmp_path: Path, babies: dict[str, Path]) -> None:
+    """At the end of the merge, in the card, and by `moemerge routing`."""
+    base, first, second = babies.values()
+    config = config_of(tmp_path, base, [first, second], "body: regmean\nalign: auto")
+    result = CliRunner().invoke(app, [str(config), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    shown = CliRunner().invoke(app, ["routing", str(tmp_path / "out")]).output
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    for line in ("from the experts' own on their texts", "loss on held-out texts", "drift: "):
+        assert all(line in " ".join(text.split()) for text in (result.output, shown, card))
+    assert "fitted to their texts (RegMean)" in card

@@ -12,16 +12,23 @@ import yaml
 from moemerge.card.slots import without_slots
 from moemerge.card.text import CardOptions, sections, sees
 from moemerge.prepare import Claims, Prepared, claims_of, split_own
-from moemerge.report import RoutingPicture, RoutingSummary
+from moemerge.report import FitSummary, RoutingPicture, RoutingSummary
 
 _HEAD = re.compile(r"\A---\n.*?^---$", re.DOTALL | re.MULTILINE)
 _SEAL = re.compile(r"(.*)<!-- moemerge:card ([0-9a-f]{16}) -->\n?", re.DOTALL)
 
 
-def render(ready: Prepared, routing: RoutingSummary, told: CardOptions, picture: str = "") -> str:
+def render(
+    ready: Prepared,
+    routing: RoutingSummary,
+    told: CardOptions,
+    picture: str = "",
+    fitted: FitSummary | None = None,
+) -> str:
     """The card's text, with its digest at the end.
 
-    `routing` is a summary of the routers (see `RoutingSummary`), `picture` the file that shows it.
+    `routing` is a summary of the routers (see `RoutingSummary`), `picture` the file that shows it,
+    and `fitted` what the fit of body and experts did.
     The card has no path of this disk, and nothing from a config or a source can be markup in it.
     """
     claims = {text: claims_of(c.directory) for text, c in ready.checkpoints.items()}
@@ -30,7 +37,7 @@ def render(ready: Prepared, routing: RoutingSummary, told: CardOptions, picture:
         _dumped({**_metadata(ready, claims), **keys}),
         own,
         f"#{'#' * bool(own)} A mixture of {len(ready.plan.experts)} experts",
-        *sections(ready, claims, routing, told, picture),
+        *sections(ready, claims, routing, told, picture, fitted or {}),
     ]
     return seal("\n\n".join(filter(None, parts)) + "\n\n")
 

@@ -24,7 +24,7 @@ from moemerge.output import (
     writing,
 )
 from moemerge.prepare import Prepared
-from moemerge.report import Evaluation, RoutingSummary, heat_map
+from moemerge.report import Evaluation, FitSummary, RoutingSummary, heat_map
 from moemerge.reporting import Reporter
 
 
@@ -35,6 +35,7 @@ def write(
     told: CardOptions,
     reporter: Reporter,
     ours: bool = True,
+    fitted: FitSummary | None = None,
 ) -> dict[str, FileEntry]:
     """Write the card and, if routing is known and matplotlib is installed, the picture.
 
@@ -46,7 +47,7 @@ def write(
     """
     with writing(change.out):
         drawn = _draw(change, ready, routing, reporter, ours)
-        text = card.render(ready, routing, told, PICTURE_FILE if drawn else "")
+        text = card.render(ready, routing, told, PICTURE_FILE if drawn else "", fitted)
         path = change.out / CARD_FILE
         if path.exists() and not card.is_untouched(path.read_bytes()):
             reporter.say(f"{path}: was edited since it was written, so it stays as it is")

@@ -23,7 +23,7 @@ from moemerge.config import PromptText
 from moemerge.gates import Prompts, verdict
 from moemerge.plan import Plan
 from moemerge.prepare import Claims, Prepared, caveats
-from moemerge.report import Collision, RoutingSummary
+from moemerge.report import Collision, FitSummary, RoutingSummary, fit_lines
 from moemerge.reporting import count, size
 from moemerge.split import Split
 from moemerge.text import find
@@ -77,12 +77,16 @@ def sections(
     routing: RoutingSummary,
     told: CardOptions,
     picture: str,
+    fitted: FitSummary,
 ) -> Iterator[str]:
     """The card's paragraphs, headings and tables, in markdown and in order; see `card.render`."""
     yield from _what(ready)
     yield from _experts(ready, told)
     yield from _running(ready)
     yield slot(ROUTING, block(_routing(ready, routing, told, picture)))
+    if lines := list(fit_lines(fitted)):
+        yield "## Fitted to texts"
+        yield "\n".join(f"- {shown(line, 300)}" for line in lines)
     yield slot(EVALUATION)
     yield from _limits(ready, routing)
     yield from sources(ready, claims)
@@ -94,9 +98,11 @@ def _what(ready: Prepared) -> Iterator[str]:
     plan, config = ready.plan, ready.config
     number = len(plan.experts)
     body = f"the base model's, {source(ready.base)}"
-    if config.body == "average":
+    if config.body != "base":
         weights = [expert.body_weight for expert in config.experts]
         body = "the average of the experts'"
+        if config.body == "regmean":
+            body += ", with attention's matrices fitted to their texts (RegMean)"
         body += f" (weights {', '.join(f'{w:g}' for w in weights)})" * (len(set(weights)) > 1)
     each = "is" if number == 1 else "are"
     pieces, always = config.segments, ready.target.mixture.shared

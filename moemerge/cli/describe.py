@@ -100,10 +100,12 @@ def experts_line(made: Any, ready: Any = None) -> str:
 
 
 def router_lines(merged: Any) -> Iterator[str]:
-    """How well the new routers route, as lines."""
+    """What a fit won, and how well the new routers route, as lines."""
     from moemerge.gates import modes, verdict
+    from moemerge.report import fit_lines
 
     plan = merged.plan
+    yield from fit_lines(merged.fitted)
     lines = list(verdict(merged.routing, plan.experts, plan.gate_mode))
     needs = modes.find(plan.gate_mode).NEEDS
     if lines:

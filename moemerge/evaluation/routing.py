@@ -22,12 +22,13 @@ from moemerge.evaluation.loss import (
 from moemerge.evaluation.sources import prepared, sources_of
 from moemerge.gates import Routed, check_device_is_here
 from moemerge.gates import statistics as routing_stats
-from moemerge.merging import run_gate
+from moemerge.merging import read_back, run_gate
 from moemerge.mixture import config_of, encoder_of, load_mixture, portions
 from moemerge.options import Options
 from moemerge.output import MANIFEST_FILE, Manifest, manifest_of
+from moemerge.plan import ROUTERS
 from moemerge.prepare import fetch
-from moemerge.report import RoutingReport, TextRouting
+from moemerge.report import RoutingReport, TextRouting, fit_lines
 from moemerge.reporting import Reporter, listener
 from moemerge.text import Encoder
 
@@ -80,13 +81,17 @@ def report(
         what, fix = f"{told}, so its prompts are not known", "name texts: --text"
         raise InputError([Problem(str(out), what, fix)])
     mode = manifest.plan.gate_mode if manifest else ""
-    return _assemble(out.name, routed, experts, per_token, measured, mode if not texts else "")
+    found = _assemble(out.name, routed, experts, per_token, measured, mode if not texts else "")
+    found["verdicts"] += fit_lines(manifest.fitted) if manifest else []
+    return found
 
 
 def _held_out(out: Path, manifest: Manifest, options: Options, reporter: Reporter) -> list[Routed]:
     """The config's prompts, each with routers that are made again without it."""
     ready = prepared(manifest, options, reporter, out)
-    made = run_gate(ready, fetch(ready, options, reporter), options, reporter)
+    sources = fetch(ready, options, reporter)
+    ready, sources[ROUTERS] = read_back(ready, manifest.plan, out)
+    made = run_gate(ready, sources, options, reporter)
     found = routing_stats.held_out(made, ready.encoder)
     if not found:
         mode = manifest.plan.gate_mode

@@ -31,11 +31,10 @@ _DOWN = f"mlp.{DOWN}"
 
 @dataclass(frozen=True)
 class FitReport:
-    """What a fit did. `drift` is, for each layer, the mean distance of the mixture's state from the
-    expert's own model's, as a share of its size: before and after alignment, on held-out texts or,
-    where there are none, on the texts of the fit. `losses` are, by expert, the losses on held-out
+    """What a fit did; see `report.FitSummary`. `losses` are, by expert, the losses on held-out
     texts without and with alignment, and whether it was kept."""
 
+    attention: list[tuple[float, float]] = field(default_factory=list)
     drift: list[tuple[float, float]] = field(default_factory=list)
     losses: list[tuple[float, float] | None] = field(default_factory=list)
     kept: list[bool] = field(default_factory=list)
@@ -109,6 +108,7 @@ class _Run:
         self.layers = lanes[0].layers if lanes else range(0)
         self.texts = sum(len(lane.passages) for lane in lanes)
         self.drift: list[tuple[float, float]] = []
+        self.attention: list[tuple[float, float]] = []
         self.memory: dict[str, torch.Tensor] = {}
 
     def layer(self, number: int, advance: Callable[[int], object]) -> None:
@@ -124,14 +124,19 @@ class _Run:
                 for count in lane.step(number, weights, None, seen):
                     advance(count)
             inputs.append(seen)
+        errors = []
         for name in names:
             module = name.removeprefix(prefix).removesuffix(".weight")
-            self._fit(name, [seen[module] for seen in inputs])
+            errors.append(self._fit(name, [seen[module] for seen in inputs]))
+        if size := sum(error[2] for error in errors):
+            before, after = (sum(error[at] for error in errors) for at in range(2))
+            self.attention.append(((before / size) ** 0.5, (after / size) ** 0.5))
         if self.mixed:
             self._mix(number, advance)
 
-    def _fit(self, name: str, inputs: list[dict[int, Any]]) -> None:
-        """Fit one matrix of the body."""
+    def _fit(self, name: str, inputs: list[dict[int, Any]]) -> tuple[float, float, float]:
+        """Fit one matrix of the body; returns the squared errors of the mean's and the fitted
+        matrix's outputs, and the squares of the own matrices' outputs."""
         import numpy as np
         import torch
 
@@ -153,7 +158,13 @@ class _Run:
                 made.append(x @ own.T)
                 shares.append(weight)
         assert mean is not None
-        self.computed.write(self.fit.matrices[name], regmean(mean, given, made, shares))
+        fitted = regmean(mean, given, made, shares)
+        self.computed.write(self.fit.matrices[name], fitted)
+        errors = [0.0, 0.0, 0.0]
+        for x, own in zip(given, made, strict=True):
+            for at, other in enumerate((x @ mean.T, x @ fitted.T, torch.zeros(()))):
+                errors[at] += float((own - other).square().sum())
+        return errors[0], errors[1], errors[2]
 
     def _mix(self, number: int, advance: Callable[[int], object]) -> None:
         """Run the mixture with each expert forced, and align its down projection."""
@@ -238,7 +249,7 @@ class _Run:
                     self.computed.write(names[0], self._plain(expert, name))
                 for one in names if len(names) > 1 else ():
                     self.computed.clear(one)
-        return FitReport(self.drift, losses, kept)
+        return FitReport(self.attention, self.drift, losses, kept)
 
     def _loss(self, group: _Group) -> float:
         """The mean loss of a group's texts, in nats a token."""

@@ -1,5 +1,6 @@
 """The whole merge, and new routers for a finished mixture."""
 
+from moemerge.merging.fitting import read_back
 from moemerge.merging.new_routers import regate
 from moemerge.merging.pipeline import MergeResult, merge
 from moemerge.merging.routers import run_gate, save
@@ -9,6 +10,7 @@ __all__ = [
     "MergeResult",
     "ShardLoop",
     "merge",
+    "read_back",
     "regate",
     "run_gate",
     "save",

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from moemerge.files import read_json, write_json
-from moemerge.fit import run_fit, with_written
+from moemerge.checkpoint import Location, read_header
+from moemerge.errors import InputError, Problem
+from moemerge.files import place_of, read_json, write_json
+from moemerge.fit import as_written, run_fit, with_written
 from moemerge.gates import modes
 from moemerge.merging.routers import task_of
 from moemerge.options import RunOptions
 from moemerge.output import State, writing
+from moemerge.plan import Join, Plan, Recipe
 from moemerge.prepare import Prepared, Tensors
 from moemerge.report import FitSummary, FittedExpert
 from moemerge.reporting import Reporter
@@ -66,7 +70,36 @@ def fit_report(ready: Prepared, path: Path) -> FitSummary:
             ready.plan.experts, found["kept"], found["losses"], strict=True
         )
     ]
-    return {"body": ready.config.body, "experts": experts, "drift": found["drift"]}
+    told = {key: found[key] for key in ("drift", "attention")}
+    return {"body": ready.config.body, "experts": experts, **told}  # type: ignore[typeddict-item]
+
+
+def read_back(ready: Prepared, plan: Plan, out: Path) -> tuple[Prepared, dict[str, Location]]:
+    """The merge of a finished mixture `out`, and where what was fitted lies in it.
+
+    Raises:
+        InputError: the mixture does not have it as it was fitted.
+    """
+    if ready.fit is None:
+        return ready, {}
+    places = dict[Recipe, Location]()
+    for shard in plan.shards[1:]:
+        header = read_header(place_of(out, shard.file))
+        for tensor in shard.tensors:
+            at, of = header[tensor.name], tensor.recipe
+            if isinstance(of, Join) and len(tensor.shape) == 3:
+                one = math.prod(tensor.shape[1:])
+                for number, part in enumerate(of.of):
+                    its = at.part(number * one, tensor.shape[1:])
+                    places |= {part: its} if its else {}
+            else:
+                places[of] = at
+    try:
+        fit, found = as_written(ready.fit, ready.donors, places)
+    except KeyError as error:
+        what = "its body was fitted, and is not in it as it was fitted"
+        raise InputError([Problem(str(out), what, "merge again")]) from error
+    return replace(ready, fit=fit), found
 
 
 def _report(path: Path) -> Path:

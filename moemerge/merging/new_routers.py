@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from pathlib import Path
 
 from moemerge import output
 from moemerge.card import CardOptions
 from moemerge.card import files as card_files
-from moemerge.checkpoint import Location, read_header
+from moemerge.checkpoint import read_header
 from moemerge.config import MergeConfig, as_config
 from moemerge.errors import InputError, Problem
-from moemerge.files import place_of
-from moemerge.fit import Fit, as_written
+from moemerge.merging.fitting import read_back
 from moemerge.merging.pipeline import MergeResult
 from moemerge.merging.routers import make_routers, report_of
 from moemerge.options import Options, PublishOptions
@@ -29,7 +27,7 @@ from moemerge.output import (
     open_manifest,
     write_shard,
 )
-from moemerge.plan import ROUTERS, Join, Plan, Recipe
+from moemerge.plan import ROUTERS, Plan
 from moemerge.prepare import Prepared, fetch, prepare, transfer
 from moemerge.report import RoutingSummary
 from moemerge.reporting import Reporter, listener
@@ -111,9 +109,7 @@ def _replace(
             state.start(plan.run_digest, manifest.files)
     sources = fetch(ready, options, reporter)
     if not state.routers.exists():
-        fit, there = _fit_of(ready, manifest, out)
-        sources[ROUTERS] = there
-        fitted = dataclasses.replace(ready, fit=fit)
+        fitted, sources[ROUTERS] = read_back(ready, manifest.plan, out)
         make_routers(fitted, sources, options, reporter, state.routers)
     sources[ROUTERS] = read_header(state.routers)
     how, first = How(options.threads, options.past_the_cache, options.checksums), plan.shards[0]
@@ -122,7 +118,7 @@ def _replace(
     report = report_of(state.routers)
     told = _told(ready, options, manifest)
     ours = output.PICTURE_FILE in manifest.files
-    picture = card_files.write(change, ready, report, told, reporter, ours)
+    picture = card_files.write(change, ready, report, told, reporter, ours, manifest.fitted)
     own: dict[str, FileEntry] = {name: {} for name in output.OWN_FILES}
     files = {**manifest.files, first.file: entry}
     for name in [name for name in files if name.startswith(f"{output.BEFORE_TUNING}/")]:
@@ -134,35 +130,6 @@ def _replace(
     fits = manifest.fitted
     change.finish(Manifest(text, plan, files, report, ready.folder, card=said, fitted=fits))
     return report
-
-
-def _fit_of(
-    ready: Prepared, manifest: Manifest, out: Path
-) -> tuple[Fit | None, dict[str, Location]]:
-    """The fit of the mixture, and where what was fitted lies in it.
-
-    Raises:
-        InputError: the mixture does not have it as it was fitted.
-    """
-    if ready.fit is None:
-        return None, {}
-    places = dict[Recipe, Location]()
-    for shard in manifest.plan.shards[1:]:
-        header = read_header(place_of(out, shard.file))
-        for tensor in shard.tensors:
-            at, of = header[tensor.name], tensor.recipe
-            if isinstance(of, Join) and len(tensor.shape) == 3:
-                one = math.prod(tensor.shape[1:])
-                for number, part in enumerate(of.of):
-                    its = at.part(number * one, tensor.shape[1:])
-                    places |= {part: its} if its else {}
-            else:
-                places[of] = at
-    try:
-        return as_written(ready.fit, ready.donors, places)
-    except KeyError as error:
-        what = "its body was fitted, and is not in it as it was fitted"
-        raise InputError([Problem(str(out), what, "merge again")]) from error
 
 
 def _told(ready: Prepared, options: PublishOptions, manifest: Manifest) -> CardOptions:

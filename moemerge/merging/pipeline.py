@@ -6,7 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from moemerge import output, publish
@@ -30,7 +30,7 @@ from moemerge.output import (
 )
 from moemerge.plan import ROUTERS, Plan, Shard, recipe
 from moemerge.prepare import Prepared, Tensors, Transfer, check_cache_room, fetch, prepare, transfer
-from moemerge.report import RoutingSummary
+from moemerge.report import FitSummary, RoutingSummary
 from moemerge.reporting import Reporter, listener
 
 
@@ -41,8 +41,9 @@ class MergeResult:
     `written` is the bytes of shards that this run wrote. If several runs share the work, `missing`
     counts the shards that other runs still have to finish; the model is complete when it is 0.
     `routing` is the routers' report on held-out prompts (see `routing_stats.summary`), empty if the
-    gate mode has none. `transfer` is the data that came from the Hub. `address` is the address of
-    the pushed repository, empty if nothing was pushed.
+    gate mode has none, and `fitted` that of the fit of body and experts. `transfer` is the data
+    that came from the Hub. `address` is the address of the pushed repository, empty if nothing was
+    pushed.
     """
 
     plan: Plan
@@ -54,6 +55,7 @@ class MergeResult:
     routing: RoutingSummary
     transfer: Transfer
     address: str = ""
+    fitted: FitSummary = field(default_factory=lambda: FitSummary())
 
 
 def merge(
@@ -125,13 +127,14 @@ class _Merge:
                     else:
                         self._finish(sources, change)
         seconds = time.monotonic() - begun
-        routing = {} if missing else output.read_manifest(self.out).routing
+        done = None if missing else output.read_manifest(self.out)
         hub, notes = transfer(self.ready, self.options), self.ready.notes
         if options.push and not self.shipment:
             self._push()
         return MergeResult(
-            self.plan, self.out, notes, seconds, written, missing, routing, hub, self.address
-        )
+            self.plan, self.out, notes, seconds, written, missing,
+            done.routing if done else {}, hub, self.address, done.fitted if done else {},
+        )  # fmt: skip
 
     def _push(self) -> None:
         repo, private = self.options.push, self.options.private
@@ -216,12 +219,12 @@ class _Merge:
             files[name] = change.entry(name)
         report = report_of(self.state.routers)
         told = CardOptions(ready.own_card, self.options.card_config is not False)
-        picture = card_files.write(change, ready, report, told, self.reporter)
+        fitted = fit_report(ready, self.state.fitted)
+        picture = card_files.write(change, ready, report, told, self.reporter, fitted=fitted)
         if self.options.verify and not self.shipment:
             verify_shards(plan, out, sources)
         files |= {**picture, **{name: {} for name in output.OWN_FILES}}
         text, said = ready.config.as_yaml(), vars(told)
-        fitted = fit_report(ready, self.state.fitted)
         manifest = Manifest(text, plan, files, report, ready.folder, card=said, fitted=fitted)
         if self.shipment:
             self.address = self.shipment.finish(manifest, change)

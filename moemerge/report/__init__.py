@@ -13,6 +13,7 @@ from moemerge.report.data import (
     RoutingSummary,
     TextRouting,
 )
+from moemerge.report.fitted import fit_lines
 from moemerge.report.page import render
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "RoutingReport",
     "RoutingSummary",
     "TextRouting",
+    "fit_lines",
     "heat_map",
     "page",
     "render",

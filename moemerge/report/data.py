@@ -68,12 +68,15 @@ class FittedExpert(TypedDict):
 class FitSummary(TypedDict, total=False):
     """What the fit of body and experts did; empty without a fit.
 
-    `drift` is, for each layer, the mean distance of the mixture's state from that of the expert's
-    own model, as a share of its size, on held-out texts without and with alignment.
+    `attention` is, for each layer, how far the outputs of attention's matrices are from the
+    experts' own, as a share of their size, on the texts of the fit: with the mean and with the
+    fitted ones. `drift` is, for each layer, the mean distance of the mixture's state from that of
+    the expert's own model, as a share of its size, on held-out texts without and with alignment.
     """
 
     body: str
     experts: list[FittedExpert]
+    attention: list[tuple[float, float]]
     drift: list[tuple[float, float]]
 
 
