@@ -39,6 +39,10 @@ def plan_lines(ready: Any, options: Options) -> Iterator[str]:
             f"{head.name} ({size(head.nbytes)}) is a copy of the tied embeddings, for the programs "
             "that look for it in the files"
         )
+    if fit := ready.fit:
+        aligned = f", {sum(map(bool, fit.downs))} experts aligned" * fit.aligns
+        beside = size(fit.nbytes(ready.body, made.dtype))
+        yield f"fitted: {len(fit.matrices)} matrices of the body{aligned}; {beside} of disk for it"
     yield f"about {size(expected_peak(ready, options))} of memory at the peak"
     hub = transfer(ready, options)
     if hub.files or hub.cached:

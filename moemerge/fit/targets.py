@@ -55,6 +55,10 @@ class Fit:
         """Whether an expert is aligned."""
         return any(self.downs)
 
+    def nbytes(self, body: Body, dtype: str) -> int:
+        """The bytes of the computed checkpoint, which is beside the output until that is whole."""
+        return sum(tensor.nbytes for tensor in self.tensors(body, dtype))
+
     def body(self, of: Body) -> Body:
         """The body with its fitted matrices."""
         return replace(of, fitted=self.matrices)

@@ -47,8 +47,12 @@ def check(
     sources: Iterable[Path],
     options: Options,
     findings: Findings,
+    beside: int = 0,
 ) -> None:
-    """Record every reason not to write the plan's files and the `carried` files to `out`."""
+    """Record every reason not to write the plan's files and the `carried` files to `out`.
+
+    `beside` is how many bytes the merge writes there for itself, until it ends.
+    """
     refusal = _unusable(out, sources) or _in_use(out, bool(options.shards))
     if refusal:
         findings.problem(str(shown(out)), *refusal)
@@ -60,7 +64,7 @@ def check(
     refusals = (
         occupied,
         None if writable else (f"{parent} cannot be written", "name a directory of your own"),
-        _too_large(out, nbytes_at_once(plan, options)),
+        _too_large(out, nbytes_at_once(plan, options) + beside),
     )
     for refusal in filter(None, refusals):
         findings.problem(str(shown(out)), *refusal)

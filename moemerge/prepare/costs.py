@@ -120,6 +120,11 @@ def _reads(ready: Prepared, options: RunOptions) -> Iterator[tuple[Read, int]]:
                     times.update(recipe.reads(recipe.of_donor(donor, name)))
             else:
                 times.update(recipe.reads(ready.body.recipe(name)))
+    if needs.own_passes:
+        for donor in ready.donors:  # once for its own model, once for the fit
+            for name in layers:
+                for read in recipe.reads(recipe.of_donor(donor, name)):
+                    times[read] += 2
     if needs.expert_models:
         for donor in ready.donors:
             for name in donor.model.tensors:
@@ -158,8 +163,23 @@ def expected_peak(ready: Prepared, options: Options) -> int:
     prompts = [prompt for expert in ready.prompts for prompt in expert.own + expert.negative]
     tokens = min(sum(len(prompt.ids) for prompt in prompts), batching.BATCH_TOKENS)
     wide = 3 * config["intermediate_size"] + 8 * config["hidden_size"]
-    running = held + 4 * tokens * wide + _slicing(ready)
+    running = held + 4 * tokens * wide + _slicing(ready) + _fitting(ready, layer)
     return WITH_TRANSFORMERS + int(max(running, buffers))
+
+
+def _fitting(ready: Prepared, layer: int) -> int:
+    """Bytes of memory of a fit: a layer's attention in float32 several times, and the texts' states
+    and inputs of every expert's model and of the mixture."""
+    if ready.fit is None:
+        return 0
+    config = ready.base.model.config
+    tokens = sum(
+        len(prompt.ids)
+        for texts in ready.fit.texts
+        for prompt in (*texts.body, *texts.aligned, *texts.held)
+    )
+    wide = 4 * config["hidden_size"] + config["intermediate_size"]
+    return int(3 * layer + 4 * tokens * wide)
 
 
 def _slicing(ready: Prepared) -> int:

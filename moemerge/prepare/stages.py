@@ -219,7 +219,8 @@ class _Preparation:
         copied = options.copy_tokenizer and not self.file
         carried = () if self.file else output.carried_files(vocabulary, copied)
         output.check_carried(vocabulary, carried, base.where, findings)
-        self._check_output(self.out, plan, carried)
+        beside = fit.nbytes(body, plan.dtype) if fit else 0
+        self._check_output(self.out, plan, carried, beside)
         findings.refuse()
         return Prepared(
             **vars(chosen),
@@ -357,8 +358,10 @@ class _Preparation:
                 "all experts are the same model: useful only if you train the result"
             )
 
-    def _check_output(self, out: Path | None, plan: Plan | None, carried: tuple[Path, ...]) -> None:
+    def _check_output(
+        self, out: Path | None, plan: Plan | None, carried: tuple[Path, ...], beside: int = 0
+    ) -> None:
         if out is None:
             return
         directories = [opened.place for opened in self.opener.opened.values()]
-        output.check(out, plan, carried, directories, self.options, self.findings)
+        output.check(out, plan, carried, directories, self.options, self.findings, beside)
