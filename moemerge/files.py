@@ -13,6 +13,9 @@ CONFIG_FILE = "config.json"
 WEIGHTS_SUFFIX = ".safetensors"
 """The suffixes of the weight files that are written here."""
 
+STATISTICS_FILE = "statistics/router-inputs.safetensors"
+"""The router inputs that a merge keeps; programs do not read weights from a folder within."""
+
 PART_SUFFIX = ".part"
 
 GGUF_SUFFIX = ".gguf"

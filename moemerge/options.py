@@ -82,7 +82,8 @@ class WriteOptions:
     `0/8`. `ray` is the address of a cluster; `local` starts one on this machine. `type` is the kind
     of a GGUF file, such as q4_k_m; without it, tensors stay as they are in the sources. With
     `exact`, a GGUF file is made only if all its bytes beside the routers can be copied. `imatrix`
-    is a file of llama-imatrix, by which values are weighed when they are quantised.
+    is a file of llama-imatrix, by which values are weighed when they are quantised. `statistics`
+    keeps the routers' inputs, so that an expert can be added without the others' texts.
     """
 
     shard_size: str = "5GB"
@@ -97,6 +98,7 @@ class WriteOptions:
     type: str = ""
     exact: bool = False
     imatrix: str | Path = ""
+    statistics: bool = False
 
     def problems(self) -> Iterator[Problem]:
         """Values that no files can be written with: (option, what is wrong, the fix)."""

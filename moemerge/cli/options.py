@@ -117,6 +117,13 @@ OPTIONS = {
         help="For OUT.gguf, an importance matrix: a GGUF file that llama-imatrix wrote. The kinds "
         "of fewer than three bits need one.",
     ),
+    "statistics": _option(
+        bool,
+        False,
+        "--statistics",
+        help="Keep the router inputs of the prompts in OUT, so that `moemerge add` can solve the "
+        "routers anew without these prompts. They are not pushed.",
+    ),
     "shards": _option(
         str,
         "",

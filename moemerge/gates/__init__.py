@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from moemerge.gates import load_balance, modes, setup, statistics
+from moemerge.gates.kept import Keeper, kept_in, texts_in, with_expert
 from moemerge.gates.needs import Needs, Prompts
 from moemerge.gates.prompts import ExpertPrompts
 from moemerge.gates.setup import Gate, check_device_is_here, planned_texts
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ExpertPrompts",
     "Gate",
+    "Keeper",
     "Matrix",
     "Needs",
     "Prompts",
@@ -22,10 +24,13 @@ __all__ = [
     "Routers",
     "Task",
     "check_device_is_here",
+    "kept_in",
     "load_balance",
     "modes",
     "planned_texts",
     "setup",
     "statistics",
+    "texts_in",
     "verdict",
+    "with_expert",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moemerge.dense import Passage, router_inputs
@@ -144,14 +144,32 @@ def ridge(
     Raises:
         RunError: `lambda_` is too small to solve the equations in float64.
     """
+
+    def layers() -> Iterator[list[Matrix]]:
+        for layer in inputs_of(task, examples, on_policy):
+            if task.keep:
+                task.keep(examples, layer)
+            yield layer
+
+    return solved(layers(), examples, task.shape[0], lambda_, kappa)
+
+
+def solved(
+    layers: Iterable[Sequence[Matrix]],
+    examples: Sequence[Example],
+    experts: int,
+    lambda_: float | None,
+    kappa: float,
+) -> Routers:
+    """The routers of `ridge` from the router inputs (T, D) of each example, layer by layer."""
     import numpy as np
 
     left = [n for n, example in enumerate(examples) if _may_leave(example, examples)]
     matrices: list[Matrix] = []
     held_out = []
-    for layer in inputs_of(task, examples, on_policy):
+    for layer in layers:
         try:
-            rows, without = _ridge(layer, examples, task.shape[0], lambda_, left)
+            rows, without = _ridge(layer, examples, experts, lambda_, left)
         except np.linalg.LinAlgError as error:
             raise RunError(
                 f"gate.lambda: is too small in layer {len(matrices)} ({error}); write a larger "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,8 @@ class Task:
 
     `donors` are the experts; with a split, they are its slices, and `cutter` computes them.
     `encoder` is None if the mode uses no prompts. `settings` are the mode's options. `written` is
-    what each expert wrote already.
+    what each expert wrote already. `keep` gets the router inputs of each layer that a ridge fit
+    sees.
     """
 
     names: Sequence[str]
@@ -42,6 +43,7 @@ class Task:
     reporter: Reporter
     cutter: Cutter | None = None
     written: Sequence[Sequence[Prompt]] = ()
+    keep: Callable[[Sequence[Example], Sequence[Matrix]], None] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from moemerge.card import files as card_files
 from moemerge.checkpoint import read_header
 from moemerge.config import MergeConfig, as_config
 from moemerge.errors import InputError, Line, MoemergeError, RunError
-from moemerge.files import folder_of
+from moemerge.files import STATISTICS_FILE, folder_of
 from moemerge.merging.fitting import fit_report, make_fit, written_texts
 from moemerge.merging.routers import make_routers, report_of
 from moemerge.merging.shard_loop import ShardLoop
@@ -198,7 +199,8 @@ class _Merge:
             if not self.state.routers.exists():
                 given = self.ready, sources, self.options, self.reporter
                 written = written_texts(*given, self.state)
-                make_routers(*given, self.state.routers, written)
+                kept = self.state.kept if self.options.statistics else None
+                make_routers(*given, self.state.routers, written, kept)
         sources[ROUTERS] = {**sources.get(ROUTERS, {}), **read_header(self.state.routers)}
 
     def _only_reads(self, shards: list[Shard]) -> bool:
@@ -221,6 +223,10 @@ class _Merge:
         told = CardOptions(ready.own_card, self.options.card_config is not False)
         fitted = fit_report(ready, self.state.fitted)
         picture = card_files.write(change, ready, report, told, self.reporter, fitted=fitted)
+        if self.state.kept.exists():
+            with output.writing(out):
+                shutil.copyfile(self.state.kept, change.path(STATISTICS_FILE))
+            files[STATISTICS_FILE] = change.entry(STATISTICS_FILE)
         if self.options.verify and not self.shipment:
             verify_shards(plan, out, sources)
         files |= {**picture, **{name: {} for name in output.OWN_FILES}}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from moemerge.checkpoint import numpy_dtype
 from moemerge.errors import RunError
 from moemerge.files import PART_SUFFIX, read_json
-from moemerge.gates import Routers, Task
+from moemerge.gates import Keeper, Routers, Task
 from moemerge.gates import load_balance as selection
 from moemerge.gates import statistics as routing_stats
 from moemerge.options import RunOptions
@@ -65,16 +65,23 @@ def make_routers(
     reporter: Reporter,
     path: Path,
     written: Sequence[Sequence[Prompt]] = (),
+    kept: Path | None = None,
 ) -> None:
     """Run the gate mode, and save its routers and their report on held-out prompts at `path`.
 
     For a split, the orders of neurons are saved there too. `written` is what experts wrote already.
+    The router inputs of a ridge fit are written to `kept`, if it is given.
 
     Raises:
         RunError: a router's rows are all equal, or a router is not finite.
         WriteError: `path` cannot be written.
     """
-    task = replace(task_of(ready, sources, options, reporter), written=written)
+    given, keeper = task_of(ready, sources, options, reporter), None
+    if kept:
+        settings = {key: getattr(ready.gate.settings, key, None) for key in ("lambda_", "kappa")}
+        hidden = int(ready.body.config["hidden_size"])
+        keeper = Keeper(kept, len(given.names), hidden, settings)
+    task = replace(given, written=written, keep=keeper)
     made, gates = _apart(ready, ready.gate.routers(task))
     routed = routing_stats.held_out(made, ready.encoder)
     names, per_token = ready.plan.experts, ready.plan.experts_per_token

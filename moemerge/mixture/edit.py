@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moemerge.architectures import MLP, find, name_of
 from moemerge.checkpoint import FLOATS, Donor, Location, Opener
 from moemerge.config import Expert, MergeConfig, parse_config
+from moemerge.dense import Body
 from moemerge.errors import Findings, InputError, Line, flag, no_effect
 from moemerge.families import DOWN, UP
+from moemerge.gates import kept_in, texts_in, with_expert
 from moemerge.mixture.edited_plan import Edit
 from moemerge.mixture.open import Moe, open_moe
 from moemerge.mixture.parts import Part
@@ -25,9 +28,13 @@ from moemerge.mixture.runnable import (
 )
 from moemerge.options import Options, RunOptions
 from moemerge.output import changed_sources, held
-from moemerge.plan import Cut, Fill, Join, Mean, Recipe, recipe
+from moemerge.plan import ROUTERS, Cut, Fill, Join, Mean, Read, Recipe, Sources, recipe
 from moemerge.prepare import compare, no_host
 from moemerge.reporting import Reporter, Silent, listener
+from moemerge.text import PIECE_TOKENS, Prompt
+
+if TYPE_CHECKING:
+    from moemerge.gates import Matrix
 
 _NUMBERS = ("F64", *FLOATS.values())
 
@@ -154,12 +161,15 @@ def add(
     options: Options | None = None,
     reporter: Reporter | None = None,
     progress: bool = False,
+    text: str = "",
 ) -> EditResult:
     """The mixture with the MLPs of one more dense model, `model` or `model+adapter`, as its last
     expert.
 
     The routers' rows stay, and one is appended that is their mean: it is never a token's first
-    choice. Where `old` has a manifest, `regate` then fits them all.
+    choice. Where `old` has a manifest, `regate` then fits them all. With `text`, a file of the new
+    expert's text, and what `old` was merged with (`--statistics`), all rows are solved anew at
+    once; the body stays as it is.
 
     Raises:
         InputError: `old` is no mixture that is known, or the model's MLPs do not fit it.
@@ -182,12 +192,23 @@ def add(
         findings.problem("SOURCE", what, fix)
     elif donor and not findings.problems:
         _check_donor(moe, donor, options, findings)
+    kept, texts = None, tuple[Prompt, ...]()
+    if text:
+        directory = moe.checkpoint.directory
+        layers, hidden = moe.dense["num_hidden_layers"], moe.dense["hidden_size"]
+        kept = kept_in(directory, moe.text, layers, hidden, findings)
+        limit = moe.dense.get("max_position_embeddings") or PIECE_TOKENS
+        texts = texts_in(text, directory, limit, findings)
+        if moe.segments > 1 or moe.factor:
+            what = "has segments or slices, whose rows are not solved anew"
+            findings.problem(moe.text, what, "leave out --text")
     if moe.manifest:
         opened = {reference.text: one for reference, one in opener.opened.items()}
         findings.problems += changed_sources(moe.manifest.plan, opened, Path(moe.text))
     findings.refuse()
     assert donor is not None
-    parts = [_with_mean_row(part, moe.experts) if part.made else part for part in moe.parts]
+    extend = _solved if text else _with_mean_row
+    parts = [extend(part, moe.experts) if part.made else part for part in moe.parts]
     for part in moe.parts:
         if part.expert == 0:
             dense = f"{part.layer}mlp.{MLP[part.which]}.weight"
@@ -197,12 +218,24 @@ def add(
     experts = (*moe.names, donor.name if moe.manifest else f"expert {moe.experts}")
 
     def with_it(merge: MergeConfig) -> MergeConfig:
-        return replace(merge, experts=(*merge.experts, Expert(str(source), name=donor.name)))
+        new = Expert(str(source), name=donor.name, calibration=text or None)
+        return replace(merge, experts=(*merge.experts, new))
 
     story = f"{Path(moe.text).name} with {donor.name} as one more expert."
     config = config_of(moe, moe.experts + 1, moe.per_token)
     said = retold(moe, with_it)
     edit = Edit(moe, parts, config, experts, moe.per_token, story, (donor,), said)
+    if kept:
+
+        def routers(sources: Sources) -> dict[str, Matrix]:
+            of_mixture = replace(moe.checkpoint, config=moe.dense)
+            base, family = Donor("MOE", Path(moe.text).name, of_mixture), name_of(moe.family)
+            body = Body(base, sees=find(family).READING.sees) if family else Body(base)
+            made = with_expert(kept, body, donor, texts, sources, options, reporter)
+            names = [part.name for part in parts if part.made == "router"]
+            return dict(zip(names, made, strict=True))
+
+        edit = replace(edit, routers=routers)
     return build(edit, Path(out), options, reporter, findings)
 
 
@@ -310,6 +343,12 @@ def _rows(part: Part, spans: Iterable[tuple[int, int]]) -> Part:
     count = sum(one.stop - one.start for one in chosen)
     made: Recipe = chosen[0] if len(chosen) == 1 else Join(tuple(chosen))
     return replace(part, shape=(count, *part.shape[1:]), recipe=made)
+
+
+def _solved(part: Part, experts: int) -> Part:
+    """A router that is solved anew, with one more row."""
+    shape = (experts + 1, *part.shape[1:])
+    return replace(part, shape=shape, recipe=Read(ROUTERS, part.name))
 
 
 def _with_mean_row(part: Part, experts: int) -> Part:

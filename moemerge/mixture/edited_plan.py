@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moemerge.architectures import as_file, in_files, name_of
 from moemerge.checkpoint import Checkpoint, Donor
@@ -25,11 +25,15 @@ from moemerge.plan import (
     Renew,
     Scale,
     Shard,
+    Sources,
     cut,
     recipe,
     shards_of,
 )
 from moemerge.prepare import source_of
+
+if TYPE_CHECKING:
+    from moemerge.gates import Matrix
 
 _GIVEN = "given"
 """The gate mode of a mixture whose routers are those that it came with."""
@@ -41,6 +45,7 @@ class Edit:
 
     `donors` are the dense models that it adds, `story` is the line of its card, and `text` the YAML
     config of a merge that would give it (empty if not known). `same_model` keeps the old card.
+    `routers` computes the tensors that parts read from `ROUTERS`.
     """
 
     moe: Moe
@@ -52,6 +57,7 @@ class Edit:
     donors: tuple[Donor, ...] = ()
     text: str = ""
     same_model: bool = False
+    routers: Callable[[Sources], dict[str, Matrix]] | None = None
 
 
 def plan_of(edit: Edit, options: WriteOptions) -> tuple[Plan, tuple[Shard, ...]]:

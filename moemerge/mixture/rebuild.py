@@ -9,17 +9,19 @@ would have written it, so `regate` works on the result.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moemerge import output
 from moemerge.architectures import as_file
 from moemerge.card import files as card_files
 from moemerge.card import without_evaluation
-from moemerge.checkpoint import Donor, Location, check_unchanged, fetch
+from moemerge.checkpoint import Donor, Location, check_unchanged, fetch, read_header
 from moemerge.errors import Findings
 from moemerge.files import CONFIG_FILE, PART_SUFFIX, place_of
+from moemerge.merging import save
 from moemerge.mixture.edited_plan import Edit, checkpoints_of, plan_of
 from moemerge.options import Options, RunOptions
 from moemerge.output import (
@@ -37,13 +39,12 @@ from moemerge.output import (
     verify_shards,
     write_shard,
 )
-from moemerge.plan import (
-    Plan,
-    Shard,
-    recipe,
-)
+from moemerge.plan import ROUTERS, Plan, Shard, Sources, recipe
 from moemerge.reporting import Reporter
 from moemerge.text import Vocabulary
+
+if TYPE_CHECKING:
+    from moemerge.gates import Matrix
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def build(
     with held(out) as change:
         output.begin(out, plan, output.file_names(plan, carried), options)
         sources = _sources(edit, shards, options, reporter)
+        if edit.routers:
+            sources[ROUTERS] = _computed(edit.routers, shards, sources, State(out).routers)
         entries, copied = _write(edit, plan, shards, sources, out, options, reporter)
         if options.verify:
             verify_shards(replace(plan, shards=shards), out, sources)
@@ -102,12 +105,28 @@ def _sources(
     for shard in shards:
         for read in (read for t in shard.tensors for read in recipe.reads(t.recipe)):
             needed.setdefault(read.source, set()).add(read.tensor)
+    for opened in checkpoints_of(edit) if edit.routers else ():  # the models run
+        needed.setdefault(opened.reference.text, set()).update(opened.tensors)
     found = {}
     for opened in checkpoints_of(edit):
         text = opened.reference.text
         names = needed.get(text, ())
         found[text] = fetch(opened, names, options.cache_dir, reporter, options.stream).tensors
     return found
+
+
+def _computed(
+    made_by: Callable[[Sources], dict[str, Matrix]],
+    shards: Sequence[Shard],
+    sources: Sources,
+    path: Path,
+) -> dict[str, Location]:
+    """Compute the new routers, unless an earlier run did; returns where they lie."""
+    if not path.exists():
+        made = made_by(sources)
+        tensors = tuple(t for shard in shards for t in shard.tensors if t.name in made)
+        save(replace(shards[0], tensors=tensors), made, {}, path)
+    return read_header(path)
 
 
 def _write(

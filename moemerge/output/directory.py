@@ -19,6 +19,7 @@ from moemerge.errors import DiskFull, Findings, WriteError
 from moemerge.files import (
     CONFIG_FILE,
     GGUF_SUFFIX,
+    STATISTICS_FILE,
     WEIGHTS_SUFFIX,
     is_inside,
     place_of,
@@ -37,7 +38,8 @@ MODEL_SUFFIXES = (*weight_suffixes(), ".gguf", ".index.json")
 def file_names(plan: Plan, carried: Iterable[Path]) -> tuple[str, ...]:
     """Every file that a merge by this plan may write; the picture too, if routing is known."""
     shards = (shard.file for shard in plan.shards)
-    return (*shards, *(name.as_posix() for name in carried), PICTURE_FILE, *OWN_FILES)
+    others = (PICTURE_FILE, STATISTICS_FILE, *OWN_FILES)
+    return (*shards, *(name.as_posix() for name in carried), *others)
 
 
 def check(
@@ -119,8 +121,9 @@ def _foreign(out: Path, files: Iterable[str], overwrite: bool) -> _Refusal:
     ))  # fmt: skip
     clash = [n for n in strangers if n in set(files) or n.endswith(MODEL_SUFFIXES)]
     ours = _listed(out)
-    for path in (place_of(out, name) for name in files):
-        if path.parent != out and path.exists() and path.name not in ours:
+    for name in files:
+        path = place_of(out, name)
+        if path != out / name and path.exists() and name not in ours:
             return "is there, and moemerge did not write it", "name another file, or move it away"
     if there and not ours and not overwrite:
         return f"is not empty ({strangers[0]})", "name a new directory"

@@ -44,6 +44,11 @@ class State:
         return self.directory / f"fitted{WEIGHTS_SUFFIX}"
 
     @property
+    def kept(self) -> Path:
+        """The path of the router inputs that the output keeps, if it does."""
+        return self.directory / "router-inputs.safetensors"
+
+    @property
     def texts(self) -> Path:
         """The path of the texts that experts wrote."""
         return self.directory / "texts.json"

@@ -343,6 +343,8 @@ class _Preparation:
         if "seed" in given and not needs.seed and not noise:
             without = "without noise_scale or renew"
             idle("--seed", f": gate_mode: {mode} {without} draws nothing")
+        if self.options.statistics and not hasattr(chosen.gate.settings, "lambda_"):
+            idle("--statistics", f": gate_mode: {mode} fits nothing to router inputs")
         opened = self.opener.opened
         if "cache_dir" in given and all(reference.directory for reference in opened):
             idle("--cache-dir", ": no source is on the Hub")

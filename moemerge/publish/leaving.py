@@ -67,7 +67,7 @@ def leaving(manifest: Manifest, place: Callable[[str], Path]) -> dict[str, Conte
             digest = checksum([chunk_digest(memoryview(after))])
             files[name] = {"bytes": len(after), "xxh3": digest} if files[name] else {}
     told = dataclasses.replace(public, files=files).to_json()
-    for key in ("config", "routing", "card", "tuned"):
+    for key in ("config", "routing", "card", "tuned", "fitted"):
         if key in told:
             told[key] = _mapped(told[key], lambda text: _replaced(text, roots))
     content[MANIFEST_FILE] = as_json(told).encode()

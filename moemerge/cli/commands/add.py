@@ -24,9 +24,22 @@ def add(
     name: Annotated[
         str, typer.Option("--name", metavar="NAME", show_default=False, help="The expert's name.")
     ] = "",
+    text: Annotated[
+        str,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            show_default=False,
+            help="The expert's text. All router rows are solved anew, if MOE was merged with "
+            "--statistics.",
+        ),
+    ] = "",
 ) -> None:
     """Add an expert to a mixture; its router row is the mean of the others, so regate then."""
     from moemerge.mixture import add
 
-    terminal.result(edit_line(add(moe, source, out, name, options, terminal)))
+    terminal.result(edit_line(add(moe, source, out, name, options, terminal, text=text)))
+    if text:
+        terminal.result("all router rows were solved anew")
+        return
     terminal.result("the new router row is the mean of the others: `moemerge regate` fits them all")
