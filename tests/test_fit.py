@@ -19,7 +19,7 @@ from moemerge import InputError, Options, merge, regate, verify_checkpoint
 from moemerge.cli import app
 from moemerge.fit import passes, targets
 from moemerge.fit.align import correction
-from moemerge.fit.regmean import LAMBDA, regmean
+from moemerge.fit.regmean import LAMBDA, RegMean
 from moemerge.gates.modes import self as writing
 
 TEXTS = [
@@ -53,7 +53,9 @@ def test_regmean_is_its_formula(tokens: int) -> None:
     own = [torch.randn(7, 12, generator=drawn) for _ in range(2)]
     inputs = [torch.randn(tokens, 12, generator=drawn) * (n + 1) for n in range(2)]
     mean = sum(own) / 2
-    made = regmean(mean, inputs, [x @ w.T for x, w in zip(inputs, own, strict=True)], [0.5, 0.5])
+    lacking = [x @ (w - mean).T for x, w in zip(inputs, own, strict=True)]
+    made, before, after = RegMean(inputs, [0.5, 0.5]).fit(mean, lacking)
+    assert 0 < after < before
     grams = [x.T @ x for x in inputs]
     grams = [g / g.diagonal().mean() for g in grams]
     penalty = LAMBDA * sum(g.diagonal().mean() for g in grams) * torch.eye(12)

@@ -16,10 +16,10 @@ from moemerge.dense import Body, Lane, Passage
 from moemerge.families import DOWN, LAYER
 from moemerge.fit.align import correction
 from moemerge.fit.computed import Computed
-from moemerge.fit.regmean import regmean
+from moemerge.fit.regmean import RegMean
 from moemerge.fit.targets import Fit
 from moemerge.options import RunOptions
-from moemerge.plan import ROUTERS, Sources, arithmetic, recipe
+from moemerge.plan import ROUTERS, Recipe, Sources, arithmetic, recipe
 from moemerge.reporting import Reporter
 from moemerge.text import Prompt
 
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     import torch
 
 _DOWN = f"mlp.{DOWN}"
+_ALIKE = {"self_attn.k_proj": "self_attn.q_proj", "self_attn.v_proj": "self_attn.q_proj"}
+"""Modules that read the same input as another."""
+
+_SOME = 32
+"""So many tokens of an expert tell the size of its outputs."""
 
 
 @dataclass(frozen=True)
@@ -114,57 +119,76 @@ class _Run:
     def layer(self, number: int, advance: Callable[[int], object]) -> None:
         """Run all models through a layer, and compute what is fitted in it."""
         prefix = LAYER.format(layer=number)
-        names = [name for name in self.fit.matrices if name.startswith(prefix)]
-        modules = {name.removeprefix(prefix).removesuffix(".weight") for name in names}
+        groups: dict[str, list[str]] = {}
+        for name in self.fit.matrices:
+            if name.startswith(prefix):
+                module = name.removeprefix(prefix).removesuffix(".weight")
+                groups.setdefault(_ALIKE.get(module, module), []).append(name)
         inputs: list[dict[str, dict[int, Any]]] = []
         for lane in self.own:
-            seen: dict[str, dict[int, Any]] = {module: {} for module in modules}
+            seen: dict[str, dict[int, Any]] = {module: {} for module in groups}
             if lane:
                 weights = lane.load(number, None, self.memory)
                 for count in lane.step(number, weights, None, seen):
                     advance(count)
             inputs.append(seen)
-        errors = []
-        for name in names:
-            module = name.removeprefix(prefix).removesuffix(".weight")
-            errors.append(self._fit(name, [seen[module] for seen in inputs]))
-        if size := sum(error[2] for error in errors):
-            before, after = (sum(error[at] for error in errors) for at in range(2))
+        errors = [0.0, 0.0, 0.0]
+        for module, names in groups.items():
+            for at, error in enumerate(self._fit(names, [seen[module] for seen in inputs])):
+                errors[at] += error
+        if errors[2]:
+            before, after, size = errors
             self.attention.append(((before / size) ** 0.5, (after / size) ** 0.5))
         if self.mixed:
             self._mix(number, advance)
 
-    def _fit(self, name: str, inputs: list[dict[int, Any]]) -> tuple[float, float, float]:
-        """Fit one matrix of the body; returns the squared errors of the mean's and the fitted
-        matrix's outputs, and the squares of the own matrices' outputs."""
+    def _fit(self, names: list[str], inputs: list[dict[int, Any]]) -> tuple[float, float, float]:
+        """Fit the body's matrices that read these inputs; returns the squared errors of the mean's
+        and the fitted matrices' outputs, and about the squares of the own matrices' outputs."""
         import numpy as np
         import torch
 
-        weights = self.mean.weights
-        mean, given, made, shares = None, list[Any](), list[Any](), list[float]()
-        for donor, weight, seen, texts in zip(
-            self.donors, weights, inputs, self.fit.texts, strict=True
-        ):
-            if not weight:
-                continue
-            of = recipe.of_donor(donor, name)
-            shape = recipe.shape_of(of, self.sources)
-            own = arithmetic.load(name, shape, of, self.sources).float()
-            mean = weight * own if mean is None else mean + weight * own
+        given: dict[int, torch.Tensor] = {}
+        for expert, (seen, texts) in enumerate(zip(inputs, self.fit.texts, strict=True)):
             rows = [seen[at] for at in range(len(texts.body)) if at in seen]
-            if rows:
-                x = torch.from_numpy(np.concatenate(rows))
-                given.append(x)
-                made.append(x @ own.T)
-                shares.append(weight)
-        assert mean is not None
-        fitted = regmean(mean, given, made, shares)
-        self.computed.write(self.fit.matrices[name], fitted)
-        errors = [0.0, 0.0, 0.0]
-        for x, own in zip(given, made, strict=True):
-            for at, other in enumerate((x @ mean.T, x @ fitted.T, torch.zeros(()))):
-                errors[at] += float((own - other).square().sum())
-        return errors[0], errors[1], errors[2]
+            if rows and self.mean.weights[expert]:
+                given[expert] = torch.from_numpy(np.concatenate(rows))
+        if not given:
+            return self._mean_of(names)
+        solver = RegMean(list(given.values()), [self.mean.weights[expert] for expert in given])
+        before = after = size = 0.0
+        for name in names:
+            own = {
+                expert: self._load(name, recipe.of_donor(donor, name))
+                for expert, donor in enumerate(self.donors)
+                if self.mean.weights[expert]
+            }
+            mean = self._mean(own)
+            lacking = [x @ (own[expert].float() - mean).T for expert, x in given.items()]
+            fitted, was, left = solver.fit(mean, lacking)
+            self.computed.write(self.fit.matrices[name], fitted)
+            before, after = before + was, after + left
+            for (expert, x), scale in zip(given.items(), solver.scales, strict=True):
+                some = (scale * x[:: max(1, len(x) // _SOME)]) @ own[expert].float().T
+                size += float(some.square().mean()) * len(x) * some.shape[1]
+        return before, after, size
+
+    def _mean_of(self, names: list[str]) -> tuple[float, float, float]:
+        """Keep the mean of matrices that no text reaches."""
+        for name in names:
+            own = {
+                expert: self._load(name, recipe.of_donor(donor, name))
+                for expert, donor in enumerate(self.donors)
+                if self.mean.weights[expert]
+            }
+            self.computed.write(self.fit.matrices[name], self._mean(own))
+        return 0.0, 0.0, 0.0
+
+    def _mean(self, own: dict[int, torch.Tensor]) -> torch.Tensor:
+        return sum(self.mean.weights[expert] * one.float() for expert, one in own.items())  # type: ignore[return-value]
+
+    def _load(self, name: str, of: Recipe) -> torch.Tensor:
+        return arithmetic.load(name, recipe.shape_of(of, self.sources), of, self.sources)
 
     def _mix(self, number: int, advance: Callable[[int], object]) -> None:
         """Run the mixture with each expert forced, and align its down projection."""
@@ -213,9 +237,7 @@ class _Run:
                 lane.add_to_state(here, moved)
 
     def _plain(self, expert: int, name: str) -> torch.Tensor:
-        of = recipe.of_donor(self.donors[expert], name)
-        shape = recipe.shape_of(of, self.sources)
-        return arithmetic.load(name, shape, of, self.sources).float()
+        return self._load(name, recipe.of_donor(self.donors[expert], name)).float()
 
     def _distances(self, groups: list[_Group]) -> Iterator[tuple[float, float]]:
         """How far held-out texts' states are from the own model's: without and with alignment."""
@@ -235,14 +257,11 @@ class _Run:
         """Decide for each expert whether its alignment stays; take back what does not."""
         losses: list[tuple[float, float] | None] = [None] * len(self.donors)
         kept = [bool(downs) and self.fit.always for downs in self.fit.downs]
-        if self.mixed and not self.fit.always:
-            for group in self.groups:
-                if group.kind == "plain" and group.prompts:
-                    [held] = [
-                        g for g in self.groups if g.kind == "held" and g.expert == group.expert
-                    ]
-                    pair = self._loss(group), self._loss(held)
-                    losses[group.expert], kept[group.expert] = pair, pair[1] < pair[0]
+        told = {} if self.fit.always else self._losses()
+        for expert in range(len(self.donors)):
+            if (expert, "plain") in told:
+                pair = told[expert, "plain"], told[expert, "held"]
+                losses[expert], kept[expert] = pair, pair[1] < pair[0]
         for expert, downs in enumerate(self.fit.downs):
             for name, names in downs.items() if not kept[expert] else ():
                 if len(names) == 1:
@@ -251,19 +270,27 @@ class _Run:
                     self.computed.clear(one)
         return FitReport(self.attention, self.drift, losses, kept)
 
-    def _loss(self, group: _Group) -> float:
-        """The mean loss of a group's texts, in nats a token."""
+    def _losses(self) -> dict[tuple[int, str], float]:
+        """The mean loss of each group's held-out texts, in nats a token; the head is read once."""
         import torch
 
-        lane = self.mixed
-        assert lane
-        total = count = 0.0
-        for here, _, prompt in group.rows():
-            first = max(prompt.own, 1)
-            ids = torch.tensor(prompt.ids[first:])
-            total += float(lane.losses(lane.state_of(here)[first - 1 : -1], ids).sum())
-            count += len(ids)
-        return total / max(count, 1)
+        lane, states, ids, owners = self.mixed, list[Any](), list[int](), list[tuple[int, str]]()
+        for group in self.groups if lane else ():
+            for here, _, prompt in group.rows() if group.kind != "fit" else ():
+                assert lane
+                first = max(prompt.own, 1)
+                own = prompt.ids[first:]
+                states.append(lane.state_of(here)[first - 1 : -1])
+                ids += own
+                owners += [(group.expert, group.kind)] * len(own)
+        if not lane or not ids:
+            return {}
+        found: dict[tuple[int, str], list[float]] = {}
+        for owner, loss in zip(
+            owners, lane.losses(torch.cat(states), torch.tensor(ids)), strict=True
+        ):
+            found.setdefault(owner, []).append(float(loss))
+        return {owner: sum(every) / len(every) for owner, every in found.items()}
 
 
 @dataclass(frozen=True)

@@ -16,41 +16,43 @@ LAMBDA = 0.1
 """l, as a share of the mean of the sum's diagonal. The loss hardly changes from .03 to 1."""
 
 
-def regmean(
-    mean: torch.Tensor,
-    inputs: list[torch.Tensor],
-    outputs: list[torch.Tensor],
-    weights: list[float],
-) -> torch.Tensor:
-    """The fitted matrix (out, in).
+class RegMean:
+    """The matrices that read the same inputs, fitted one after the other.
 
-    `mean` is the mean of the experts' matrices (out, in). Of each expert, `inputs` are (T, in), and
-    `outputs` (T, out) what its own matrix makes of them; `weights` are its share, which sum to 1.
-    Everything is float32. Of the two forms, the one with the smaller system is solved.
+    Of each expert, `inputs` are (T, in), float32; `weights` are its share, which sum to 1. Of the
+    two forms, the one with the smaller system is solved, and its inverse is made once.
     """
-    import torch
 
-    count, left, right = len(inputs), [], []
-    for given, made, weight in zip(inputs, outputs, weights, strict=True):
-        diagonal = float(given.square().sum(dtype=torch.float64)) / given.shape[1]
-        if weight and diagonal > 0:
-            scale = (weight * count / diagonal) ** 0.5
-            left.append(scale * given)
-            right.append(scale * (made - given @ mean.T))
-    if not left:
-        return mean
-    x, z = torch.cat(left), torch.cat(right)
-    penalty = LAMBDA * sum(weights) * count
-    if len(x) <= x.shape[1]:
-        return mean + (x.T @ _solve(x @ x.T, z, penalty)).T
-    return mean + _solve(x.T @ x, x.T @ z, penalty).T
+    def __init__(self, inputs: list[torch.Tensor], weights: list[float]):
+        import torch
 
+        count = len(inputs)
+        sizes = [float(x.square().sum(dtype=torch.float64)) / x.shape[1] for x in inputs]
+        pairs = zip(weights, sizes, strict=True)
+        self.scales = [(w * count / size) ** 0.5 if w and size > 0 else 0.0 for w, size in pairs]
+        self.x = torch.cat([s * x for s, x in zip(self.scales, inputs, strict=True)])
+        self.penalty = LAMBDA * sum(weights) * count
+        self.dual = len(self.x) <= self.x.shape[1]
+        gram = (self.x @ self.x.T if self.dual else self.x.T @ self.x).double()
+        gram.diagonal().add_(self.penalty)
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).float()
 
-def _solve(gram: torch.Tensor, wanted: torch.Tensor, penalty: float) -> torch.Tensor:
-    """(gram + penalty I)^-1 wanted; the inverse is made in float64."""
-    import torch
+    def fit(
+        self, mean: torch.Tensor, lacking: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, float, float]:
+        """The fitted matrix (out, in), and the squared errors of the mean's and its own outputs.
 
-    gram = gram.double()
-    gram.diagonal().add_(penalty)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    return inverse.float() @ wanted
+        `mean` is the mean of the experts' matrices, and `lacking` (T, out) what its outputs lack of
+        each expert's own. Errors are scaled as the inputs are.
+        """
+        import torch
+
+        z = torch.cat([s * one for s, one in zip(self.scales, lacking, strict=True)])
+        if self.dual:
+            solved = self.inverse @ z
+            left = self.penalty * solved  # because (gram + penalty) solved = z
+            change = self.x.T @ solved
+        else:
+            change = self.inverse @ (self.x.T @ z)
+            left = z - self.x @ change
+        return mean + change.T, float(z.square().sum()), float(left.square().sum())
