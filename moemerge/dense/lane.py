@@ -38,7 +38,7 @@ ROUTER = "router"
 """In place of a module's name: what the mixture's router sees."""
 
 _MLP = "mlp."
-_HEAD_ROWS = 1 << 14
+_LOGITS, _FEWEST_ROWS = 1 << 24, 1 << 10
 
 
 class Lane:
@@ -144,8 +144,9 @@ class Lane:
         normed = self.model.norm(states.to(self.device, self.dtype)).float().cpu()
         normed = normed / float(self.config.get("logits_scaling", 1.0))
         every, own = torch.full((len(ids),), -torch.inf), torch.zeros(len(ids))
-        for start in range(0, rows, _HEAD_ROWS):
-            stop = min(start + _HEAD_ROWS, rows)
+        step = max(_FEWEST_ROWS, _LOGITS // max(len(ids), 1))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
             part = recipe.Cut(of, 0, start, stop)
             shape = recipe.shape_of(part, self.sources)
             head = arithmetic.load(HEAD, shape, part, self.sources).float()
