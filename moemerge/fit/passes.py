@@ -155,7 +155,9 @@ class _Run:
                 given[expert] = torch.from_numpy(np.concatenate(rows))
         if not given:
             return self._mean_of(names)
-        solver = RegMean(list(given.values()), [self.mean.weights[expert] for expert in given])
+        dtype = next(lane.dtype for lane in self.own if lane)
+        shares = [self.mean.weights[expert] for expert in given]
+        solver = RegMean(list(given.values()), shares, dtype)
         before = after = size = 0.0
         for name in names:
             own = {
@@ -164,12 +166,16 @@ class _Run:
                 if self.mean.weights[expert]
             }
             mean = self._mean(own)
-            lacking = [x @ (own[expert].float() - mean).T for expert, x in given.items()]
+            lacking = [
+                (x.to(dtype) @ (own[expert] - mean).to(dtype).T).float()
+                for expert, x in given.items()
+            ]
             fitted, was, left = solver.fit(mean, lacking)
             self.computed.write(self.fit.matrices[name], fitted)
             before, after = before + was, after + left
             for (expert, x), scale in zip(given.items(), solver.scales, strict=True):
-                some = (scale * x[:: max(1, len(x) // _SOME)]) @ own[expert].float().T
+                some = scale * x[:: max(1, len(x) // _SOME)]
+                some = (some.to(dtype) @ own[expert].to(dtype).T).float()
                 size += float(some.square().mean()) * len(x) * some.shape[1]
         return before, after, size
 
@@ -185,7 +191,12 @@ class _Run:
         return 0.0, 0.0, 0.0
 
     def _mean(self, own: dict[int, torch.Tensor]) -> torch.Tensor:
-        return sum(self.mean.weights[expert] * one.float() for expert, one in own.items())  # type: ignore[return-value]
+        import torch
+
+        mean = torch.zeros(next(iter(own.values())).shape)
+        for expert, one in own.items():
+            mean.add_(one, alpha=self.mean.weights[expert])
+        return mean
 
     def _load(self, name: str, of: Recipe) -> torch.Tensor:
         return arithmetic.load(name, recipe.shape_of(of, self.sources), of, self.sources)

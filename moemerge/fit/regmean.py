@@ -20,11 +20,16 @@ class RegMean:
     """The matrices that read the same inputs, fitted one after the other.
 
     Of each expert, `inputs` are (T, in), float32; `weights` are its share, which sum to 1. Of the
-    two forms, the one with the smaller system is solved, and its inverse is made once.
+    two forms, the one with the smaller system is solved, and its inverse is made once. What a fit
+    changes is multiplied in `dtype`, the models' own: it is small beside the mean.
     """
 
-    def __init__(self, inputs: list[torch.Tensor], weights: list[float]):
+    def __init__(
+        self, inputs: list[torch.Tensor], weights: list[float], dtype: torch.dtype | None = None
+    ):
         import torch
+
+        self.dtype = dtype or torch.float32
 
         count = len(inputs)
         sizes = [float(x.square().sum(dtype=torch.float64)) / x.shape[1] for x in inputs]
@@ -51,7 +56,7 @@ class RegMean:
         if self.dual:
             solved = self.inverse @ z
             left = self.penalty * solved  # because (gram + penalty) solved = z
-            change = self.x.T @ solved
+            change = (self.x.T.to(self.dtype) @ solved.to(self.dtype)).float()
         else:
             change = self.inverse @ (self.x.T @ z)
             left = z - self.x @ change
