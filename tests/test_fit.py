@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from babies import make_adapter, make_model, write_config
+from gguf_files import make_wide
 from kinds import make_kind
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from moemerge import InputError, Options, merge, regate, verify_checkpoint
+from moemerge import InputError, Options, export, merge, regate, verify_checkpoint
+from moemerge.checkpoint import read_bytes
+from moemerge.checkpoint.gguf.header import read_header
 from moemerge.cli import app
 from moemerge.fit import passes, targets
 from moemerge.fit.align import correction
@@ -263,3 +266,17 @@ def test_the_fit_is_told(tmp_path: Path, babies: dict[str, Path]) -> None:
     for line in ("from the experts' own on their texts", "loss on held-out texts", "drift: "):
         assert all(line in " ".join(text.split()) for text in (result.output, shown, card))
     assert "fitted to their texts (RegMean)" in card
+
+
+def test_a_fitted_body_becomes_a_gguf_file(tmp_path: Path, smollm2: Path) -> None:
+    """With the values that it has in a directory."""
+    models = [make_wide(tmp_path / f"m{n}", n) for n in range(2)]
+    config = config_of(tmp_path, models[0], models, "body: regmean\nalign: true\ndtype: float32")
+    merge(config, tmp_path / "out")
+    merge(config, tmp_path / "one.gguf", Options(type="f32"))
+    export(tmp_path / "out", tmp_path / "other.gguf", Options(type="f32"))
+    one, other = (read_header(tmp_path / f"{name}.gguf") for name in ("one", "other"))
+    for name, at in one.tensors.items():
+        assert read_bytes(at) == read_bytes(other.tensors[name]), name
+    merge(config, tmp_path / "small.gguf", Options(type="q8_0"))
+    assert verify_checkpoint(tmp_path / "small.gguf").tensors

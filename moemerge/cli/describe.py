@@ -41,7 +41,7 @@ def plan_lines(ready: Any, options: Options) -> Iterator[str]:
         )
     if fit := ready.fit:
         aligned = f", {sum(map(bool, fit.downs))} experts aligned" * fit.aligns
-        beside = size(fit.nbytes(ready.body, made.dtype))
+        beside = size(fit.nbytes(ready.body, made))
         yield f"fitted: {len(fit.matrices)} matrices of the body{aligned}; {beside} of disk for it"
     yield f"about {size(expected_peak(ready, options))} of memory at the peak"
     hub = transfer(ready, options)

@@ -11,7 +11,7 @@ from moemerge.checkpoint import Donor, Location
 from moemerge.dense import Body
 from moemerge.families import ATTENTION, DOWN, record_of
 from moemerge.fit.align import MOST_TOKENS, is_factored
-from moemerge.plan import ROUTERS, Fill, PlannedTensor, Read, Recipe, of_donor
+from moemerge.plan import ROUTERS, Fill, Plan, PlannedTensor, Read, Recipe, of_donor
 from moemerge.text import Prompt
 
 EVERY = 4
@@ -55,9 +55,14 @@ class Fit:
         """Whether an expert is aligned."""
         return any(self.downs)
 
-    def nbytes(self, body: Body, dtype: str) -> int:
+    def nbytes(self, body: Body, plan: Plan) -> int:
         """The bytes of the computed checkpoint, which is beside the output until that is whole."""
-        return sum(tensor.nbytes for tensor in self.tensors(body, dtype))
+        return sum(tensor.nbytes for tensor in self.tensors(body, self.dtype(plan)))
+
+    @staticmethod
+    def dtype(plan: Plan) -> str:
+        """The dtype of the computed checkpoint: the output's, or float32 for a GGUF file."""
+        return "F32" if plan.is_gguf else plan.dtype
 
     def body(self, of: Body) -> Body:
         """The body with its fitted matrices."""

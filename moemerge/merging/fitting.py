@@ -54,7 +54,7 @@ def make_fit(
     mean = fit.unfitted(ready.body)
     with writing(state.fitted):
         made = run_fit(
-            fit, mean, ready.donors, sources, options, reporter, ready.plan.dtype, state.fitted
+            fit, mean, ready.donors, sources, options, reporter, fit.dtype(ready.plan), state.fitted
         )
         _report(state.fitted).write_text(json.dumps(asdict(made)), encoding="utf-8")
 

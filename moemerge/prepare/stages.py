@@ -219,7 +219,7 @@ class _Preparation:
         copied = options.copy_tokenizer and not self.file
         carried = () if self.file else output.carried_files(vocabulary, copied)
         output.check_carried(vocabulary, carried, base.where, findings)
-        beside = fit.nbytes(body, plan.dtype) if fit else 0
+        beside = fit.nbytes(body, plan) if fit else 0
         self._check_output(self.out, plan, carried, beside)
         findings.refuse()
         return Prepared(

@@ -132,7 +132,7 @@ def planned(
         elif kind:
             dtype = type_of(kind, name, own[-1], shape)
         else:
-            dtype = _as_stored(name, of, sources, own[-1], differ)
+            dtype = _as_stored(name, of, sources, own[-1], differ, plan.dtype)
         tensors.append(PlannedTensor(name, own, dtype, of, expert, made_by))
     weighed = Importance(content.imatrix, sources, findings) if content.imatrix else None
     tensors = [weighed.of(one) if weighed else one for one in tensors]
@@ -293,15 +293,21 @@ def _shape_of(content: Content) -> Shape:
 
 
 def _as_stored(
-    name: str, of: Recipe, sources: recipe.Sources, width: int, differ: dict[str, list[str]]
+    name: str,
+    of: Recipe,
+    sources: recipe.Sources,
+    width: int,
+    differ: dict[str, list[str]],
+    usual: str,
 ) -> str:
-    """The type that all sources of a tensor have, or the widest of theirs, which is noted."""
+    """The type that all sources of a tensor have, or the widest of theirs, which is noted; the
+    `usual` one of a tensor that is fitted."""
     found = {
         sources[read.source][read.tensor].encoding.name: None
         for read in recipe.reads(of)
         if read.source != ROUTERS and ".lora_" not in read.tensor
     }
-    types = [*dict.fromkeys("F32" if one == "F64" else one for one in found)]
+    types = [*dict.fromkeys("F32" if one == "F64" else one for one in found)] or [usual]
     widest = max(types, key=lambda one: ENCODINGS[one].block_bytes / ENCODINGS[one].block_values)
     if len(types) > 1:
         line = f"its sources are {', '.join(types)}; all become {widest}"
