@@ -393,9 +393,11 @@ def closed(row: Row, rows: list[Row]) -> float:
 def beside_uniform(row: Row, rows: list[Row]) -> float:
     """The loss on text of no expert, over that of all experts in equal parts; or NaN.
 
-    Those stand in the same body or, beside a dense model, in the base's.
+    Those stand in the same body or, beside a dense model, in the base's; beside a fitted body, in
+    the average.
     """
-    uniform = find(rows, UNIFORM, row.body or "base", "")
+    body = row.body if row.body in (*ALIKE, "") else "average"
+    uniform = find(rows, UNIFORM, body or "base", "")
     return row.losses.get(OTHER, math.nan) / uniform.losses[OTHER] if uniform else math.nan
 
 
