@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import shutil
 import struct
 import subprocess
@@ -60,7 +61,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "family": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
         "logits_scaling": 2.0, "attention_multiplier": 0.2,
     },
+    "lfm2": {
+        "family": "lfm2", "layer_types": ["conv", "full_attention", "conv"],
+        "tie_word_embeddings": True, "block_auto_adjust_ff_dim": False,
+    },
+    "cohere2": {
+        "family": "cohere2", "tie_word_embeddings": True, "sliding_window": 8, "rotary_pct": 1.0,
+        "num_hidden_layers": 4, "logit_scale": 0.5,
+    },
 }  # fmt: skip
+HYBRIDS = ("lfm2", "cohere2")
+"""Families whose layers are not all a Llama's."""
+
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time, by the sea,"]
 
 
@@ -135,6 +147,8 @@ COPIED: list[Case] = [
     *(("qwen3", kind, 3, 2) for kind in ("f16", "q4_k_m")),
     *(("granite", kind, 2, 1) for kind in ("f16", "q4_k_m")),
     *(("qwen2", kind, 2, 2) for kind in ("f16", "q4_k_m")),
+    *(("lfm2", kind, 2, 2) for kind in ("f16", "q4_k_m")),
+    *(("cohere2", kind, 2, 1) for kind in ("f16", "q4_k_m")),
     ("llama", "q4_k_m", 3, 1), ("llama", "q5_k_m", 4, 2), ("llama", "q4_k_m", 8, 2),
 ]  # fmt: skip
 RARE: list[Case] = [
@@ -339,19 +353,22 @@ def test_a_split_file_is_one_model(tmp_path: Path, dense: Path) -> None:
         make_plan(config_of(tmp_path, first, [first]))
 
 
-SHORT = [(2, "q4_k_m"), (8, "q4_k_m"), (2, "q6_k"), (2, "q8_0")]
-LONG = [(2, kind) for kind in KINDS] + [(8, kind) for kind in KINDS]
+SHORT = [
+    ("llama", 2, "q4_k_m"), ("llama", 8, "q4_k_m"), ("llama", 2, "q6_k"), ("llama", 2, "q8_0"),
+    ("lfm2", 2, "q4_k_m"),
+]  # fmt: skip
+LONG = [(name, n, kind) for name in ("llama", *HYBRIDS) for n in (2, 8) for kind in KINDS]
 
 
 @pytest.mark.parametrize(
-    ("count", "kind"),
+    ("family", "count", "kind"),
     [*SHORT, *(pytest.param(*one, marks=pytest.mark.full) for one in LONG if one not in SHORT)],
 )
 def test_types_and_bytes_are_those_of_llama_cpps_quantiser(
-    tmp_path: Path, dense: Path, count: int, kind: str
+    tmp_path: Path, dense: Path, family: str, count: int, kind: str
 ) -> None:
     """A mixture exported in f16 and quantised by llama.cpp, and the same exported at once."""
-    models = [dense / f"llama{number % 2}" for number in range(count)]
+    models = [dense / f"{family}{number % 2}" for number in range(count)]
     head = "gate_mode: random\ndtype: float16"
     merge(config_of(tmp_path, models[0], models, head), tmp_path / "out")
     export(tmp_path / "out", tmp_path / "f16.gguf")
@@ -460,10 +477,14 @@ def test_a_llama_cpp_on_the_path_quantises_too(
         quantiser.library.cache_clear()
 
 
+CONVERTED = ["llama", "lfm2", "cohere2"]
+
+
+@pytest.mark.parametrize("family", CONVERTED)
 def test_an_exported_mixture_is_what_llama_cpps_converter_makes(
-    tmp_path: Path, dense: Path
+    tmp_path: Path, dense: Path, family: str
 ) -> None:
-    models = [dense / f"llama{number}" for number in range(2)]
+    models = [dense / f"{family}{number}" for number in range(2)]
     head = "gate_mode: random\ndtype: float16"
     merge(config_of(tmp_path, models[0], models, head), tmp_path / "out")
     export(tmp_path / "out", tmp_path / "ours.gguf")
@@ -474,10 +495,21 @@ def test_an_exported_mixture_is_what_llama_cpps_converter_makes(
         made = tensor_bytes(tmp_path / "ours.gguf", ours, name)
         assert made == tensor_bytes(tmp_path / "theirs.gguf", theirs, name), name
     assert {*theirs.tensors} - {*ours.tensors} <= {"output.weight"}
+    arch = theirs.value("general.architecture", str)
     for name, field in theirs.fields.items():
         own = ours.fields.get(name)
-        said = name.startswith(("tokenizer.", "llama."))
+        said = name.startswith(("tokenizer.", f"{arch}."))
         assert not said or (own and own.value == field.value), name
+
+
+def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path, dense: Path) -> None:
+    models = [dense / "lfm20"] * 2
+    merge(config_of(tmp_path, models[0], models, "gate_mode: random"), tmp_path / "out")
+    path = tmp_path / "out/config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({**said, "routed_scaling_factor": 2.0}))
+    with pytest.raises(InputError, match=r"its routed_scaling_factor is 2.0; llama.cpp computes"):
+        export(tmp_path / "out", tmp_path / "ours.gguf")
 
 
 def test_a_merge_of_models_becomes_a_quantised_file_at_once(tmp_path: Path, dense: Path) -> None:

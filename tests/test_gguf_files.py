@@ -22,6 +22,18 @@ LLAMA = [
 MATRIX = field("general.type", "imatrix")
 EMBEDDING = tensor("token_embd.weight", (4, 4))
 
+LFM2 = [
+    field("general.architecture", "lfm2"),
+    *(field(f"lfm2.{key}", value) for key, value in (
+        ("block_count", 1), ("context_length", 64), ("embedding_length", 4),
+        ("feed_forward_length", 8), ("attention.head_count", 1))),
+]  # fmt: skip
+
+
+def heads(*numbers: int) -> bytes:
+    """An array of whole numbers."""
+    return struct.pack(f"<IQ{len(numbers)}i", 5, len(numbers), *numbers)
+
 
 def without(name: str) -> list[bytes]:
     return [one for one in LLAMA if not one.startswith(text(name))]
@@ -117,6 +129,17 @@ FILES: dict[str, tuple[bytes, str]] = {
         whole([*LLAMA, field("llama.rope.scaling.type", "magic")], [EMBEDDING]), "rope scaling"),
     "a part of a split model": (
         whole([*LLAMA, field("split.count", 3)], [EMBEDDING]), "one part of 3"),
+    "key heads of other layers": (
+        whole([*LFM2, field("lfm2.attention.head_count_kv", heads(0, 1), 9)], [EMBEDDING]),
+        "has 2 numbers for 1 layers"),
+    "key heads that are negative": (
+        whole([*LFM2, field("lfm2.attention.head_count_kv", heads(-1), 9)], [EMBEDDING]),
+        "head_count_kv is -1"),
+    "no layer with key heads": (
+        whole([*LFM2, field("lfm2.attention.head_count_kv", heads(0), 9)], [EMBEDDING]),
+        "differs between layers"),
+    "a convolution of nothing": (
+        whole([*LFM2, field("lfm2.attention.head_count_kv", 1)], [EMBEDDING]), "conv_L_cache"),
     "scores for other tokens": (
         whole([*LLAMA, field("tokenizer.ggml.tokens", struct.pack("<IQ", 8, 1) + text("a"), 9),
                field("tokenizer.ggml.model", "llama")], [EMBEDDING]), "1 tokens and 0 scores"),

@@ -155,7 +155,8 @@ def _named(header: Header, kind: Kind, config: dict[str, Any]) -> Iterator[tuple
         head = config["head_dim"] if kind.is_turned(name) else 0
         if head and at.shape[0] % head:
             raise ValueError(f"{name} has {at.shape[0]} rows, no multiple of a head's {head}")
-        yield ours, dataclasses.replace(at, neighbours=head)
+        shape = kind.shape(name, at.shape)
+        yield ours, dataclasses.replace(at, neighbours=head, shape=shape)
 
 
 @lru_cache(maxsize=1)
