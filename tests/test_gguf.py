@@ -53,6 +53,7 @@ __all__ = ["asked"]
 
 pytestmark = pytest.mark.skipif(transformers.__version__ < "5", reason="5 is enough")
 
+# llama.cpp wants a token `</s>` of a model with `phi3` in its name.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"family": "qwen3", "head_dim": 64},
@@ -61,6 +62,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "family": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
         "logits_scaling": 2.0, "attention_multiplier": 0.2,
     },
+    "phi": {"family": "phi3", "original_max_position_embeddings": 512},
     "lfm2": {
         "family": "lfm2", "layer_types": ["conv", "full_attention", "conv"],
         "tie_word_embeddings": True, "block_auto_adjust_ff_dim": False,
@@ -147,6 +149,7 @@ COPIED: list[Case] = [
     *(("qwen3", kind, 3, 2) for kind in ("f16", "q4_k_m")),
     *(("granite", kind, 2, 1) for kind in ("f16", "q4_k_m")),
     *(("qwen2", kind, 2, 2) for kind in ("f16", "q4_k_m")),
+    *(("phi", kind, 2, 2) for kind in ("f16", "q4_k_m")),
     *(("lfm2", kind, 2, 2) for kind in ("f16", "q4_k_m")),
     *(("cohere2", kind, 2, 1) for kind in ("f16", "q4_k_m")),
     ("llama", "q4_k_m", 3, 1), ("llama", "q5_k_m", 4, 2), ("llama", "q4_k_m", 8, 2),
@@ -180,20 +183,27 @@ def test_experts_are_copied_and_llama_cpp_says_what_the_dense_file_says(
 def check_copies(file: Path, out: Path, count: int, per_token: int) -> None:
     was, now = read_header(file), read_header(out)
     for name, at in was.tensors.items():
+        row = len(own := tensor_bytes(file, was, name)) // at.shape[0]
         if ".ffn_" not in name or name.endswith("ffn_norm.weight"):
-            assert now.tensors[name].encoding == at.encoding
-            own, made = tensor_bytes(file, was, name), tensor_bytes(out, now, name)
-            if file.name.startswith("qwen2") and ("attn_q" in name or "attn_k" in name):
-                row = len(own) // at.shape[0]  # rows in another order, each byte for byte
-                own, made = (
+            parts = [name]
+            if "attn_qkv" in name:
+                parts = [name.replace("qkv", which) for which in "qkv"]
+            assert all(now.tensors[part].encoding == at.encoding for part in parts)
+            made = b"".join(tensor_bytes(out, now, part) for part in parts)
+            if file.name.startswith(("qwen2", "phi")) and "attn_" in name:
+                own, made = (  # rows in another order, each byte for byte
                     b"".join(sorted(one[n : n + row] for n in range(0, len(one), row)))
                     for one in (own, made)
                 )
             assert made == own, name
             continue
-        stacked = name.replace(".weight", "_exps.weight")
-        assert now.tensors[stacked].shape == (count, *at.shape)
-        assert tensor_bytes(out, now, stacked) == tensor_bytes(file, was, name) * count, name
+        parts, high = [name.replace(".weight", "_exps.weight")], at.shape[0]
+        if file.name.startswith("phi") and "ffn_up" in name:
+            parts, high = [parts[0].replace("_up_", "_gate_"), *parts], high // 2
+        for number, part in enumerate(parts):
+            assert now.tensors[part].shape == (count, high, at.shape[1])
+            its = own[number * high * row : (number + 1) * high * row]
+            assert tensor_bytes(out, now, part) == its * count, part
     name = now.value("general.architecture", str)
     assert now.value(f"{name}.expert_count", int) == count
     assert now.value(f"{name}.expert_used_count", int) == per_token

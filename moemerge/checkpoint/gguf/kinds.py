@@ -32,6 +32,8 @@ _LFM2 = {
     "shortconv.in_proj": "conv.in_proj", "shortconv.out_proj": "conv.out_proj",
 }  # fmt: skip
 
+_PHI3 = {**_LEAVES, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+
 
 def _nothing(header: Header, prefix: str) -> dict[str, Any]:
     return {}
@@ -59,6 +61,17 @@ def _lfm2(header: Header, prefix: str) -> dict[str, Any]:
         "conv_L_cache": header.value(f"{prefix}.shortconv.l_cache", int),
         "block_auto_adjust_ff_dim": False,
     }
+
+
+def _phi3(header: Header, prefix: str) -> dict[str, Any]:
+    """A window of 0 is none."""
+    found = {
+        "sliding_window": header.value(f"{prefix}.attention.sliding_window", int, 0) or None,
+        "original_max_position_embeddings": header.value(
+            f"{prefix}.rope.scaling.original_context_length", int
+        ),
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _cohere2(header: Header, prefix: str) -> dict[str, Any]:
@@ -131,6 +144,7 @@ KINDS = {
                 "token_embd_norm.weight": "model.embedding_norm.weight",
             },
         ),
+        Kind("phi3", "phi3", more=_phi3, leaves=_PHI3),
         Kind("cohere2", "cohere2", more=_cohere2, epsilon="layer_norm_epsilon"),
     )
 }

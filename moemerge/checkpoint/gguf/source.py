@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from moemerge.checkpoint.fused import views_of, with_views
 from moemerge.checkpoint.gguf.blocks import QUANTISED
 from moemerge.checkpoint.gguf.header import Field, Header, read_header
 from moemerge.checkpoint.gguf.imatrix import importances, is_imatrix
@@ -86,6 +87,7 @@ def open_gguf(path: Path, remotes: Mapping[str, Remote] = MappingProxyType({})) 
     kind = kind_of(header)
     config = config_of(header, kind)
     tensors = dict(_named(header, kind, config))
+    tensors = with_views(tensors, views_of(tensors, kind.family, config))
     if count := sum(name.startswith("blk.") for name in header.tensors):
         layers = config["num_hidden_layers"]
         if layers > count:  # to go on would cost memory
