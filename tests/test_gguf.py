@@ -493,7 +493,12 @@ def test_a_llama_cpp_on_the_path_quantises_too(
         quantiser.library.cache_clear()
 
 
-CONVERTED = ["llama", "lfm2", "cohere2", pytest.param("phi", marks=pytest.mark.full)]
+CONVERTED = [
+    "llama",
+    "lfm2",
+    "cohere2",
+    *(pytest.param(name, marks=pytest.mark.full) for name in ("phi", "qwen3", "granite")),
+]
 
 
 @pytest.mark.parametrize("family", CONVERTED)
@@ -640,6 +645,22 @@ def test_a_shared_expert_is_beside_the_others(tmp_path: Path, dense: Path) -> No
             assert ours.fields[name].value == pytest.approx(field.value), name
     lacking = {n for n in theirs.fields if n.startswith("granitemoe.")} - ours.fields.keys()
     assert not lacking
+
+
+def test_an_adapter_on_fused_tensors_of_a_file_is_that_of_the_model(
+    tmp_path: Path, dense: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "lora", dense / "phi0", target_modules=["gate_up_proj"])
+    for name, suffix in (("a", ""), ("b", ".gguf")):
+        model = dense / f"phi0{suffix}"
+        text = simple_config(model, [model, f"{model}+{adapter}"], "gate_mode: random")
+        merge(write_config(tmp_path / "c.yaml", f"{text}dtype: float32\n"), tmp_path / name)
+    ours, theirs = (load_all(tmp_path / name) for name in ("b", "a"))
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name], tensor, atol=2e-3), name
+    assert len(theirs) == len(ours)
+    own = [ours[f"model.layers.1.block_sparse_moe.experts.{n}.w1.weight"] for n in range(2)]
+    assert not torch.equal(*own)
 
 
 def test_an_adapter_on_a_file_is_computed_and_quantised(tmp_path: Path, dense: Path) -> None:

@@ -22,12 +22,20 @@ LLAMA = [
 MATRIX = field("general.type", "imatrix")
 EMBEDDING = tensor("token_embd.weight", (4, 4))
 
-LFM2 = [
-    field("general.architecture", "lfm2"),
-    *(field(f"lfm2.{key}", value) for key, value in (
-        ("block_count", 1), ("context_length", 64), ("embedding_length", 4),
-        ("feed_forward_length", 8), ("attention.head_count", 1))),
-]  # fmt: skip
+
+def fields(arch: str) -> list[bytes]:
+    """The fields of a small model of that architecture, without its heads."""
+    numbers = {
+        "block_count": 1, "context_length": 64, "embedding_length": 4, "feed_forward_length": 8,
+    }  # fmt: skip
+    own = [field(f"{arch}.{key}", value) for key, value in numbers.items()]
+    return [field("general.architecture", arch), *own]
+
+
+PHI3 = fields("phi3")
+LFM2, COHERE2 = (
+    [*fields(arch), field(f"{arch}.attention.head_count", 1)] for arch in ("lfm2", "cohere2")
+)
 
 
 def heads(*numbers: int) -> bytes:
@@ -140,6 +148,24 @@ FILES: dict[str, tuple[bytes, str]] = {
         "differs between layers"),
     "a convolution of nothing": (
         whole([*LFM2, field("lfm2.attention.head_count_kv", 1)], [EMBEDDING]), "conv_L_cache"),
+    "fused rows that are not cut": (
+        whole([*PHI3, field("phi3.attention.head_count", 2),
+               field("phi3.attention.head_count_kv", 1)],
+              [EMBEDDING, tensor("blk.0.attn_qkv.weight", (4, 6), 0, 64)], 256),
+        "not cut into 4 parts"),
+    "a window of less than nothing": (
+        whole([*PHI3, field("phi3.attention.head_count", 1),
+               field("phi3.attention.sliding_window", struct.pack("<i", -3), 5)], [EMBEDDING]),
+        "sliding_window is -3"),
+    "no scale of logits": (whole(COHERE2, [EMBEDDING]), "logit_scale is None"),
+    "a scale of logits that is no number": (
+        whole([*COHERE2, field("cohere2.logit_scale", float("inf"))], [EMBEDDING]),
+        "logit_scale is inf"),
+    "a pattern of no layers": (
+        whole([*COHERE2, field("cohere2.logit_scale", 1.0),
+               field("cohere2.attention.sliding_window", 4),
+               field("cohere2.attention.sliding_window_pattern", 0)], [EMBEDDING]),
+        "layer_types"),
     "scores for other tokens": (
         whole([*LLAMA, field("tokenizer.ggml.tokens", struct.pack("<IQ", 8, 1) + text("a"), 9),
                field("tokenizer.ggml.model", "llama")], [EMBEDDING]), "1 tokens and 0 scores"),
