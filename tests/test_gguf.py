@@ -149,14 +149,14 @@ COPIED: list[Case] = [
     *(("qwen3", kind, 3, 2) for kind in ("f16", "q4_k_m")),
     *(("granite", kind, 2, 1) for kind in ("f16", "q4_k_m")),
     *(("qwen2", kind, 2, 2) for kind in ("f16", "q4_k_m")),
-    *(("phi", kind, 2, 2) for kind in ("f16", "q4_k_m")),
+    ("phi", "q4_k_m", 2, 2), ("cohere2", "q4_k_m", 2, 1),
     *(("lfm2", kind, 2, 2) for kind in ("f16", "q4_k_m")),
-    *(("cohere2", kind, 2, 1) for kind in ("f16", "q4_k_m")),
     ("llama", "q4_k_m", 3, 1), ("llama", "q5_k_m", 4, 2), ("llama", "q4_k_m", 8, 2),
 ]  # fmt: skip
 RARE: list[Case] = [
     *(("llama", kind, 2, 2) for kind in KINDS if kind not in USUAL),
     *(("qwen3", kind, 4, 1) for kind in ("q8_0", "q5_k_m", "iq4_xs")),
+    *((family, kind, 3, 2) for family in ("phi", *HYBRIDS) for kind in ("f16", "q8_0", "iq4_xs")),
 ]
 
 
@@ -533,9 +533,12 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path, dense: Pat
         export(tmp_path / "out", tmp_path / "ours.gguf")
 
 
-def test_a_merge_of_models_becomes_a_quantised_file_at_once(tmp_path: Path, dense: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
+def test_a_merge_of_models_becomes_a_quantised_file_at_once(
+    tmp_path: Path, dense: Path, family: str
+) -> None:
     """The same file as by way of a directory."""
-    models = [dense / f"llama{number}" for number in range(2)]
+    models = [dense / f"{family}{number}" for number in range(2)]
     config = config_of(tmp_path, models[0], models, "gate_mode: cheap_embed\ndtype: float32")
     merge(config, tmp_path / "out")
     export(tmp_path / "out", tmp_path / "a.gguf", Options(type="q4_k_m"))

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from babies import simple_config, write_config
 from gguf_files import field, tensor, text, whole
+from tokenizers import Tokenizer
 
 from moemerge import InputError, make_plan
-from moemerge.checkpoint.gguf.header import read_header
+from moemerge.checkpoint.gguf.header import Field, Header, read_header
+from moemerge.checkpoint.gguf.tokenizer import files_of
 
 HUGE = 1 << 60
 ARCH = field("general.architecture", "llama")
@@ -181,6 +183,20 @@ def test_a_file_that_lies_is_refused_in_one_message(tmp_path: Path, claim: str) 
         make_plan(write_config(tmp_path / "c.yaml", simple_config(path, [path])))
     [problem] = {(one.what, one.fix) for one in refused.value.problems}
     assert reason in problem[0], problem
+
+
+def test_a_pre_tokenizer_is_found_by_its_name() -> None:
+    """An LFM2's is a Llama 3's, and both begin texts with a token if the file does not say."""
+    said = {
+        "model": "gpt2", "tokens": ["<s>", "a", "b", "ab"], "token_type": [3, 1, 1, 1],
+        "merges": ["a b"], "bos_token_id": 0,
+    }  # fmt: skip
+    made = [
+        files_of(Header({f"tokenizer.ggml.{k}": Field(v, b"") for k, v in own.items()}, {}))
+        for own in ({**said, "pre": "lfm2"}, {**said, "pre": "llama-bpe"})
+    ]
+    assert made[0] == made[1]
+    assert Tokenizer.from_buffer(made[0]["tokenizer.json"]).encode("ab").ids == [0, 3]
 
 
 def test_the_good_file_is_read(tmp_path: Path) -> None:
