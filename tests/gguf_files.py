@@ -51,6 +51,10 @@ def make_wide(directory: Path, seed: int = 0, **settings: Any) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model_dir() / name, directory / name)
     (directory / "chat_template.jinja").unlink()
+    if settings.get("family") == "phi3":  # of which the converter asks the tokenizer's class
+        path = directory / "tokenizer_config.json"
+        told = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**told, "tokenizer_class": "GPT2Tokenizer"}))
     return directory
 
 

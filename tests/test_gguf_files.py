@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from babies import simple_config, write_config
 from gguf_files import field, tensor, text, whole
+from tokenizers import Tokenizer
 
 from moemerge import InputError, make_plan
-from moemerge.checkpoint.gguf.header import read_header
+from moemerge.checkpoint.gguf.header import Field, Header, read_header
+from moemerge.checkpoint.gguf.tokenizer import files_of
 
 HUGE = 1 << 60
 ARCH = field("general.architecture", "llama")
@@ -21,6 +23,26 @@ LLAMA = [
 ]  # fmt: skip
 MATRIX = field("general.type", "imatrix")
 EMBEDDING = tensor("token_embd.weight", (4, 4))
+
+
+def fields(arch: str) -> list[bytes]:
+    """The fields of a small model of that architecture, without its heads."""
+    numbers = {
+        "block_count": 1, "context_length": 64, "embedding_length": 4, "feed_forward_length": 8,
+    }  # fmt: skip
+    own = [field(f"{arch}.{key}", value) for key, value in numbers.items()]
+    return [field("general.architecture", arch), *own]
+
+
+PHI3 = fields("phi3")
+LFM2, COHERE2 = (
+    [*fields(arch), field(f"{arch}.attention.head_count", 1)] for arch in ("lfm2", "cohere2")
+)
+
+
+def heads(*numbers: int) -> bytes:
+    """An array of whole numbers."""
+    return struct.pack(f"<IQ{len(numbers)}i", 5, len(numbers), *numbers)
 
 
 def without(name: str) -> list[bytes]:
@@ -117,6 +139,35 @@ FILES: dict[str, tuple[bytes, str]] = {
         whole([*LLAMA, field("llama.rope.scaling.type", "magic")], [EMBEDDING]), "rope scaling"),
     "a part of a split model": (
         whole([*LLAMA, field("split.count", 3)], [EMBEDDING]), "one part of 3"),
+    "key heads of other layers": (
+        whole([*LFM2, field("lfm2.attention.head_count_kv", heads(0, 1), 9)], [EMBEDDING]),
+        "has 2 numbers for 1 layers"),
+    "key heads that are negative": (
+        whole([*LFM2, field("lfm2.attention.head_count_kv", heads(-1), 9)], [EMBEDDING]),
+        "head_count_kv is -1"),
+    "no layer with key heads": (
+        whole([*LFM2, field("lfm2.attention.head_count_kv", heads(0), 9)], [EMBEDDING]),
+        "differs between layers"),
+    "a convolution of nothing": (
+        whole([*LFM2, field("lfm2.attention.head_count_kv", 1)], [EMBEDDING]), "conv_L_cache"),
+    "fused rows that are not cut": (
+        whole([*PHI3, field("phi3.attention.head_count", 2),
+               field("phi3.attention.head_count_kv", 1)],
+              [EMBEDDING, tensor("blk.0.attn_qkv.weight", (4, 6), 0, 64)], 256),
+        "not cut into 4 parts"),
+    "a window of less than nothing": (
+        whole([*PHI3, field("phi3.attention.head_count", 1),
+               field("phi3.attention.sliding_window", struct.pack("<i", -3), 5)], [EMBEDDING]),
+        "sliding_window is -3"),
+    "no scale of logits": (whole(COHERE2, [EMBEDDING]), "logit_scale is None"),
+    "a scale of logits that is no number": (
+        whole([*COHERE2, field("cohere2.logit_scale", float("inf"))], [EMBEDDING]),
+        "logit_scale is inf"),
+    "a pattern of no layers": (
+        whole([*COHERE2, field("cohere2.logit_scale", 1.0),
+               field("cohere2.attention.sliding_window", 4),
+               field("cohere2.attention.sliding_window_pattern", 0)], [EMBEDDING]),
+        "layer_types"),
     "scores for other tokens": (
         whole([*LLAMA, field("tokenizer.ggml.tokens", struct.pack("<IQ", 8, 1) + text("a"), 9),
                field("tokenizer.ggml.model", "llama")], [EMBEDDING]), "1 tokens and 0 scores"),
@@ -132,6 +183,20 @@ def test_a_file_that_lies_is_refused_in_one_message(tmp_path: Path, claim: str) 
         make_plan(write_config(tmp_path / "c.yaml", simple_config(path, [path])))
     [problem] = {(one.what, one.fix) for one in refused.value.problems}
     assert reason in problem[0], problem
+
+
+def test_a_pre_tokenizer_is_found_by_its_name() -> None:
+    """An LFM2's is a Llama 3's, and both begin texts with a token if the file does not say."""
+    said = {
+        "model": "gpt2", "tokens": ["<s>", "a", "b", "ab"], "token_type": [3, 1, 1, 1],
+        "merges": ["a b"], "bos_token_id": 0,
+    }  # fmt: skip
+    made = [
+        files_of(Header({f"tokenizer.ggml.{k}": Field(v, b"") for k, v in own.items()}, {}))
+        for own in ({**said, "pre": "lfm2"}, {**said, "pre": "llama-bpe"})
+    ]
+    assert made[0] == made[1]
+    assert Tokenizer.from_buffer(made[0]["tokenizer.json"]).encode("ab").ids == [0, 3]
 
 
 def test_the_good_file_is_read(tmp_path: Path) -> None:

@@ -2,8 +2,15 @@
 
 from moemerge.architectures.ggml_types import ALIASES as GGUF_ALIASES
 from moemerge.architectures.ggml_types import KINDS as GGUF_KINDS
-from moemerge.architectures.ggml_types import Shape, needs_importance, type_of
-from moemerge.architectures.gguf_hosts import GGUF_HOSTS, TURNED, GgufHost, counts
+from moemerge.architectures.ggml_types import Shape, needs_importance, stays_whole, type_of
+from moemerge.architectures.gguf_hosts import (
+    GGUF_HOSTS,
+    TURNED,
+    GgufHost,
+    counts,
+    key_heads,
+    rope_of,
+)
 from moemerge.architectures.limits import Holds
 from moemerge.architectures.reading import (
     LAYER,
@@ -77,11 +84,14 @@ __all__ = [
     "dense_shapes",
     "find",
     "in_files",
+    "key_heads",
     "language_part",
     "name_of",
     "names",
     "needs_importance",
     "reading_of",
+    "rope_of",
+    "stays_whole",
     "turned_rows",
     "type_of",
     "width_of",

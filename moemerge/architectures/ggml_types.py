@@ -38,8 +38,9 @@ _OUTPUT_OF_8 = (
 
 @dataclass(frozen=True)
 class Shape:
-    """What the rules ask of a model: heads per key head, experts, layers, tied embeddings; whether
-    it is a Llama of 70B, and whether there is an importance matrix."""
+    """What the rules ask of a model: heads per key head of the first layer (0 if it does not
+    attend), experts, layers, tied embeddings; whether it is a Llama of 70B, whether there is an
+    importance matrix, and the numbers of the layers that attend, if not all do."""
 
     groups: int
     experts: int
@@ -47,9 +48,11 @@ class Shape:
     tied: bool
     of_70b: bool = False
     weighed: bool = False
+    attends: tuple[int, ...] = ()
 
 
 _TINY = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
+_WHOLE = (".shortconv.conv.weight", ".ssm_conv1d.weight")
 _NEED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 
 
@@ -58,6 +61,11 @@ def needs_importance(kind: str, name: str, chosen: str) -> bool:
     if name in ("token_embd.weight", "output.weight"):
         return False
     return chosen in _NEED or (kind == "q2_k_s" and chosen == "Q2_K")
+
+
+def stays_whole(name: str) -> bool:
+    """Whether llama.cpp has a matrix in float32 in files of every kind."""
+    return name.endswith(_WHOLE)
 
 
 def type_of(kind: str, name: str, width: int, shape: Shape) -> str:
@@ -90,7 +98,8 @@ def _chosen(kind: str, usual: str, name: str, width: int, shape: Shape) -> str:
     if tiny:
         return _tiny(kind, usual, leaf, layer, shape)
     if leaf == "attn_v":
-        return _values(kind, usual, layer, shape)
+        attends = shape.attends or tuple(range(shape.layers))
+        return _values(kind, usual, attends.index(layer), len(attends), shape)
     if leaf in ("attn_q", "attn_k"):
         if leaf == "attn_k" and shape.experts == 8:
             return "Q8_0"
@@ -128,7 +137,8 @@ def _tiny(kind: str, usual: str, leaf: str, layer: int, shape: Shape) -> str:
     return usual
 
 
-def _values(kind: str, usual: str, layer: int, shape: Shape) -> str:
+def _values(kind: str, usual: str, layer: int, layers: int, shape: Shape) -> str:
+    """Values of attention; `layer` counts, of `layers`, those that attend."""
     many, found = shape.groups >= 4, usual
     if kind == "q2_k":
         found = "Q4_K" if many else "Q3_K"
@@ -140,7 +150,7 @@ def _values(kind: str, usual: str, layer: int, shape: Shape) -> str:
         found = "Q5_K" if layer < 2 else "Q4_K"
     elif kind == "q3_k_l" or (kind in ("iq4_nl", "iq4_xs") and many):
         found = "Q5_K"
-    elif kind in ("q4_k_m", "q5_k_m") and _more_bits(layer, shape.layers):
+    elif kind in ("q4_k_m", "q5_k_m") and _more_bits(layer, layers):
         found = "Q6_K"
     elif kind == "q4_k_s" and layer < 4:
         found = "Q5_K"

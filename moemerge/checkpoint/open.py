@@ -357,6 +357,7 @@ def _open_gguf(
         modified=None if snapshot else max(stamps),
         absent=absent,
         notes=tuple(filter(None, [model.note, snapshot.note if snapshot else ""])),
+        views=model.views,
         gguf=model,
     )
 

@@ -25,8 +25,8 @@ from moemerge.prepare import (
     body_tensors,
     expert_tensors,
     host_of,
+    made_name,
     planned,
-    router_name,
     source_of,
 )
 from moemerge.reporting import Reporter, listener
@@ -79,6 +79,10 @@ def _plan(moe: Moe, file: str, options: Options, findings: Findings) -> tuple[Pl
         what = "has shared experts" if not moe.factor else "is a split"
         fix = "merge its config into NAME.gguf instead"
         findings.problem(moe.text, f"{what}, which export does not take", fix)
+    layers = moe.dense.get("num_hidden_layers")
+    if (count := sum(part.made == "router" for part in moe.parts)) != layers:
+        what = f"{count} of its {layers} layers are mixtures; export takes it if all are"
+        findings.problem(moe.text, what, "convert it with llama.cpp's convert_hf_to_gguf.py")
     findings.refuse()
     assert host
     mixture = Mixture(moe.experts, moe.per_token, moe.inner)
@@ -111,11 +115,11 @@ def _tensors(moe: Moe, host: GgufHost) -> Iterator[Wanted]:
     yield from body_tensors(moe.dense, lambda name: by_name[name].recipe, host)
     layers: dict[int, list[Part]] = {}
     for part in moe.parts:
-        if part.expert is not None or part.made == "router":
+        if part.expert is not None or part.made:
             layers.setdefault(int(part.layer.split(".")[-2]), []).append(part)
     for layer, parts in sorted(layers.items()):
-        [router] = [part for part in parts if part.made == "router"]
-        yield router_name(layer), router.shape, router.recipe, "router", None
+        for one in (part for kind in ("router", "bias") for part in parts if part.made == kind):
+            yield made_name(layer, one.made), one.shape, one.recipe, one.made, None
         for which, dense in enumerate(MLP):
             own = sorted((p for p in parts if p.expert is not None and p.which == which),
                          key=lambda part: part.expert or 0)  # fmt: skip

@@ -12,6 +12,8 @@ from moemerge.plan.plan import ALIGNMENT, PlannedTensor
 _MAGIC, _VERSION = b"GGUF", 3
 _U16, _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 2, 4, 5, 6, 7, 8, 9
 
+_ITEMS = {_F32: "f", _I32: "i", _BOOL: "?"}
+
 
 def encoded(value: Any) -> bytes:
     """A field's type and value: whole numbers as uint32, others as float32."""
@@ -27,7 +29,7 @@ def encoded(value: Any) -> bytes:
     kind = next(
         (
             kind
-            for of, kind in ((str, _STRING), (float, _F32))
+            for of, kind in ((str, _STRING), (float, _F32), (bool, _BOOL))
             if items and isinstance(items[0], of)
         ),
         _I32,
@@ -35,7 +37,7 @@ def encoded(value: Any) -> bytes:
     head = struct.pack("<IIQ", _ARRAY, kind, len(items))
     if kind == _STRING:
         return head + b"".join(map(_text, items))
-    return head + struct.pack(f"<{len(items)}{'f' if kind == _F32 else 'i'}", *items)
+    return head + struct.pack(f"<{len(items)}{_ITEMS[kind]}", *items)
 
 
 def split_fields(number: int, count: int, tensors: int) -> dict[str, bytes]:

@@ -3,15 +3,8 @@
 from moemerge.prepare.choose import caveats, listing, no_host
 from moemerge.prepare.compatibility import compare
 from moemerge.prepare.costs import Transfer, check_cache_room, expected_peak, transfer
-from moemerge.prepare.gguf.layout import (
-    Content,
-    Wanted,
-    body_tensors,
-    expert_tensors,
-    host_of,
-    planned,
-    router_name,
-)
+from moemerge.prepare.gguf.layout import Content, host_of, planned
+from moemerge.prepare.gguf.tensors import Wanted, body_tensors, expert_tensors, made_name
 from moemerge.prepare.layout import source_of
 from moemerge.prepare.likely_family import check_family
 from moemerge.prepare.records import Prepared
@@ -37,11 +30,11 @@ __all__ = [
     "fetch",
     "host_of",
     "listing",
+    "made_name",
     "make_plan",
     "no_host",
     "planned",
     "prepare",
-    "router_name",
     "source_of",
     "split_own",
     "transfer",

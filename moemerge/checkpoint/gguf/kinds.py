@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moemerge.checkpoint.gguf.header import Header
-from moemerge.families import EMBEDDING, HEAD, NORM
+from moemerge.families import EMBEDDING, HEAD, NORM, RECORDS
 
 TOP = {"token_embd.weight": EMBEDDING, "output_norm.weight": NORM, "output.weight": HEAD}
 FREQUENCIES = "rope_freqs.weight"
 """A tensor that llama.cpp's converter makes of a Llama 3's rope scaling."""
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+(?:\.\w+)?)\.(weight|bias)")
 _LEAVES = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
@@ -25,6 +25,14 @@ _LEAVES = {
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 _TURNED = ("attn_q", "attn_k")
+_LFM2 = {
+    **_LEAVES, "attn_norm": "operator_norm", "ffn_norm": "ffn_norm",
+    "attn_output": "self_attn.out_proj", "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm", "shortconv.conv": "conv.conv",
+    "shortconv.in_proj": "conv.in_proj", "shortconv.out_proj": "conv.out_proj",
+}  # fmt: skip
+
+_PHI3 = {**_LEAVES, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 
 
 def _nothing(header: Header, prefix: str) -> dict[str, Any]:
@@ -40,21 +48,66 @@ def _granite(header: Header, prefix: str) -> dict[str, Any]:
     return {key: short(value) for key, value in found.items() if value is not None}
 
 
+def _lfm2(header: Header, prefix: str) -> dict[str, Any]:
+    """A layer without key heads is a convolution."""
+    layers = header.value(f"{prefix}.block_count", int)
+    said = header.value(f"{prefix}.attention.head_count_kv", (int, list))
+    heads = said if isinstance(said, list) else [said] * min(layers, len(header.tensors))
+    if len(heads) != layers:
+        what = f"its {prefix}.attention.head_count_kv has {len(heads)} numbers"
+        raise ValueError(f"{what} for {layers} layers")
+    return {
+        "layer_types": ["full_attention" if number else "conv" for number in heads],
+        "conv_L_cache": header.value(f"{prefix}.shortconv.l_cache", int),
+        "block_auto_adjust_ff_dim": False,
+    }
+
+
+def _phi3(header: Header, prefix: str) -> dict[str, Any]:
+    """A window of 0 is none."""
+    found = {
+        "sliding_window": header.value(f"{prefix}.attention.sliding_window", int, 0) or None,
+        "original_max_position_embeddings": header.value(
+            f"{prefix}.rope.scaling.original_context_length", int
+        ),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _cohere2(header: Header, prefix: str) -> dict[str, Any]:
+    """One layer of every few attends to everything."""
+    scale = header.value(f"{prefix}.logit_scale", float)
+    if scale is None or not math.isfinite(scale):
+        raise ValueError(f"its {prefix}.logit_scale is {scale}")
+    every = header.value(f"{prefix}.attention.sliding_window_pattern", int, 4)
+    return {
+        "logit_scale": short(scale),
+        "sliding_window": header.value(f"{prefix}.attention.sliding_window", int),
+        "sliding_window_pattern": every,
+    }
+
+
 @dataclass(frozen=True)
 class Kind:
     """One architecture. `turns_neighbours`: the converter put the rows of q and k in the order in
-    which rope turns neighbours. `more` gives further keys of config.json."""
+    which rope turns neighbours. `more` gives further keys of config.json. `deep` are matrices that
+    transformers has with a length of 1 in the middle. `mixed`: some layers have no key heads.
+    `epsilon` is the field of the norms' epsilon."""
 
     name: str
     family: str
     turns_neighbours: bool = False
     more: Callable[[Header, str], dict[str, Any]] = _nothing
     leaves: Mapping[str, str] = field(default_factory=lambda: _LEAVES)
+    top: Mapping[str, str] = field(default_factory=lambda: TOP)
+    deep: tuple[str, ...] = ()
+    mixed: bool = False
+    epsilon: str = "layer_norm_rms_epsilon"
 
     def ours(self, name: str) -> str | None:
         """Transformers' name of a tensor of the file; None if it is not known."""
-        if name in TOP:
-            return TOP[name]
+        if name in self.top:
+            return self.top[name]
         if (found := _BLOCK.fullmatch(name)) and found[2] in self.leaves:
             return f"model.layers.{int(found[1])}.{self.leaves[found[2]]}.{found[3]}"
         return None
@@ -64,6 +117,12 @@ class Kind:
         found = _BLOCK.fullmatch(name)
         return self.turns_neighbours and found is not None and found[2] in _TURNED
 
+    def shape(self, name: str, own: tuple[int, ...]) -> tuple[int, ...]:
+        """Transformers' shape of a tensor of the file with that shape."""
+        found = _BLOCK.fullmatch(name)
+        deep = found is not None and found[2] in self.deep and len(own) == 2
+        return (own[0], 1, own[1]) if deep else own
+
 
 KINDS = {
     one.name: one
@@ -72,6 +131,21 @@ KINDS = {
         Kind("qwen2", "qwen2"),
         Kind("qwen3", "qwen3"),
         Kind("granite", "granite", turns_neighbours=True, more=_granite),
+        Kind(
+            "lfm2",
+            "lfm2",
+            more=_lfm2,
+            leaves=_LFM2,
+            deep=("shortconv.conv",),
+            mixed=True,
+            top={
+                "token_embd.weight": EMBEDDING,
+                "output.weight": HEAD,
+                "token_embd_norm.weight": "model.embedding_norm.weight",
+            },
+        ),
+        Kind("phi3", "phi3", more=_phi3, leaves=_PHI3),
+        Kind("cohere2", "cohere2", more=_cohere2, epsilon="layer_norm_epsilon"),
     )
 }
 
@@ -108,6 +182,8 @@ def config_of(header: Header, kind: Kind) -> dict[str, Any]:
     def number(key: str, default: int | None = None) -> int:
         found = header.value(f"{prefix}.{key}", (int, list), default)
         if isinstance(found, list):  # one for each layer
+            if kind.mixed and key == "attention.head_count_kv":
+                found = [one for one in found if one]
             if len(set(found)) != 1 or not isinstance(found[0], int):
                 raise ValueError(f"its {prefix}.{key} differs between layers, which is not read")
             found = found[0]
@@ -131,6 +207,7 @@ def config_of(header: Header, kind: Kind) -> dict[str, Any]:
     if number("rope.dimension_count", head) != head:
         raise ValueError("rope turns only a part of its heads, which is not read")
     tied = "output.weight" not in header.tensors
+    epsilon = RECORDS[kind.family].usual.get("rms_norm_eps", "rms_norm_eps")
     bias = "blk.0.attn_q.bias" in header.tensors
     return {
         "model_type": kind.family,
@@ -143,7 +220,7 @@ def config_of(header: Header, kind: Kind) -> dict[str, Any]:
         "head_dim": head,
         "hidden_act": "silu",
         "max_position_embeddings": number("context_length"),
-        "rms_norm_eps": real("attention.layer_norm_rms_epsilon", 1e-6),
+        epsilon: real(f"attention.{kind.epsilon}", 1e-6),
         "rope_theta": real("rope.freq_base", 10000.0),
         "tie_word_embeddings": tied,
         **({"attention_bias": bias} if kind.family in ("llama", "qwen3", "granite") else {}),

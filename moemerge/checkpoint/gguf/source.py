@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from moemerge.checkpoint.fused import View, views_of, with_views
 from moemerge.checkpoint.gguf.blocks import QUANTISED
 from moemerge.checkpoint.gguf.header import Field, Header, read_header
 from moemerge.checkpoint.gguf.imatrix import importances, is_imatrix
@@ -39,7 +40,8 @@ class GgufModel:
     """What is read of a file (or of the files of a split one).
 
     `raw` has the tensors under their own names, by file; `tensors` those under transformers' names,
-    with rows in transformers' order. `directory` holds the tokenizer's files.
+    with rows in transformers' order, and `views` says which of them are parts of a tensor under
+    transformers' name. `directory` holds the tokenizer's files.
     """
 
     kind: Kind
@@ -49,6 +51,7 @@ class GgufModel:
     tensors: dict[str, Location]
     directory: Path
     path: Path
+    views: dict[str, View]
 
     @property
     def digest(self) -> str:
@@ -86,6 +89,8 @@ def open_gguf(path: Path, remotes: Mapping[str, Remote] = MappingProxyType({})) 
     kind = kind_of(header)
     config = config_of(header, kind)
     tensors = dict(_named(header, kind, config))
+    views = views_of(tensors, kind.family, config)
+    tensors = with_views(tensors, views)
     if count := sum(name.startswith("blk.") for name in header.tensors):
         layers = config["num_hidden_layers"]
         if layers > count:  # to go on would cost memory
@@ -96,7 +101,8 @@ def open_gguf(path: Path, remotes: Mapping[str, Remote] = MappingProxyType({})) 
     values = read_values(at, 0, at.shape[0]).tolist() if at else None
     config |= scaling_of(header, kind, values)
     raw = {file.name: one.tensors for file, one in headers.items()}
-    return GgufModel(kind, header.fields, config, raw, tensors, _directory(header), path)
+    folder = _directory(header)
+    return GgufModel(kind, header.fields, config, raw, tensors, folder, path, views)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -155,7 +161,8 @@ def _named(header: Header, kind: Kind, config: dict[str, Any]) -> Iterator[tuple
         head = config["head_dim"] if kind.is_turned(name) else 0
         if head and at.shape[0] % head:
             raise ValueError(f"{name} has {at.shape[0]} rows, no multiple of a head's {head}")
-        yield ours, dataclasses.replace(at, neighbours=head)
+        shape = kind.shape(name, at.shape)
+        yield ours, dataclasses.replace(at, neighbours=head, shape=shape)
 
 
 @lru_cache(maxsize=1)

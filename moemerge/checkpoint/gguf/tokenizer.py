@@ -32,12 +32,16 @@ _SPLITS = {
 }
 _ALIKE = {
     "llama3": "llama-bpe", "llama-v3": "llama-bpe", "smaug-bpe": "llama-bpe", "dbrx": "llama-bpe",
-    "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "stablelm2": "qwen2", "megrez": "qwen2",
+    "falcon3": "llama-bpe", "lfm2": "llama-bpe", "deepseek-r1-qwen": "qwen2",
+    "stablelm2": "qwen2", "megrez": "qwen2",
 }  # fmt: skip
 _GPT2 = ("default", "gpt-2", "gpt2", "olmo", "dolma", "phi-2", "mpt")
 _DIGITS = ("smollm", "starcoder", "codeshell", "refact", "command-r", "exaone")
 _COMPOSED = ("qwen2", "deepseek-r1-qwen", "stablelm2")
 """Those whose text is normalised to NFC."""
+
+_BEGUN = ("llama3", "llama-v3", "llama-bpe", "falcon3", "lfm2", "tekken")
+"""Those whose text begins with a token, if the file does not say whether."""
 
 
 def files_of(header: Header) -> dict[str, bytes]:
@@ -97,7 +101,7 @@ def _whole(
          "lstrip": False, "rstrip": False, "normalized": False}
         for number, token in enumerate(tokens) if kinds[number] in (CONTROL, USER)
     ]  # fmt: skip
-    first = header.value("tokenizer.ggml.add_bos_token", bool, model == "llama")
+    first = header.value("tokenizer.ggml.add_bos_token", bool, model == "llama" or pre in _BEGUN)
     bos = named.get("bos_token", "")
     process = None
     if first and bos:

@@ -7,7 +7,7 @@ same type of it, its bytes are copied.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,44 +15,36 @@ from moemerge.architectures import (
     GGUF_ALIASES,
     GGUF_HOSTS,
     GGUF_KINDS,
-    TURNED,
     GgufHost,
     Mixture,
     Shape,
-    dense_shapes,
     find,
+    key_heads,
     needs_importance,
+    stays_whole,
     type_of,
 )
-from moemerge.checkpoint import ENCODINGS, QUANTISED, Checkpoint, lacks, llama3_factors
+from moemerge.checkpoint import ENCODINGS, QUANTISED, Checkpoint, lacks
 from moemerge.errors import Findings, nearest
-from moemerge.families import DOWN, EMBEDDING, GATE, HEAD, NORM, UP
 from moemerge.files import GGUF_SUFFIX
 from moemerge.options import ShardSize, WriteOptions
 from moemerge.plan import (
     ROUTERS,
-    Halve,
     Head,
-    Join,
     Plan,
     PlannedTensor,
     Recipe,
     Shard,
-    Values,
     cut,
     digest_of,
     head_of,
     recipe,
     split_fields,
 )
-from moemerge.prepare.gguf.fields import FREQUENCIES, fields_of
+from moemerge.prepare.gguf.fields import fields_of
 from moemerge.prepare.gguf.importance import Importance, is_copied, is_weighed
+from moemerge.prepare.gguf.tensors import Wanted, body_tensors, experts, frequencies
 from moemerge.prepare.layout import Layout
-
-_TOP = {EMBEDDING: "token_embd", NORM: "output_norm", HEAD: "output"}
-_MLP = {GATE: "ffn_gate", UP: "ffn_up", DOWN: "ffn_down"}
-Wanted = tuple[str, tuple[int, ...], Recipe, str, int | None]
-"""A tensor of the file: name, shape, recipe, what a gate mode makes of it, and whose it is."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +93,8 @@ def as_gguf(
     if host is None:
         return plan
     body, mixture = made.parts.body, made.target.mixture
-    tensors = [*body_tensors(body.config, body.recipe, host), *_frequencies(body.base.model)]
-    tensors += _experts(made, plan)
+    tensors = [*body_tensors(body.config, body.recipe, host), *frequencies(body.base.model)]
+    tensors += experts(made, plan)
     shared = mixture.inner * len(made.parts.shared)
     names = tuple(donor.name for donor in made.donors)
     content = Content(host, body.config, mixture, tensors, body.base.model, names, shared, imatrix)
@@ -125,9 +117,15 @@ def planned(
         what = f"{options.type!r} is no type of GGUF files that can be written here"
         findings.problem("--type", what, nearest(kind, GGUF_KINDS))
         return plan
+    text = plan.config.get("text_config", plan.config)
+    for key, values in content.host.needs.items():
+        if text.get(key) not in values:
+            what = f"its {key} is {text.get(key)!r}; llama.cpp computes a {content.host.name} "
+            fix = "write a directory, which transformers runs"
+            findings.problem(content.base.reference.text, f"{what}with {values[-1]!r}", fix)
     shape, tensors, differ = _shape_of(content), list[PlannedTensor](), dict[str, list[str]]()
     for name, own, of, made_by, expert in content.tensors:
-        if len(own) == 1 or made_by:
+        if len(own) == 1 or made_by or stays_whole(name):
             dtype = "F32"
         elif kind:
             dtype = type_of(kind, name, own[-1], shape)
@@ -147,7 +145,8 @@ def planned(
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         findings.note(f"{names[0]}{more}: {what}")
     computed = [one for one in tensors if not is_copied(one, sources)]
-    if options.exact and (changed := [one for one in computed if len(one.shape) > 1]):
+    changed = [one for one in computed if len(one.shape) > 1 and not stays_whole(one.name)]
+    if options.exact and changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         what = f"is made anew{more}, and --exact changes no values"
         findings.problem(changed[0].name, what, "use files of one quantisation, or leave it out")
@@ -204,92 +203,15 @@ def _files(
     return tuple(shards)
 
 
-def body_tensors(
-    config: dict[str, Any], recipe_of: Callable[[str], Recipe], host: GgufHost
-) -> Iterator[Wanted]:
-    """The tensors beside the MLPs, from the dense model's."""
-    head = config["head_dim"]
-    for name, own in dense_shapes(config).items():
-        if ".mlp." in name:
-            continue
-        of = recipe_of(name)
-        if name in _TOP:
-            yield f"{_TOP[name]}.weight", own, of, "", None
-            continue
-        stem, _, leaf = name.rpartition(".")
-        _, _, layer, rest = stem.split(".", 3)
-        if rest in TURNED and host.turns_neighbours:
-            of = Halve(of, head, head, back=True)
-        yield f"blk.{layer}.{host.body[rest]}.{leaf}", own, of, "", None
-
-
-def _frequencies(base: Checkpoint) -> Iterator[Wanted]:
-    """The tensor that a Llama 3's rope scaling becomes."""
-    scaling = base.config.get("rope_scaling") or {}
-    if scaling.get("rope_type") == "llama3":
-        theta, head = base.config["rope_theta"], base.config["head_dim"]
-        values = tuple(llama3_factors(scaling, theta, head))
-        yield FREQUENCIES, (len(values),), Values(values), "", None
-
-
-def expert_tensors(
-    layer: int, which: str, routed: Sequence[Recipe], one: tuple[int, ...]
-) -> Wanted:
-    """One matrix of all experts of a layer, end to end."""
-    name = f"blk.{layer}.{_MLP[which]}_exps.weight"
-    return name, (len(routed), *one), Join(tuple(routed)), "", -1
-
-
-def router_name(layer: int) -> str:
-    """The name of a layer's router."""
-    return f"blk.{layer}.ffn_gate_inp.weight"
-
-
-def _experts(made: Layout, plan: Plan) -> Iterator[Wanted]:
-    parts, mixture, seed = made.parts, made.target.mixture, made.options.seed
-    hidden, inner = parts.body.config["hidden_size"], mixture.inner
-    routers = [tensor for tensor in plan.shards[0].tensors if tensor.made == "router"]
-    for layer, router in enumerate(routers):
-        name = router_name(layer)
-        rows = _renamed(router.recipe, router.name, name)
-        yield name, (mixture.experts, hidden), rows, "router", None
-        for which in _MLP:
-            dense = f"model.layers.{layer}.mlp.{which}.weight"
-            one = (hidden, inner) if which == DOWN else (inner, hidden)
-            routed = [
-                member.recipe(dense, seed, f"expert {at}") for at, member in enumerate(parts.routed)
-            ]
-            yield expert_tensors(layer, which, routed, one)
-            always = tuple(
-                member.recipe(dense, seed, f"shared expert {at}")
-                for at, member in enumerate(parts.shared)
-            )
-            if always:
-                axis = 1 if which == DOWN else 0
-                wide = list(one)
-                wide[axis] *= len(always)
-                of = Join(always, axis) if len(always) > 1 else always[0]
-                yield f"blk.{layer}.{_MLP[which]}_shexp.weight", tuple(wide), of, "", None
-
-
-def _renamed(of: Recipe, old: str, new: str) -> Recipe:
-    """A router's recipe that reads what the gate mode makes under the file's own name."""
-    if isinstance(of, recipe.Read):
-        assert of == recipe.Read(ROUTERS, old)
-        return recipe.Read(ROUTERS, new)
-    if isinstance(of, recipe.Cut):
-        return dataclasses.replace(of, of=_renamed(of.of, old, new))
-    assert isinstance(of, Join)
-    return Join(tuple(_renamed(part, old, new) for part in of.of), of.axis)
-
-
 def _shape_of(content: Content) -> Shape:
     config = content.config
-    heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
+    heads, keys = config["num_attention_heads"], key_heads(config)
     layers, tied = config["num_hidden_layers"], bool(config.get("tie_word_embeddings"))
-    of_70b = content.host.name == "llama" and layers == 80 and heads != keys
+    of_70b = content.host.name == "llama" and layers == 80 and heads != keys[0]
+    groups = heads // keys[0] if keys[0] else 0
+    attends = tuple(layer for layer, count in enumerate(keys) if count)
     weighed = content.imatrix is not None
-    return Shape(heads // keys, content.mixture.experts, layers, tied, of_70b, weighed)
+    return Shape(groups, content.mixture.experts, layers, tied, of_70b, weighed, attends)
 
 
 def _as_stored(
