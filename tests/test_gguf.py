@@ -549,8 +549,6 @@ def test_a_merge_of_models_becomes_a_quantised_file_at_once(
         assert made == tensor_bytes(tmp_path / "a.gguf", one, name), name
     with pytest.raises(InputError, match="is for GGUF files alone"):
         merge(config, tmp_path / "dir", Options(type="q4_k_m"))
-    with pytest.raises(InputError, match="does not take GGUF files"):
-        merge(config, tmp_path / "c.gguf", Options(push="me/x"))
     with pytest.raises(InputError, match=r"no c.gguf.moemerge beside it"):
         verify_checkpoint(tmp_path / "c.gguf")
     with pytest.raises(InputError, match="no type of GGUF files"):

@@ -103,9 +103,12 @@ def _metadata(ready: Prepared, claims: dict[str, Claims]) -> dict[str, Any]:
     data = ModelCardData(
         base_model=list(dict.fromkeys(models)) or None,
         base_model_relation="merge" if models else None,
-        library_name="transformers",
+        library_name="gguf" if ready.plan.is_gguf else "transformers",
         pipeline_tag="image-text-to-text" if sees(ready.plan) else "text-generation",
-        tags=["moe", "merge", "moemerge", ready.plan.architecture],
+        tags=[
+            *(("gguf", "llama.cpp") if ready.plan.is_gguf else ()),
+            *("moe", "merge", "moemerge", ready.plan.architecture),
+        ],
         license=terms.license,
         license_name=terms.license_name or None,
         license_link=terms.license_link or None,

@@ -203,6 +203,10 @@ def _running(ready: Prepared) -> Iterator[str]:
     yield "## Running it"
     if ready.plan.is_gguf:
         first = ready.plan.shards[0].file
+        yield (
+            "Get it with `hf download user/name --local-dir .` if it is on the Hub; "
+            "`moemerge verify` checks it."
+        )
         yield "\n".join([
             "```sh", f'llama-cli -m {first} -p "Once upon a time"    # llama.cpp',
             f"moemerge chat {first}", "```",

@@ -4,6 +4,7 @@ from moemerge.checkpoint.claims import TIED
 from moemerge.checkpoint.donor import Donor, Opener
 from moemerge.checkpoint.formats import read_header, weight_suffixes
 from moemerge.checkpoint.gguf.blocks import ENCODINGS, NUMBERS, QUANTISED, encode
+from moemerge.checkpoint.gguf.header import read_header as read_gguf_header
 from moemerge.checkpoint.gguf.imatrix import COUNTS, SUMS, weights_of
 from moemerge.checkpoint.gguf.kinds import llama3_factors
 from moemerge.checkpoint.gguf.quantise import INSTALL, lacks
@@ -67,6 +68,7 @@ __all__ = [
     "parse_source",
     "places",
     "read_bytes",
+    "read_gguf_header",
     "read_header",
     "read_into",
     "read_numbers",

@@ -20,6 +20,7 @@ from moemerge.hub.client import (
     HubError,
     Patience,
     explain,
+    no_match_is_fine,
     progress_bars,
     status,
     why,
@@ -192,7 +193,7 @@ def _download_small_files(
             with suppress(OSError):  # it is there, or cannot be linked: then it is downloaded
                 blobs.mkdir(parents=True, exist_ok=True)
                 os.link(known[one.etag].resolve(), blobs / one.etag)
-    with progress_bars(False):
+    with progress_bars(False), no_match_is_fine():
         folder = Path(
             snapshot_download(
                 repo,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moemerge.errors import MoemergeError, RunError
-from moemerge.files import CONFIG_FILE, WEIGHTS_SUFFIX
+from moemerge.files import CONFIG_FILE, GGUF_SUFFIX, WEIGHTS_SUFFIX
 from moemerge.hub.client import TRIES, Patience, progress_bars, status, why
 
 T = TypeVar("T")
@@ -118,8 +118,9 @@ class Repository:
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        alone = [[name] for name in new if SHARD.fullmatch(name)]
-        together = [name for name in new if not SHARD.fullmatch(name)]
+        large = [name for name in new if SHARD.fullmatch(name) or name.endswith(GGUF_SUFFIX)]
+        alone = [[name] for name in large]
+        together = [name for name in new if name not in large]
         additions = []
         for names in filter(None, [*alone, together]):
             batch = [CommitOperationAdd(name, new[name]) for name in names]

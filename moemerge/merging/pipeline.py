@@ -16,7 +16,7 @@ from moemerge.card import files as card_files
 from moemerge.checkpoint import read_header
 from moemerge.config import MergeConfig, as_config
 from moemerge.errors import InputError, Line, MoemergeError, RunError
-from moemerge.files import STATISTICS_FILE, folder_of
+from moemerge.files import STATISTICS_FILE, folder_of, shown
 from moemerge.merging.fitting import fit_report, make_fit, written_texts
 from moemerge.merging.routers import make_routers, report_of
 from moemerge.merging.shard_loop import ShardLoop
@@ -138,13 +138,13 @@ class _Merge:
         )  # fmt: skip
 
     def _push(self) -> None:
-        repo, private = self.options.push, self.options.private
+        repo, private, out = self.options.push, self.options.private, shown(self.out)
         try:
             self.address = publish.push(self.out, repo, private, self.reporter)
         except MoemergeError as error:
-            command = f"moemerge push {self.out} {repo}{' --private' * private}"
+            command = f"moemerge push {out} {repo}{' --private' * private}"
             what = "; ".join(error.typed.splitlines())
-            raise RunError(f"{what} ({self.out} is finished: `{command}` goes on too)") from error
+            raise RunError(f"{what} ({out} is finished: `{command}` goes on too)") from error
 
     def _write(self, sources: Tensors, change: Change) -> tuple[int, int]:
         """Write the routers and this run's shards, and finish the directory unless runs share it.
@@ -254,7 +254,7 @@ def _prepare(config: MergeConfig, options: Options, reporter: Reporter, out: Pat
         fresh = bool(shipment) and not (resumed or options.overwrite)
     except InputError as error:
         found = error
-    refusals = publish.refusals(options.push, options.private, fresh)
+    refusals = publish.refusals(options.push, options.private, fresh, out)
     if problems := [*(found.problems if found else ()), *refusals]:
         raise InputError(problems)
     return ready

@@ -102,9 +102,9 @@ class _Preparation:
         """The name of the GGUF file to write; empty if it is a directory."""
         name, options = self.out.name if self.out else "", self.options
         if name.endswith(GGUF_SUFFIX + BESIDE):
-            if options.push:
-                fix = f"upload {name.removesuffix(BESIDE)} with `hf upload`"
-                self.findings.problem("--push", "does not take GGUF files", fix)
+            if options.push_as_you_go:
+                fix = "pass --push without it: the file is uploaded when it is whole"
+                self.findings.problem("--push-as-you-go", "does not take GGUF files", fix)
             return name.removesuffix(BESIDE)
         asked = next((flag(n) for n in ("type", "exact", "imatrix") if getattr(options, n)), "")
         if asked and self.out:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.card import card, shareable
-from moemerge.checkpoint import is_hub_id, last_part
+from moemerge.checkpoint import is_hub_id, last_part, read_gguf_header
 from moemerge.errors import InputError, Problem
-from moemerge.files import CONFIG_FILE, as_json
+from moemerge.files import CONFIG_FILE, GGUF_SUFFIX, as_json, place_of, shown
 from moemerge.hub import Content
 from moemerge.output import (
     CARD_FILE,
@@ -48,7 +48,8 @@ def leaving(manifest: Manifest, place: Callable[[str], Path]) -> dict[str, Conte
     """
     shards = {shard.file for shard in manifest.plan.shards}
     said = dict.fromkeys([*manifest.files, *OWN_FILES])
-    made = {*shards, INDEX_FILE, CONFIG_FILE, MANIFEST_FILE}
+    made = {*shards, CONFIG_FILE, MANIFEST_FILE}
+    made |= set() if manifest.plan.is_gguf else {INDEX_FILE}
     listed = [name for name in said if name in _LISTED or _TEMPLATES.fullmatch(name)]
     names = [name for name in said if name in shards]
     names += [name for name in listed if name in made or place(name).is_file()]
@@ -56,7 +57,8 @@ def leaving(manifest: Manifest, place: Callable[[str], Path]) -> dict[str, Conte
     config = _json_without(public.plan.config, roots)
     public = dataclasses.replace(public, plan=dataclasses.replace(public.plan, config=config))
     content: dict[str, Content] = {name: place(name) for name in names if name != MANIFEST_FILE}
-    content[INDEX_FILE] = as_json(weight_index(public.plan)).encode()
+    if not manifest.plan.is_gguf:
+        content[INDEX_FILE] = as_json(weight_index(public.plan)).encode()
     content[CONFIG_FILE] = as_json(config).encode()
     files = {name: manifest.files.get(name, {}) for name in names}
     for name in content.keys() - made - _NO_TEXT:
@@ -66,6 +68,8 @@ def leaving(manifest: Manifest, place: Callable[[str], Path]) -> dict[str, Conte
             content[name] = after
             digest = checksum([chunk_digest(memoryview(after))])
             files[name] = {"bytes": len(after), "xxh3": digest} if files[name] else {}
+    if manifest.plan.is_gguf:  # it is not in the folder there, see `on_the_hub`
+        files.pop(PICTURE_FILE, None)
     told = dataclasses.replace(public, files=files).to_json()
     for key in ("config", "routing", "card", "tuned", "fitted"):
         if key in told:
@@ -73,6 +77,19 @@ def leaving(manifest: Manifest, place: Callable[[str], Path]) -> dict[str, Conte
     content[MANIFEST_FILE] = as_json(told).encode()
     _check(content, shards, roots)
     return content
+
+
+def on_the_hub(content: dict[str, Content], out: Path) -> dict[str, Content]:
+    """The content of `leaving` by the names that it gets in the repository.
+
+    Of a GGUF file, card and picture are at the top, where the Hub shows them. The rest of its
+    folder is in that folder, so that a downloaded copy can be verified.
+    """
+    if shown(out) == out:
+        return content
+    top = {CARD_FILE, PICTURE_FILE}
+    inside = {name for name in content if name not in top and place_of(out, name) == out / name}
+    return {f"{out.name}/{n}" if n in inside else n: what for n, what in content.items()}
 
 
 def stays(out: Path, content: dict[str, Content]) -> list[str]:
@@ -169,12 +186,24 @@ def _check(content: dict[str, Content], shards: set[str], roots: dict[str, str])
     """
     deep = [root for root in roots if len(Path(root).parts) > 2]
     problems = []
-    for name in content.keys() - shards - _NO_TEXT:
-        what = content[name]
-        data = what if isinstance(what, bytes) else what.read_bytes()
+    for name in content.keys() - _NO_TEXT:
+        data = _text(content[name], name in shards)
         found = next((root for root in deep if root.encode() in data), None)
         if found:
             told = f"names a path of this machine ({found})"
-            problems.append(Problem(name, told, "remove the path, then push again"))
+            fix = "merge again without it" if name in shards else "remove the path, then push again"
+            problems.append(Problem(name, told, fix))
     if problems:
         raise InputError(sorted(problems, key=lambda one: one.where))
+
+
+def _text(what: Content, is_shard: bool) -> bytes:
+    """What a person may have written in a file; of a GGUF file, its fields, but for its tokens."""
+    if isinstance(what, bytes):
+        return what
+    if not is_shard:
+        return what.read_bytes()
+    if what.suffix != GGUF_SUFFIX:
+        return b""
+    fields = read_gguf_header(what).fields.items()
+    return b"".join(one.raw for name, one in fields if not name.startswith("tokenizer.ggml."))

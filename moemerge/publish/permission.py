@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint import weight_suffixes
 from moemerge.errors import Problem, RunError
-from moemerge.files import CONFIG_FILE
+from moemerge.files import BESIDE, CONFIG_FILE, GGUF_SUFFIX, shown
 from moemerge.hub import FEW_TRIES, SHARD, Repository
 from moemerge.output import MANIFEST_FILE
 
 
-def refusals(repo: str, private: bool, fresh: bool = False) -> Iterator[Problem]:
+def refusals(
+    repo: str, private: bool, fresh: bool = False, out: Path | None = None
+) -> Iterator[Problem]:
     """Yield each reason why the logged-in account cannot push to `repo`; nothing is changed there.
 
-    With `fresh`, a repository that already holds a finished model is refused too.
+    With `fresh`, a repository that already holds a finished model is refused too. `out` is the
+    output's directory, or the folder beside a GGUF file.
     """
     try:
-        yield from _refusals(repo, private, fresh)
+        yield from _refusals(repo, private, fresh, out is not None and shown(out) != out)
     except RunError as error:
         what = error.typed.removeprefix(f"{repo}: ").partition("; run the same")[0]
         yield Problem(repo, what, "try again, or push later with `moemerge push`")
 
 
-def _refusals(repo: str, private: bool, fresh: bool) -> Iterator[Problem]:
+def _refusals(repo: str, private: bool, fresh: bool, gguf: bool) -> Iterator[Problem]:
     from huggingface_hub import constants, get_token
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported lazily
         HFValidationError,
@@ -74,14 +78,41 @@ def _refusals(repo: str, private: bool, fresh: bool) -> Iterator[Problem]:
         fix = "make it private on the Hub, or name a new repository"
         yield Problem(repo, "exists and is public", fix)
     there = target.files()
-    strangers = [n for n in there if n.endswith(weight_suffixes()) and not SHARD.fullmatch(n)]
-    strangers += [CONFIG_FILE] * (CONFIG_FILE in there)
-    if strangers and MANIFEST_FILE not in there:
-        what = f"holds {strangers[0]}, which moemerge did not make"
-        yield Problem(repo, what, "name a new repository")
+    if stranger := (_beside_files if gguf else _beside_shards)(there):
+        yield Problem(repo, f"holds {stranger}", "name a new repository")
     elif fresh and CONFIG_FILE in there:
         fix = "pass --overwrite to replace it, or name a new repository"
         yield Problem(repo, "holds a finished model", fix)
+
+
+def _beside_shards(there: Collection[str]) -> str:
+    """What a repository holds that a directory must not be put beside; empty if nothing."""
+    if MANIFEST_FILE in there:
+        return ""
+    strangers = [n for n in there if n.endswith(weight_suffixes()) and not SHARD.fullmatch(n)]
+    strangers += [CONFIG_FILE] * (CONFIG_FILE in there)
+    if strangers:
+        return f"{strangers[0]}, which moemerge did not make"
+    files = [name for name in there if name.endswith(GGUF_SUFFIX) and _is_pushed(name, there)]
+    return f"{files[0]}, a mixture with a card of its own" if files else ""
+
+
+def _beside_files(there: Collection[str]) -> str:
+    """What a repository holds that a GGUF file must not be put beside; empty if nothing.
+
+    Several mixtures in GGUF files may be in one.
+    """
+    weights = [n for n in there if n.endswith((*weight_suffixes(), GGUF_SUFFIX))]
+    strangers = [n for n in [*weights, CONFIG_FILE] if n in there and not _is_pushed(n, there)]
+    if strangers and MANIFEST_FILE in there:
+        return "a mixture in a directory, which has a card of its own"
+    return f"{strangers[0]}, which moemerge did not make" if strangers else ""
+
+
+def _is_pushed(name: str, there: Collection[str]) -> bool:
+    """Whether a file is a GGUF file that a push put there: its manifest is beside it."""
+    whole = re.sub(rf"-\d{{5}}-of-\d{{5}}(?={re.escape(GGUF_SUFFIX)}$)", "", name)
+    return f"{whole}{BESIDE}/{MANIFEST_FILE}" in there
 
 
 def _cannot_create(repo: str, account: dict[str, Any]) -> Iterator[Problem]:

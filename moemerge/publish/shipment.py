@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moemerge.errors import RunError, VerifyError
-from moemerge.files import CONFIG_FILE, read_json, write_json
+from moemerge.files import CONFIG_FILE, place_of, read_json, write_json
 from moemerge.hub import SHARD, Repository, holds
 from moemerge.output import BEFORE_TUNING, Change, Manifest, State, is_whole
 from moemerge.plan import INDEX_FILE, Plan, Shard
@@ -110,7 +110,7 @@ class Shipment:
         }
         there = self.target.files()
         new = {name: what for name, what in content.items() if not holds(what, there.get(name))}
-        gone = stale(there, manifest.plan)
+        gone = stale(there, manifest.plan, self.out)
         if new or gone:
             self.target.commit(new, gone, f"A mixture made with moemerge {__version__}")
         self.target.check({**content, **shards})
@@ -129,11 +129,13 @@ class Shipment:
             path.unlink()
 
 
-def stale(there: Collection[str], plan: Plan) -> list[str]:
+def stale(there: Collection[str], plan: Plan, out: Path) -> list[str]:
     """Names in the repository to delete: an earlier mixture's shards, and files never pushed.
 
-    Some programs would read the old shards.
+    Some programs would read the old shards. Of a GGUF file, they are other parts of that name.
     """
     ours = {shard.file for shard in plan.shards}
+    if plan.is_gguf:
+        return [n for n in there if place_of(out, n) != out / n and n not in ours]
     kept = f"{BEFORE_TUNING}/"
     return [n for n in there if (SHARD.fullmatch(n) and n not in ours) or n.startswith(kept)]
