@@ -11,6 +11,7 @@ from moemerge.prepare.gguf.layout import (
     host_of,
     planned,
     router_name,
+    shared_tensor,
 )
 from moemerge.prepare.layout import source_of
 from moemerge.prepare.likely_family import check_family
@@ -42,6 +43,7 @@ __all__ = [
     "planned",
     "prepare",
     "router_name",
+    "shared_tensor",
     "source_of",
     "split_own",
     "transfer",

@@ -240,6 +240,11 @@ def expert_tensors(
     return name, (len(routed), *one), Join(tuple(routed)), "", -1
 
 
+def shared_tensor(layer: int, which: str, of: Recipe, own: tuple[int, ...]) -> Wanted:
+    """One matrix of a layer's always active experts, which are one wide MLP."""
+    return f"blk.{layer}.{_MLP[which]}_shexp.weight", own, of, "", None
+
+
 def router_name(layer: int) -> str:
     """The name of a layer's router."""
     return f"blk.{layer}.ffn_gate_inp.weight"
@@ -269,7 +274,7 @@ def _experts(made: Layout, plan: Plan) -> Iterator[Wanted]:
                 wide = list(one)
                 wide[axis] *= len(always)
                 of = Join(always, axis) if len(always) > 1 else always[0]
-                yield f"blk.{layer}.{_MLP[which]}_shexp.weight", tuple(wide), of, "", None
+                yield shared_tensor(layer, which, of, tuple(wide))
 
 
 def _renamed(of: Recipe, old: str, new: str) -> Recipe:
