@@ -122,13 +122,18 @@ def _what(ready: Prepared) -> Iterator[str]:
     rows = {
         "Parameters": f"{count(plan.parameters)}, of which {count(plan.active_parameters)} work on "
         "any one token",
-        "Size": f"{size(plan.nbytes)} ({plan.config.get('dtype') or plan.dtype}), on disk and, "
-        "at least, in memory",
+        "Size": size_of(plan),
         "Context": f"{context} tokens" if context else "",
         "Vocabulary": shown(ready.vocabulary.summary),
         "Router initialisation": f"`{plan.gate_mode}`: {_gate(ready)}",
     }
     yield "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v)])
+
+
+def size_of(plan: Plan) -> str:
+    """The size of the weights in words."""
+    kind = plan.config.get("dtype") or plan.dtype
+    return f"{size(plan.nbytes)} ({kind}), on disk and, at least, in memory"
 
 
 def sees(plan: Plan) -> bool:
@@ -202,15 +207,7 @@ def _running(ready: Prepared) -> Iterator[str]:
         chat = b'"chat_template"' in said
     yield "## Running it"
     if ready.plan.is_gguf:
-        first = ready.plan.shards[0].file
-        yield (
-            "Get it with `hf download user/name --local-dir .` if it is on the Hub; "
-            "`moemerge verify` checks it."
-        )
-        yield "\n".join([
-            "```sh", f'llama-cli -m {first} -p "Once upon a time"    # llama.cpp',
-            f"moemerge chat {first}", "```",
-        ])  # fmt: skip
+        yield from of_file(ready.plan)
         return
     yield (
         "`.` stands for this directory; get it with `hf download user/name --local-dir .` if it is "
@@ -235,6 +232,19 @@ def _running(ready: Prepared) -> Iterator[str]:
     ]
     if others:
         yield "\n".join(["```sh", *others, "```"])
+
+
+def of_file(plan: Plan) -> Iterator[str]:
+    """How to get and run a GGUF file."""
+    first = plan.shards[0].file
+    yield (
+        "Get it with `hf download user/name --local-dir .` if it is on the Hub; "
+        "`moemerge verify` checks it."
+    )
+    yield "\n".join([
+        "```sh", f'llama-cli -m {first} -p "Once upon a time"    # llama.cpp',
+        f"moemerge chat {first}", "```",
+    ])  # fmt: skip
 
 
 def _routing(

@@ -10,14 +10,24 @@ from pathlib import Path
 
 from moemerge import output
 from moemerge.architectures import MLP, GgufHost, Mixture, name_of
+from moemerge.card import card_of_file
 from moemerge.checkpoint import Opener, fetch
 from moemerge.errors import Findings, InputError, Problem
 from moemerge.families import DOWN, GATE, UP
-from moemerge.files import GGUF_SUFFIX, folder_of
+from moemerge.files import GGUF_SUFFIX, folder_of, shown
 from moemerge.merging import ShardLoop
 from moemerge.mixture import Moe, Part, opened_mixture
 from moemerge.options import Options
-from moemerge.output import FileEntry, Manifest, held, settle, verify_shards
+from moemerge.output import (
+    CARD_FILE,
+    PICTURE_FILE,
+    Change,
+    FileEntry,
+    Manifest,
+    held,
+    settle,
+    verify_shards,
+)
 from moemerge.plan import Cut, Plan, Recipe, recipe
 from moemerge.prepare import (
     Content,
@@ -189,4 +199,22 @@ def _write(
             verify_shards(plan, folder, sources)
         files: dict[str, FileEntry] = {one.file: change.state.entry(one) for one in plan.shards}
         files |= {name: {} for name in output.OWN_FILES}
+        files |= _card(moe, plan, change, reporter)
         change.finish(Manifest("", plan, files))
+
+
+def _card(moe: Moe, plan: Plan, change: Change, reporter: Reporter) -> dict[str, FileEntry]:
+    """Write the directory's card as the file's, and its picture; returns the picture's entry."""
+    from_card, picture = (moe.checkpoint.directory / name for name in (CARD_FILE, PICTURE_FILE))
+    if moe.manifest is None or not from_card.is_file():
+        return {}
+    content = card_of_file(from_card.read_bytes(), plan, picture.is_file())
+    if content is None:
+        to = shown(change.out)
+        reporter.say(f"{from_card}: was edited since it was written, so {to} gets no card of it")
+        return {}
+    change.write(CARD_FILE, content)
+    if not picture.is_file():
+        return {}
+    change.write(PICTURE_FILE, picture.read_bytes())
+    return {PICTURE_FILE: change.entry(PICTURE_FILE)}
