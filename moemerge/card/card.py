@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
+from moemerge.card.running import sees
 from moemerge.card.slots import without_slots
-from moemerge.card.text import CardOptions, sections, sees
+from moemerge.card.text import CardOptions, sections
 from moemerge.prepare import Claims, Prepared, claims_of, split_own
 from moemerge.report import FitSummary, RoutingPicture, RoutingSummary
 

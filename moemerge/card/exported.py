@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from moemerge.card import card
-from moemerge.card.text import of_file, size_of
+from moemerge.card.running import of_file
+from moemerge.card.text import size_of
 from moemerge.output import PICTURE_FILE
 from moemerge.plan import Plan
 
