@@ -29,7 +29,7 @@ from gguf_files import (
     quantise,
     write_imatrix,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from smollm2 import model_dir
 from test_readers import asked, read_all
 from tokenizers import Tokenizer
@@ -510,17 +510,52 @@ def test_an_exported_mixture_is_what_llama_cpps_converter_makes(
     merge(config_of(tmp_path, models[0], models, head), tmp_path / "out")
     export(tmp_path / "out", tmp_path / "ours.gguf")
     convert([(tmp_path / "out", tmp_path / "theirs.gguf")])
-    ours, theirs = (read_header(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
+    check_conversion(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
+
+
+def check_conversion(file: Path, converted: Path) -> None:
+    """The same tensors byte for byte, and the same fields."""
+    ours, theirs = read_header(file), read_header(converted)
     for name in ours.tensors:
         assert ours.tensors[name].encoding.name == theirs.tensors[name].encoding.name, name
-        made = tensor_bytes(tmp_path / "ours.gguf", ours, name)
-        assert made == tensor_bytes(tmp_path / "theirs.gguf", theirs, name), name
+        assert tensor_bytes(file, ours, name) == tensor_bytes(converted, theirs, name), name
     assert {*theirs.tensors} - {*ours.tensors} <= {"output.weight"}
     arch = theirs.value("general.architecture", str)
     for name, field in theirs.fields.items():
         own = ours.fields.get(name)
         said = name.startswith(("tokenizer.", f"{arch}."))
-        assert not said or (own and own.value == field.value), name
+        assert not said or (own and own.value == pytest.approx(field.value)), name
+
+
+def test_a_split_is_exported(tmp_path: Path, dense: Path) -> None:
+    """Also with a slice that is always on; a quantised one is that of its merge."""
+    base = dense / "granite0"
+    head = f"base_model: {base}\ngate_mode: random\nexperts_per_token: 2\n"
+    for name, text in {
+        "plain": "dtype: float16\nsplit: {slices: 4}",
+        "always": "architecture: granitemoeshared\ndtype: float32\nsplit: {slices: 4, shared: 1}",
+    }.items():
+        config = write_config(tmp_path / f"{name}.yaml", f"{head}{text}\n")
+        merge(config, tmp_path / name)
+        export(tmp_path / name, tmp_path / f"{name}.gguf")
+        convert([(tmp_path / name, tmp_path / "theirs.gguf")], "f32" if name == "always" else "f16")
+        check_conversion(tmp_path / f"{name}.gguf", tmp_path / "theirs.gguf")
+    made = [tmp_path / "exported.gguf", tmp_path / "merged.gguf"]
+    export(tmp_path / "always", made[0], Options(type="q4_k_m"))
+    merge(config, made[1], Options(type="q4_k_m"))
+    one, other = map(read_header, made)
+    assert one.tensors.keys() == other.tensors.keys()
+    for name in one.tensors:
+        wanted = tensor_bytes(made[1], other, name)
+        assert "gate_inp" in name or tensor_bytes(made[0], one, name) == wanted, name
+    assert verify_checkpoint(made[0]).compared
+    weights = load_all(tmp_path / "always")
+    del weights["model.layers.1.shared_mlp.output_linear.weight"]
+    for path in [*(tmp_path / "always").glob("*.safetensors*"), tmp_path / "always/moemerge.json"]:
+        path.unlink()
+    save_file(weights, tmp_path / "always" / "model.safetensors")
+    with pytest.raises(InputError, match="its shared experts are not the same in all layers"):
+        export(tmp_path / "always", tmp_path / "x.gguf")
 
 
 def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path, dense: Path) -> None:
@@ -646,6 +681,8 @@ def test_a_shared_expert_is_beside_the_others(tmp_path: Path, dense: Path) -> No
             assert ours.fields[name].value == pytest.approx(field.value), name
     lacking = {n for n in theirs.fields if n.startswith("granitemoe.")} - ours.fields.keys()
     assert not lacking
+    export(tmp_path / "out", tmp_path / "exported.gguf")
+    check_conversion(tmp_path / "exported.gguf", tmp_path / "theirs.gguf")
 
 
 def test_an_adapter_on_fused_tensors_of_a_file_is_that_of_the_model(

@@ -14,7 +14,8 @@ from fake_hub import FakeHub, Request
 from gguf_files import as_dense_file, make_wide
 from test_publish import REPO, SECRET, WatchedHub, end, hub, run, start
 
-from moemerge import InputError, Options, merge, verify_checkpoint
+from moemerge import InputError, Options, export, merge, verify_checkpoint
+from moemerge.reporting import size
 
 __all__ = ["hub"]
 
@@ -123,6 +124,33 @@ def test_a_merge_pushes_parts_and_a_killed_push_goes_on(
     merge(config, tmp_path / "other.gguf")
     assert push(hub, tmp_path / "home", tmp_path / "other.gguf").returncode == 0
     assert {FILE, "other.gguf"} <= hub.bytes_of(REPO).keys()
+
+
+def test_an_exported_file_has_the_card_of_its_directory(
+    hub: WatchedHub, config: Path, tmp_path: Path
+) -> None:
+    text = config.read_text().replace("random", "ridge")
+    directory, out = tmp_path / "dir", tmp_path / FILE
+    merge(write_config(config.parent / "d.yaml", text), directory)
+    export(directory, out)
+    told = (directory / "README.md").read_text()
+    assert "library_name: transformers" in told and "hf download" in told
+    card = (tmp_path / BESIDE / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert (head["library_name"], head["tags"][0]) == ("gguf", "gguf")
+    assert f"llama-cli -m {FILE}" in card and "transformers" not in card.partition("How it")[0]
+    assert "## Routing" in card and card.count("## ") == told.count("## ")
+    assert f"| Size | {size(out.stat().st_size)}" in card
+    pictured = [(folder / "routing.png").is_file() for folder in (directory, tmp_path / BESIDE)]
+    assert pictured == [("routing.png" in card)] * 2
+    verify_checkpoint(out)
+    assert push(hub, tmp_path / "home", out).returncode == 0
+    assert hub.bytes_of(REPO)["README.md"] == card.encode()
+    assert str(config.parent) not in card
+
+    (directory / "README.md").write_text(told.replace("language model", "model"))
+    export(directory, tmp_path / "second.gguf")
+    assert not (tmp_path / "second.gguf.moemerge" / "README.md").exists()
 
 
 def test_what_may_not_be_beside_each_other(

@@ -9,10 +9,14 @@ from typing import Any
 
 import yaml
 
+from moemerge.card.running import sees
 from moemerge.card.slots import without_slots
-from moemerge.card.text import CardOptions, sections, sees
+from moemerge.card.text import CardOptions, sections
 from moemerge.prepare import Claims, Prepared, claims_of, split_own
 from moemerge.report import FitSummary, RoutingPicture, RoutingSummary
+
+GGUF_TAGS = ("gguf", "llama.cpp")
+"""The tags by which the Hub's readers find GGUF files; the first is also the library's name."""
 
 _HEAD = re.compile(r"\A---\n.*?^---$", re.DOTALL | re.MULTILINE)
 _SEAL = re.compile(r"(.*)<!-- moemerge:card ([0-9a-f]{16}) -->\n?", re.DOTALL)
@@ -103,10 +107,10 @@ def _metadata(ready: Prepared, claims: dict[str, Claims]) -> dict[str, Any]:
     data = ModelCardData(
         base_model=list(dict.fromkeys(models)) or None,
         base_model_relation="merge" if models else None,
-        library_name="gguf" if ready.plan.is_gguf else "transformers",
+        library_name=GGUF_TAGS[0] if ready.plan.is_gguf else "transformers",
         pipeline_tag="image-text-to-text" if sees(ready.plan) else "text-generation",
         tags=[
-            *(("gguf", "llama.cpp") if ready.plan.is_gguf else ()),
+            *(GGUF_TAGS if ready.plan.is_gguf else ()),
             *("moe", "merge", "moemerge", ready.plan.architecture),
         ],
         license=terms.license,

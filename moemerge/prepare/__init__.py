@@ -4,7 +4,13 @@ from moemerge.prepare.choose import caveats, listing, no_host
 from moemerge.prepare.compatibility import compare
 from moemerge.prepare.costs import Transfer, check_cache_room, expected_peak, transfer
 from moemerge.prepare.gguf.layout import Content, host_of, planned
-from moemerge.prepare.gguf.tensors import Wanted, body_tensors, expert_tensors, made_name
+from moemerge.prepare.gguf.tensors import (
+    Wanted,
+    body_tensors,
+    expert_tensors,
+    made_name,
+    shared_tensor,
+)
 from moemerge.prepare.layout import source_of
 from moemerge.prepare.likely_family import check_family
 from moemerge.prepare.records import Prepared
@@ -35,6 +41,7 @@ __all__ = [
     "no_host",
     "planned",
     "prepare",
+    "shared_tensor",
     "source_of",
     "split_own",
     "transfer",

@@ -55,6 +55,11 @@ def expert_tensors(
     return name, (len(routed), *one), Join(tuple(routed)), "", -1
 
 
+def shared_tensor(layer: int, which: str, of: Recipe, own: tuple[int, ...]) -> Wanted:
+    """One matrix of a layer's always active experts, which are one wide MLP."""
+    return f"blk.{layer}.{_MLP[which]}_shexp.weight", own, of, "", None
+
+
 _MADE = {"router": "ffn_gate_inp.weight", "bias": "exp_probs_b.bias"}
 
 
@@ -90,7 +95,7 @@ def experts(made: Layout, plan: Plan) -> Iterator[Wanted]:
                 wide = list(one)
                 wide[axis] *= len(always)
                 of = Join(always, axis) if len(always) > 1 else always[0]
-                yield f"blk.{layer}.{_MLP[which]}_shexp.weight", tuple(wide), of, "", None
+                yield shared_tensor(layer, which, of, tuple(wide))
 
 
 def _renamed(of: Recipe, old: str, new: str) -> Recipe:
