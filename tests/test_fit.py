@@ -239,6 +239,7 @@ def test_new_routers_read_the_fitted_body(tmp_path: Path, babies: dict[str, Path
     [
         ("body: regmeam", "is no body"),
         ("align: maybe", "is none of auto, true, false"),
+        ("align: true\nsplit: {slices: 2}", "align"),
     ],
 )
 def test_what_cannot_be_is_refused(

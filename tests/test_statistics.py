@@ -42,6 +42,7 @@ HEADS = {
     "off policy": ("gate: { mode: ridge, on_policy: true }\ndtype: float32", {}),
     "negative": ("gate_mode: ridge", {"per_expert": "negative_prompts: [poem]"}),
     "stacked": ("gate_mode: ridge\narchitecture: qwen3_moe", {"family": "qwen3"}),
+    "selection bias": ("gate_mode: ridge\narchitecture: glm4_moe", {}),
     "own": ("gate: { mode: self, samples: 3, tokens: 6 }", {}),
 }  # fmt: skip
 
@@ -73,6 +74,8 @@ def test_an_added_expert_gives_the_routers_of_a_fresh_merge(
     wanted = tensors(tmp_path / "fresh")
     assert made.keys() == wanted.keys()
     for name, one in wanted.items():
+        if name.endswith("e_score_correction_bias"):  # the load is not measured anew
+            continue
         torch.testing.assert_close(made[name], one, atol=1e-5, rtol=1e-5)
 
 

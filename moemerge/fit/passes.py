@@ -150,7 +150,7 @@ class _Run:
 
         given: dict[int, torch.Tensor] = {}
         for expert, (seen, texts) in enumerate(zip(inputs, self.fit.texts, strict=True)):
-            rows = [seen[at] for at in range(len(texts.body)) if at in seen]
+            rows = [seen[at] for at in range(len(set(texts.body))) if at in seen]
             if rows and self.mean.weights[expert]:
                 given[expert] = torch.from_numpy(np.concatenate(rows))
         if not given:

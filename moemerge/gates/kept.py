@@ -101,16 +101,20 @@ class Kept:
 
 
 def kept_in(
-    directory: Path, where: str, layers: int, hidden: int, findings: Findings
+    directory: Path, where: str, size: tuple[int, int, int], findings: Findings
 ) -> Kept | None:
-    """What the merge of a mixture of that size kept; None, with a problem, if that is nothing."""
+    """What the merge of a mixture kept; None, with a problem, if that is nothing.
+
+    `size` is the mixture's layers, width and experts.
+    """
     path = directory / STATISTICS_FILE
     fix = "leave out --text, then `moemerge regate` with all texts; or merge with --statistics"
     if path.is_file():
         try:
             found = Kept(path)
-            shapes = {at.shape[1] for at in found.places.values()}
-            if (len(found.places), shapes) == (layers, {hidden}):
+            widths = {at.shape[1] for at in found.places.values()}
+            experts = max((one.expert for one in found.examples), default=-1) + 1
+            if [(len(found.places), width, experts) for width in widths] == [size]:
                 return found
             findings.problem(str(path), "is not of this mixture", fix)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -195,8 +195,8 @@ def add(
     kept, texts = None, tuple[Prompt, ...]()
     if text:
         directory = moe.checkpoint.directory
-        layers, hidden = moe.dense["num_hidden_layers"], moe.dense["hidden_size"]
-        kept = kept_in(directory, moe.text, layers, hidden, findings)
+        size = moe.dense["num_hidden_layers"], moe.dense["hidden_size"], len(moe.names)
+        kept = kept_in(directory, moe.text, size, findings)
         limit = moe.dense.get("max_position_embeddings") or PIECE_TOKENS
         texts = texts_in(text, directory, limit, findings)
         if moe.segments > 1 or moe.factor:
@@ -207,8 +207,14 @@ def add(
         findings.problems += changed_sources(moe.manifest.plan, opened, Path(moe.text))
     findings.refuse()
     assert donor is not None
-    extend = _solved if text else _with_mean_row
-    parts = [extend(part, moe.experts) if part.made else part for part in moe.parts]
+    parts = [
+        _solved(part, moe.experts)
+        if text and part.made == "router"
+        else _with_mean_row(part, moe.experts)
+        if part.made
+        else part
+        for part in moe.parts
+    ]
     for part in moe.parts:
         if part.expert == 0:
             dense = f"{part.layer}mlp.{MLP[part.which]}.weight"

@@ -111,6 +111,8 @@ def _at_odds(config: MergeConfig) -> Iterator[tuple[str, str]]:
         yield "segments", "write more slices"
     if config.body != "base":
         yield "body", one
+    if config.aligns:
+        yield "align", one
 
 
 def with_slices(config: MergeConfig, split: Split) -> MergeConfig:
