@@ -160,11 +160,7 @@ class _Run:
         solver = RegMean(list(given.values()), shares, dtype)
         before = after = size = 0.0
         for name in names:
-            own = {
-                expert: self._load(name, recipe.of_donor(donor, name))
-                for expert, donor in enumerate(self.donors)
-                if self.mean.weights[expert]
-            }
+            own = self._own(name)
             mean = self._mean(own)
             lacking = [
                 (x.to(dtype) @ (own[expert] - mean).to(dtype).T).float()
@@ -182,13 +178,16 @@ class _Run:
     def _mean_of(self, names: list[str]) -> tuple[float, float, float]:
         """Keep the mean of matrices that no text reaches."""
         for name in names:
-            own = {
-                expert: self._load(name, recipe.of_donor(donor, name))
-                for expert, donor in enumerate(self.donors)
-                if self.mean.weights[expert]
-            }
-            self.computed.write(self.fit.matrices[name], self._mean(own))
+            self.computed.write(self.fit.matrices[name], self._mean(self._own(name)))
         return 0.0, 0.0, 0.0
+
+    def _own(self, name: str) -> dict[int, torch.Tensor]:
+        """A tensor of each expert that counts."""
+        return {
+            expert: self._load(name, recipe.of_donor(donor, name))
+            for expert, donor in enumerate(self.donors)
+            if self.mean.weights[expert]
+        }
 
     def _mean(self, own: dict[int, torch.Tensor]) -> torch.Tensor:
         import torch
